@@ -1,0 +1,207 @@
+"""Checkpoints `checkpoint-N`: everything a run needs to go on exactly where it was.
+
+    checkpoint-N/
+      unet/ …                      each trained network, as Diffusers saves it
+      optimizer.bin, …             Accelerate's state: optimizer, learning rate, loss scaler, random state
+      stream-RANK.pt               where each rank's data stream stood
+      run.json                     step, flags, seed, layout, versions, architecture
+
+One is written under a temporary name and renamed when it is on the disk: a checkpoint that has its name is
+whole. Older ones go only after that.
+"""
+
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from lcm_distill.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "webdataset", "torchdata")
+
+
+class Checkpoints:
+    """Writes and restores the checkpoints of one run. Every rank calls every method.
+
+    `networks` are the trained networks by folder name, unwrapped ones for those that Accelerate has not
+    prepared; `limit` is how many checkpoints to keep (None: all).
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, output_dir: str, networks: Mapping[str, torch.nn.Module], limit: int | None
+    ):
+        self._accelerator = accelerator
+        self._output_dir = Path(output_dir)
+        self._networks = networks
+        self._limit = limit
+        accelerator.register_save_state_pre_hook(self._save_networks)
+        accelerator.register_load_state_pre_hook(self._load_networks)
+
+    def save(self, global_step: int, run: Mapping[str, Any], stream_state: Mapping[str, Any]) -> Path:
+        """Writes `checkpoint-{global_step}`; `run` goes into run.json, `stream_state` is this rank's own."""
+        accelerator = self._accelerator
+        final = self._output_dir / f"checkpoint-{global_step}"
+        partial = self._output_dir / f".{final.name}.partial"
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        torch.save(dict(stream_state), partial / f"stream-{accelerator.process_index}.pt")
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            record = dict(run) | {"global_step": global_step, "versions": versions()}
+            (partial / "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+            _sync_to_disk(partial)
+            if final.exists():  # from a run that was resumed further back; the new one takes its place
+                shutil.rmtree(final)
+            partial.rename(final)
+            _sync_folder(self._output_dir)
+            self._prune(keep=final)
+            logger.info("saved %s", final)
+        accelerator.wait_for_everyone()
+        return final
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Restores networks, optimizer, learning rate and scaler; returns this rank's stream state ({} if none)."""
+        self._accelerator.load_state(str(path))
+        stream = path / f"stream-{self._accelerator.process_index}.pt"
+        if not stream.exists():
+            logger.warning("%s holds no data position for rank %d: its data starts anew", path, self._accelerator.process_index)
+            return {}
+        return torch.load(stream, weights_only=True)
+
+    def _save_networks(self, models: list[Any], weights: list[Any], output_dir: str) -> None:
+        if self._accelerator.is_main_process:
+            for name, network in self._networks.items():
+                self._accelerator.unwrap_model(network).save_pretrained(Path(output_dir) / name)
+        weights.clear()  # Accelerate need not save them again
+
+    def _load_networks(self, models: list[Any], input_dir: str) -> None:
+        models.clear()
+        for name, network in self._networks.items():
+            plain = self._accelerator.unwrap_model(network)
+            saved = type(plain).from_pretrained(input_dir, subfolder=name)
+            plain.load_state_dict(saved.state_dict())
+
+    def _prune(self, keep: Path) -> None:
+        if self._limit is None:
+            return
+        older = [path for path in list_checkpoints(self._output_dir) if path != keep]
+        for path in older[: max(0, len(older) + 1 - self._limit)]:
+            shutil.rmtree(path)
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The complete checkpoints in `output_dir`, oldest step first."""
+    folder = Path(output_dir)
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    whole = [path for path in found if (path / "run.json").is_file()]
+    for torn in sorted(set(found) - set(whole)):
+        logger.warning("%s is not a whole checkpoint (no run.json): passed over", torn)
+    return sorted(whole, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> Path | None:
+    """The folder that `--resume_from_checkpoint` means; None to start afresh ("latest" without any)."""
+    if not resume_from_checkpoint:
+        return None
+    if resume_from_checkpoint == "latest":
+        return (list_checkpoints(output_dir) or [None])[-1]
+    for path in (Path(resume_from_checkpoint).expanduser(), Path(output_dir) / resume_from_checkpoint):
+        if path.is_dir():
+            if not (path / "run.json").is_file():
+                raise UsageError(
+                    f"--resume_from_checkpoint {path}: not a whole checkpoint of this project (it has no run.json); "
+                    "give the folder of another, or 'latest'."
+                )
+            return path
+    known = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
+    raise UsageError(f"--resume_from_checkpoint {resume_from_checkpoint}: no such folder. In {output_dir}: {known}.")
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The run.json of a checkpoint."""
+    try:
+        return json.loads((path / "run.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--resume_from_checkpoint {path}: its run.json cannot be read ({error}).") from None
+
+
+def check_resumable(path: Path, run: Mapping[str, Any], *, program: str, architecture: Mapping[str, Any], seed: int | None) -> None:
+    """`UsageError` unless the checkpoint is of this program, this U-Net architecture and this seed."""
+    where = f"--resume_from_checkpoint {path}"
+    if run.get("program") != program:
+        raise UsageError(f"{where} was written by {run.get('program')}, not by {program}; resume it with that program.")
+    saved = run.get("architecture", {})
+    expected = json.loads(json.dumps(dict(architecture), default=str))
+    different = [
+        f"{key}: {saved.get(key)} there, {expected.get(key)} here"
+        for key in sorted({*saved, *expected})
+        if saved.get(key) != expected.get(key)
+    ]
+    if different:
+        raise UsageError(
+            f"{where} is of another architecture ({'; '.join(different[:4])}). Give the teacher and the "
+            "--unet_time_cond_proj_dim it was made with, or another --output_dir."
+        )
+    if seed is not None and run["seed"] != seed:
+        raise UsageError(f"--seed {seed}: the checkpoint {path} was made with seed {run['seed']}; give that or none.")
+
+
+def changed_flags(run: Mapping[str, Any], flags: Mapping[str, Any]) -> list[str]:
+    """The flags that differ from those of the checkpoint's run, as "name: before → now"."""
+    before = run.get("flags", {})
+    now = json.loads(json.dumps(dict(flags), default=str))
+    skip = {"resume_from_checkpoint", "seed", "local_rank", "dry_run"}
+    return [
+        f"--{name}: {before[name]} → {value}"
+        for name, value in now.items()
+        if name in before and name not in skip and before[name] != value
+    ]
+
+
+def public_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags as they may be written down: without tokens."""
+    return {name: value for name, value in flags.items() if "token" not in name}
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that a run depends on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _sync_to_disk(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        else:
+            _sync_folder(path)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,21 @@
+"""What stops a run on purpose, told apart from faults of the program."""
+
+import sys
+from collections.abc import Callable
+
+
+class UsageError(ValueError):
+    """A flag, a path, a shard or a checkpoint that cannot work; the message names the flag and the remedy."""
+
+
+class DivergenceError(RuntimeError):
+    """The loss is not finite any more; the message says at which step, and what to try."""
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """Runs a program's `main`; an error meant for its user is printed as a message, without the traceback."""
+    try:
+        main()
+    except (UsageError, DivergenceError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)

@@ -1,0 +1,94 @@
+"""What a finished run leaves for its users: weights that load with one line, a scheduler, a model card, the Hub."""
+
+import copy
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import LCMScheduler, UNet2DConditionModel
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+
+from lcm_distill.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+# What is uploaded: what users load, and nothing else (no checkpoints, optimizer states or logs).
+UPLOADED = ["README.md", "*.json", "*.safetensors", "unet/*", "unet_target/*", "validation/*.png"]
+_NOT_UPLOADED = ["checkpoint-*", "checkpoint-*/**", ".checkpoint-*", ".checkpoint-*/**"]
+
+
+def export_full_student(
+    output_dir: str, student: UNet2DConditionModel, target: UNet2DConditionModel, scheduler: LCMScheduler, card: ModelCard
+) -> None:
+    """Writes `unet/`, `unet_target/`, and at the top the model with its fp16 variant, scheduler and card.
+
+    The model at the top is the student, so that `UNet2DConditionModel.from_pretrained(output_dir)` and, with
+    `variant="fp16"`, its half-size twin both load.
+    """
+    student.save_pretrained(Path(output_dir) / "unet")
+    target.save_pretrained(Path(output_dir) / "unet_target")
+    student.save_pretrained(output_dir)
+    copy.deepcopy(student).to(torch.float16).save_pretrained(output_dir, variant="fp16")
+    scheduler.save_pretrained(output_dir)
+    card.save(Path(output_dir) / "README.md")
+
+
+def model_card(
+    *, title: str, teacher: str, usage: str, settings: Mapping[str, Any], tags: list[str], pictures: Path | None = None
+) -> ModelCard:
+    """A model card: what it is, how to draw with it (`usage`, Python code), what it was trained with.
+
+    `teacher` becomes the base model when it is a Hub id; `pictures` is a picture relative to the card.
+    """
+    is_hub_id = not Path(teacher).exists() and teacher.count("/") == 1
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        base_model=teacher if is_hub_id else None,
+        tags=["lcm", "latent-consistency-models", "text-to-image", "diffusers", *tags],
+    )
+    rows = "\n".join(f"| `--{name}` | {value} |" for name, value in settings.items() if value is not None)
+    shown = f"![Validation pictures]({pictures.as_posix()})\n\n" if pictures else ""
+    base = f"[{teacher}](https://huggingface.co/{teacher})" if is_hub_id else f"`{Path(teacher).name}`"
+    return ModelCard(
+        f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n"
+        f"A latent consistency model distilled from {base}: it draws in 1 to 8 steps.\n\n{shown}"
+        f"## Use\n\n```python\n{usage}\n```\n\n"
+        "`guidance_scale` is w + 1, with w the guidance of the LCM paper (arXiv 2310.04378).\n\n"
+        f"## Training\n\n| flag | value |\n|---|---|\n{rows}\n"
+    )
+
+
+class HubUpload:
+    """The upload of a run's results. The repository is made at once, so that a wrong token shows before training."""
+
+    def __init__(self, repo_id: str | None, token: str | None, output_dir: str):
+        self._api = HfApi(token=token)
+        self._output_dir = output_dir
+        try:
+            self.repo_id = self._api.create_repo(repo_id or Path(output_dir).resolve().name, exist_ok=True).repo_id
+        except Exception as error:  # no connection, no token, no right: each its own class
+            raise UsageError(
+                f"--push_to_hub: the Hub refused the repository {repo_id or Path(output_dir).name!r} "
+                f"({str(error).strip().splitlines()[0]}). Check --hub_model_id, --hub_token and the connection."
+            ) from None
+
+    def push(self, message: str) -> bool:
+        """Uploads what users load; a failure is reported, never raised: the results are on the disk."""
+        try:
+            self._api.upload_folder(
+                repo_id=self.repo_id,
+                folder_path=self._output_dir,
+                commit_message=message,
+                allow_patterns=UPLOADED,
+                ignore_patterns=_NOT_UPLOADED,
+            )
+        except Exception as error:
+            logger.error(
+                "the upload to %s failed (%s); the model is in %s, upload it with: hf upload %s %s",
+                self.repo_id, error, self._output_dir, self.repo_id, self._output_dir,
+            )
+            return False
+        return True

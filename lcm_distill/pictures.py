@@ -1,0 +1,47 @@
+"""Grids of pictures with labels."""
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+
+def labelled_grid(
+    rows: Sequence[tuple[str, Sequence[Image.Image]]], *, columns: Sequence[str] | None = None, size: int | None = None
+) -> Image.Image:
+    """One picture of rows of pictures, each row's label at its left, the columns' labels above.
+
+    `rows` holds (label, pictures); all rows have as many pictures. Each is shown `size` pixels wide and high
+    (default: as large as the first one is). Long column labels are broken into lines.
+    """
+    size = size or rows[0][1][0].width
+    font = ImageFont.load_default(size=max(11, min(18, size // 6)))
+    line = font.size + 4
+    margin, gap = 6, 4
+    left = margin + max(int(font.getlength(label)) for label, _ in rows) + 10
+    headings = [_broken(text, font, size) for text in columns or []]
+    top = margin + line * max((len(lines) for lines in headings), default=0) + (gap if headings else 0)
+    width = left + len(rows[0][1]) * (size + gap) + margin
+    canvas = Image.new("RGB", (width, top + len(rows) * (size + gap) + margin), "white")
+    pen = ImageDraw.Draw(canvas)
+    for column, lines in enumerate(headings):
+        for number, text in enumerate(lines):
+            pen.text((left + column * (size + gap), margin + number * line), text, fill="black", font=font)
+    for row, (label, pictures) in enumerate(rows):
+        y = top + row * (size + gap)
+        pen.text((margin, y + (size - line) // 2), label, fill="black", font=font)
+        for column, picture in enumerate(pictures):
+            if picture.size != (size, size):
+                picture = picture.resize((size, size), Image.Resampling.NEAREST)
+            canvas.paste(picture, (left + column * (size + gap), y))
+    return canvas
+
+
+def _broken(text: str, font: ImageFont.FreeTypeFont, width: int, most: int = 6) -> list[str]:
+    """`text` in lines no wider than `width`, at most `most` of them."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1] + " …"]

@@ -1,0 +1,79 @@
+"""How a run starts: the accelerator, its trackers, precision and seed."""
+
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+
+from lcm_distill.errors import UsageError
+
+
+def parse_trackers(report_to: str | None) -> list[str]:
+    """The trackers named in `--report_to`, joined by commas or spaces; "all" is every installed one."""
+    names = [name for name in (report_to or "none").lower().replace(",", " ").split() if name != "none"]
+    installed = [str(getattr(name, "value", name)) for name in get_available_trackers()]
+    known = [str(getattr(name, "value", name)) for name in LOGGER_TYPE_TO_CLASS]
+    if "all" in names:
+        return installed
+    for name in names:
+        if name not in known:
+            raise UsageError(f"--report_to {name}: no such tracker; choose among {', '.join(known)}, all and none.")
+        if name not in installed:
+            raise UsageError(f"--report_to {name}: its package is not installed; pip install {name}, or choose another.")
+    return list(dict.fromkeys(names))
+
+
+def start_accelerator(
+    *,
+    output_dir: str,
+    logging_dir: str,
+    trackers: list[str],
+    mixed_precision: str | None,
+    gradient_accumulation_steps: int,
+    allow_tf32: bool,
+) -> Accelerator:
+    """Accelerate's engine as the run's flags want it, and a logger that speaks on the main process only."""
+    on_gpu = torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
+    if mixed_precision == "fp16" and not on_gpu:
+        raise UsageError("--mixed_precision fp16 needs a GPU; on the CPU take bf16 or no.")
+    if allow_tf32 and torch.cuda.is_available():
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        log_with=trackers or None,
+        project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=str(Path(output_dir) / logging_dir)),
+    )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("lcm_distill").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    return accelerator
+
+
+def inference_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The dtype of frozen networks: that of the mixed precision, float32 without."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def settle_seed(seed: int | None) -> int:
+    """`seed`, or one drawn on the main process; the same on every rank. Libraries' global generators are seeded."""
+    chosen = broadcast_object_list([random.SystemRandom().randrange(2**31) if seed is None else seed])[0]
+    set_seed(chosen)
+    return chosen
+
+
+def start_trackers(accelerator: Accelerator, project: str, flags: dict[str, Any], folder: Path) -> None:
+    """Starts the trackers with the run's flags as their configuration; tokens stay out of it."""
+    config = {
+        name: value if isinstance(value, (bool, int, float, str)) else str(value)
+        for name, value in flags.items()
+        if "token" not in name
+    }
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+    accelerator.init_trackers(project, config=config, init_kwargs={"wandb": {"dir": str(folder)}})

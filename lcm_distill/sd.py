@@ -1,0 +1,197 @@
+"""The Stable Diffusion 1.x / 2.x family: load the frozen parts, encode captions, build the sampling pipeline."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from lcm_distill.errors import UsageError
+from lcm_distill.latents import vae_factor
+from lcm_distill.schedule import NoiseSchedule, sampling_grid
+from lcm_distill.unets import check_teacher_config
+
+
+@dataclasses.dataclass
+class TeacherConfigs:
+    """The teacher's configs, read before any weights are."""
+
+    unet: dict[str, Any]
+    vae: dict[str, Any]
+    scheduler: dict[str, Any]
+
+
+@dataclasses.dataclass
+class Frozen:
+    """The parts that do not train. `unet` is the teacher; all are in eval mode, without gradients."""
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    scheduler_config: dict[str, Any]
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The teacher's noise schedule, on the device of the teacher."""
+        return NoiseSchedule.from_config(self.scheduler_config).to(self.unet.device)
+
+
+def read_configs(
+    teacher: str,
+    *,
+    resolution: int,
+    num_ddim_timesteps: int,
+    vae: str | None = None,
+    revision: str | None = None,
+    vae_revision: str | None = None,
+    cache_dir: str | None = None,
+) -> TeacherConfigs:
+    """Reads the configs of `teacher` (folder or Hub id) and checks that this run can use them.
+
+    Errors, all `UsageError`: no such model, another family, a resolution that the VAE's factor does not divide,
+    a solver grid finer than the training's timesteps.
+    """
+    hub = dict(revision=revision, cache_dir=cache_dir)
+    unet = _config(UNet2DConditionModel, teacher, "--pretrained_teacher_model", subfolder="unet", **hub)
+    check_teacher_config(unet, family="sd")
+    scheduler = _config(DDPMScheduler, teacher, "--pretrained_teacher_model", subfolder="scheduler", **hub)
+    if vae is None:
+        vae_config = _config(AutoencoderKL, teacher, "--pretrained_teacher_model", subfolder="vae", **hub)
+    else:
+        vae_config = _config(
+            AutoencoderKL, vae, "--pretrained_vae_model_name_or_path", revision=vae_revision, cache_dir=cache_dir
+        )
+    factor = vae_factor(vae_config)
+    if resolution % factor:
+        raise UsageError(
+            f"--resolution {resolution} is not a multiple of the VAE's factor {factor}; "
+            f"the nearest that are: {resolution // factor * factor or factor} and {(resolution // factor + 1) * factor}."
+        )
+    if vae_config.get("latent_channels", 4) != unet["in_channels"]:
+        raise UsageError(
+            f"--pretrained_vae_model_name_or_path: its latents have {vae_config.get('latent_channels', 4)} channels, "
+            f"the teacher's U-Net takes {unet['in_channels']}."
+        )
+    train_timesteps = scheduler.get("num_train_timesteps", 1000)
+    if num_ddim_timesteps > train_timesteps:
+        raise UsageError(
+            f"--num_ddim_timesteps {num_ddim_timesteps} is above the teacher's {train_timesteps} training timesteps."
+        )
+    NoiseSchedule.from_config(scheduler)  # an unknown prediction type is known now
+    return TeacherConfigs(unet=unet, vae=vae_config, scheduler=scheduler)
+
+
+def load_frozen(
+    teacher: str,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    teacher_dtype: torch.dtype = torch.float32,
+    vae: str | None = None,
+    revision: str | None = None,
+    vae_revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | None = None,
+) -> Frozen:
+    """Loads what does not train: text encoder and VAE in `dtype`, the teacher's U-Net in `teacher_dtype`.
+
+    The autoencoders of SD 1.x and 2.x are safe in half precision. `variant` names the weight files of the
+    teacher ("fp16"); `vae` is a separate autoencoder (folder or Hub id), of revision `vae_revision`.
+    """
+    hub: dict[str, Any] = dict(revision=revision, cache_dir=cache_dir)
+    scheduler_config = DDPMScheduler.load_config(teacher, subfolder="scheduler", **hub)
+    tokenizer = CLIPTokenizer.from_pretrained(teacher, subfolder="tokenizer", **hub)
+    hub["variant"] = variant
+    text_encoder = CLIPTextModel.from_pretrained(teacher, subfolder="text_encoder", dtype=dtype, **hub)
+    if vae is None:
+        autoencoder = AutoencoderKL.from_pretrained(teacher, subfolder="vae", torch_dtype=dtype, **hub)
+    else:
+        autoencoder = AutoencoderKL.from_pretrained(vae, torch_dtype=dtype, revision=vae_revision, cache_dir=cache_dir)
+    unet = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet", torch_dtype=teacher_dtype, **hub)
+    for network in (text_encoder, autoencoder, unet):
+        network.requires_grad_(False).eval().to(device)
+    return Frozen(tokenizer, text_encoder, autoencoder, unet, dict(scheduler_config))
+
+
+@torch.no_grad()
+def encode_captions(frozen: Frozen, captions: list[str]) -> dict[str, torch.Tensor]:
+    """The U-Net's conditioning for `captions`: `encoder_hidden_states`, `[B, tokens, dim]`."""
+    tokens = frozen.tokenizer(
+        captions,
+        padding="max_length",
+        max_length=frozen.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    # As in the pipelines, the mask counts only for text encoders whose config asks for it.
+    use_mask = getattr(frozen.text_encoder.config, "use_attention_mask", False)
+    device = frozen.text_encoder.device
+    mask = tokens.attention_mask.to(device) if use_mask else None
+    output = frozen.text_encoder(tokens.input_ids.to(device), attention_mask=mask)
+    return {"encoder_hidden_states": output.last_hidden_state}
+
+
+def lcm_scheduler(
+    scheduler_config: dict[str, Any], *, num_ddim_timesteps: int, timestep_scaling: float
+) -> LCMScheduler:
+    """The sampler of a student: the teacher's schedule with the run's solver grid and timestep scaling."""
+    return LCMScheduler.from_config(
+        scheduler_config,
+        original_inference_steps=sampling_grid(num_ddim_timesteps, scheduler_config.get("num_train_timesteps", 1000)),
+        timestep_scaling=timestep_scaling,
+    )
+
+
+def build_pipeline(frozen: Frozen, unet: UNet2DConditionModel, scheduler: LCMScheduler) -> StableDiffusionPipeline:
+    """A pipeline that draws with `unet` and the frozen parts; it shares their weights."""
+    pipeline = StableDiffusionPipeline(
+        vae=frozen.vae,
+        text_encoder=frozen.text_encoder,
+        tokenizer=frozen.tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _config(kind: Any, model: str, flag: str, **where: Any) -> dict[str, Any]:
+    """A model's config as a dict; `UsageError` naming `flag` if there is none."""
+    folder = where.get("subfolder") or "."
+    if Path(model).exists():
+        remedy = f"give a Diffusers pipeline folder, which has {folder}/{kind.config_name}"
+        if not (Path(model) / folder / kind.config_name).is_file():
+            raise UsageError(f"{flag} {model}: there is no {folder}/{kind.config_name} in it; {remedy}.")
+    elif model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise UsageError(f"{flag} {model}: no such folder; give a Diffusers pipeline folder or a Hub id.")
+    try:
+        return dict(kind.load_config(model, **where))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{flag} {model}: neither a folder here nor a model that the Hub gave us; "
+            f"check the name, the revision and the connection. ({str(error).strip().splitlines()[0]})"
+        ) from None
+
+
+def usage(teacher: str, model: str, guidance_scale: float) -> str:
+    """Python code that draws with the finished `model` (folder or Hub id), for its model card."""
+    return f"""\
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+
+unet = UNet2DConditionModel.from_pretrained({model!r}, torch_dtype=torch.float16, variant="fp16")
+pipe = DiffusionPipeline.from_pretrained({teacher!r}, unet=unet, torch_dtype=torch.float16).to("cuda")
+pipe.scheduler = LCMScheduler.from_pretrained({model!r})
+picture = pipe("your prompt", num_inference_steps=4, guidance_scale={guidance_scale:g}).images[0]"""

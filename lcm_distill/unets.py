@@ -1,0 +1,69 @@
+"""The U-Nets of a full distillation: a student that starts as its teacher, and its slow copy, the target."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.utils import is_xformers_available
+
+from lcm_distill.errors import UsageError
+
+
+def student_from_teacher(teacher: UNet2DConditionModel, time_cond_proj_dim: int) -> UNet2DConditionModel:
+    """A float32 copy of `teacher` with a guidance embedding of that width (`timestep_cond`, `[B, dim]`).
+
+    The projection of the embedding starts at zero, so the untrained student is the teacher, whatever w.
+    """
+    student = UNet2DConditionModel.from_config(dict(teacher.config) | {"time_cond_proj_dim": time_cond_proj_dim})
+    missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
+    assert set(missing) == {"time_embedding.cond_proj.weight"} and not unexpected, (missing, unexpected)
+    torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
+    return student.float().train()
+
+
+def target_from_student(student: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The target network: a frozen float32 copy, never in training mode (no dropout)."""
+    return copy.deepcopy(student).requires_grad_(False).eval()
+
+
+def architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What two U-Nets must share for one's weights to fit the other: their config, less names and versions."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in config.items()
+        if not key.startswith("_") and key != "sample_size"
+    }
+
+
+def enable_xformers(*unets: UNet2DConditionModel) -> str | None:
+    """Switches `unets` to xformers' attention; where it does not work, says why and leaves PyTorch's own."""
+    reason = None
+    if not torch.cuda.is_available():
+        reason = "it needs a CUDA GPU"
+    elif not is_xformers_available():
+        reason = "the package xformers is not installed"
+    else:
+        try:
+            for unet in unets:
+                unet.enable_xformers_memory_efficient_attention()
+        except Exception as error:  # xformers fails in many ways when it was built for another torch or GPU
+            reason = f"xformers says: {error}"
+    return reason
+
+
+def check_teacher_config(config: Mapping[str, Any], *, family: str) -> None:
+    """`UsageError` if the teacher's U-Net config is not one that `family`, "sd" or "sdxl", can distil."""
+    is_sdxl = config.get("addition_embed_type") == "text_time"
+    if is_sdxl != (family == "sdxl"):
+        right = "sdxl" if is_sdxl else "sd"
+        raise UsageError(
+            f"--pretrained_teacher_model is a Stable Diffusion {'XL ' if is_sdxl else ''}model; "
+            f"distil it with train_lcm_distill_{right}_wds.py or train_lcm_distill_lora_{right}_wds.py."
+        )
+    if config.get("time_cond_proj_dim") is not None:
+        raise UsageError(
+            "--pretrained_teacher_model already has a guidance embedding: it is an LCM, not a teacher. "
+            "Give the model that it was distilled from."
+        )

@@ -1,0 +1,78 @@
+"""Validation pictures: drawn as a user would draw them, shown on disk and in every tracker."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from lcm_distill.pictures import labelled_grid
+
+logger = logging.getLogger(__name__)
+
+
+def default_guidance_scale(w_min: float, w_max: float) -> float:
+    """The pipelines' guidance_scale 8, brought into the trained range [w_min + 1, w_max + 1]."""
+    return min(max(8.0, w_min + 1), w_max + 1)
+
+
+@torch.no_grad()
+def draw(
+    pipeline: Any,
+    prompts: Sequence[str],
+    *,
+    images_per_prompt: int,
+    inference_steps: int,
+    guidance_scale: float,
+    resolution: int,
+    seed: int,
+) -> list[Image.Image]:
+    """`images_per_prompt` pictures of each prompt, prompt by prompt, from noise that depends on `seed` alone.
+
+    The networks draw in eval mode and are given back in the mode they were in. Nothing touches torch's global
+    random state.
+    """
+    was_training = pipeline.unet.training
+    pipeline.unet.eval()
+    pictures: list[Image.Image] = []
+    for number, prompt in enumerate(prompts):
+        generators = [
+            torch.Generator().manual_seed(seed + number * images_per_prompt + k) for k in range(images_per_prompt)
+        ]
+        pictures += pipeline(
+            [prompt] * images_per_prompt,
+            num_inference_steps=inference_steps,
+            guidance_scale=guidance_scale,
+            height=resolution,
+            width=resolution,
+            generator=generators,
+        ).images
+    pipeline.unet.train(was_training)
+    return pictures
+
+
+def save_grid(path: Path, rows: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str]) -> None:
+    """A PNG of `rows` (label → pictures, prompt by prompt), each prompt above the first of its pictures."""
+    per_prompt = len(next(iter(rows.values()))) // len(prompts)
+    columns = [text for prompt in prompts for text in [prompt, *[""] * (per_prompt - 1)]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    labelled_grid(list(rows.items()), columns=columns, size=min(256, next(iter(rows.values()))[0].width)).save(path)
+
+
+def log_pictures(accelerator: Accelerator, rows: Mapping[str, Sequence[Image.Image]], global_step: int) -> None:
+    """Sends each row of pictures to every tracker that takes pictures."""
+    for tracker in accelerator.trackers:
+        for label, pictures in rows.items():
+            tag = f"validation/{label}"
+            if tracker.name == "tensorboard":
+                stacked = np.stack([np.asarray(picture) for picture in pictures])
+                tracker.log_images({tag: stacked}, step=global_step, dataformats="NHWC")
+            elif hasattr(tracker, "log_images"):
+                tracker.log_images({tag: list(pictures)}, step=global_step)
+            else:
+                logger.warning("the tracker %s takes no pictures; they are in the output folder", tracker.name)
+                break

@@ -1,0 +1,811 @@
+"""The shard stream: each sample once an epoch, exact restore, true geometry, and never stuck on bad data."""
+
+import io
+import itertools
+import json
+import logging
+import os
+import pickle
+import random
+import re
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lcm_distill import stream as stream_module
+from lcm_distill.errors import UsageError
+from lcm_distill.stream import (
+    DropCounter,
+    ShardStream,
+    StreamIterator,
+    count_samples,
+    deal_shards,
+    decode_picture,
+    expand_shards,
+    inspect_shards,
+    make_loader,
+    resize_and_crop,
+)
+
+REPO = Path(__file__).parents[1]
+
+
+def write_tar(path, files, mode="w"):
+    """A tar of (name, content) pairs; content may be text or bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as tar:
+        for name, content in files:
+            content = content.encode() if isinstance(content, str) else content
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def encode(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise_picture(seed, size=(20, 16)):
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return encode(Image.fromarray(values))
+
+
+def coordinate_picture(width, height):
+    """Red tells the column, green the row."""
+    rows, columns = np.mgrid[:height, :width].astype(np.uint8)
+    return encode(Image.fromarray(np.stack([columns, rows, np.zeros_like(rows)], axis=-1)))
+
+
+def write_shards(folder, counts):
+    """Shards of so many good samples each; the captions are 'shard-number'."""
+    return [
+        write_tar(
+            folder / f"{s:03d}.tar",
+            [
+                file
+                for i in range(count)
+                for file in ((f"{s}_{i}.png", noise_picture(1000 * s + i)), (f"{s}_{i}.txt", f"{s}-{i}"))
+            ],
+        )
+        for s, count in enumerate(counts)
+    ]
+
+
+def make_stream(shards, **options):
+    return ShardStream(**{"shards": shards, "batch_size": 1, "resolution": 16, "seed": 0, "shuffle_window": 5} | options)
+
+
+def read_epochs(shards, *, ranks=1, workers=0, epochs=1, **options):
+    """consumer -> epoch -> batches of one sample, read without processes."""
+    result = {}
+    for rank, worker in itertools.product(range(ranks), range(max(1, workers))):
+        stream = make_stream(shards, rank=rank, world_size=ranks, **options)
+        iterator = StreamIterator(stream, worker=worker, workers=workers)
+        mine = result[rank, worker] = [[] for _ in range(epochs)]
+        while True:
+            batch = next(iterator)
+            if iterator.epoch >= epochs:
+                break
+            mine[iterator.epoch].append(batch)
+    return result
+
+
+def captions(batches):
+    return [caption for batch in batches for caption in batch["captions"]]
+
+
+def assert_same_batches(first, second):
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert one["captions"] == other["captions"]
+        for key in ("pixels", "original_sizes", "crop_top_lefts"):
+            assert torch.equal(one[key], other[key]), key
+        assert one["dropped"] == other["dropped"]
+        assert one["worker"] == other["worker"]
+
+
+def take(iterator, count):
+    return list(itertools.islice(iterator, count))
+
+
+# ------------------------------------------------------------------------------------------------------- order
+
+
+@pytest.mark.parametrize(
+    ("counts", "ranks", "workers"),
+    [
+        ([7], 1, 0),
+        ([16], 1, 4),  # one shard, four workers
+        ([3], 2, 4),  # fewer samples than consumers
+        ([5, 6, 7, 4], 1, 2),
+        ([5, 6, 7, 4, 9], 2, 2),  # one shard left over
+        ([5, 6, 7, 4, 9, 1, 0], 2, 2),  # three left over, one of them empty
+        ([4, 5, 6], 3, 3),  # more consumers than shards
+        ([2] * 11, 2, 1),
+    ],
+)
+def test_each_sample_once_an_epoch(tmp_path, counts, ranks, workers):
+    shards = write_shards(tmp_path, counts)
+    everything = sorted(f"{s}-{i}" for s, count in enumerate(counts) for i in range(count))
+    consumers = read_epochs(shards, ranks=ranks, workers=workers, epochs=3)
+    for epoch in range(3):
+        assert sorted(c for of in consumers.values() for c in captions(of[epoch])) == everything
+    # over as many epochs as there are consumers, the slots of a shared shard go all the way round
+    slots = {
+        (epoch, consumer): deal_shards(len(counts), seed=0, epoch=epoch, consumer=consumer, consumers=len(consumers))
+        for epoch in range(3)
+        for consumer in range(len(consumers))
+    }
+    shares = {key: sum(high - low for _, low, high in parts) for key, parts in slots.items()}
+    assert set(shares.values()) == {len(counts)}  # in units of 1/consumers of a shard: balanced
+    assert all(sum((low, high) != (0, len(consumers)) for _, low, high in parts) <= 2 for parts in slots.values())
+
+
+def test_consumer_without_a_sample_gets_one_in_a_later_epoch(tmp_path):
+    shards = write_shards(tmp_path, [1])
+    for worker in range(4):
+        iterator = StreamIterator(make_stream(shards), worker=worker, workers=4)
+        assert next(iterator)["captions"] == ["0-0"]
+        assert iterator.epoch == (worker - 0) % 4
+
+
+def test_loader_with_four_workers_on_one_shard(tmp_path):
+    loader = make_loader(make_stream(write_shards(tmp_path, [16])), 4)
+    batches = take(iter(loader), 16)
+    assert sorted(captions(batches)) == sorted(f"0-{i}" for i in range(16))
+    assert [batch["worker"] for batch in batches] == [0, 1, 2, 3] * 4
+
+
+def test_seed_and_epoch_make_the_order(tmp_path):
+    shards = write_shards(tmp_path, [6, 7, 8])
+    first, second = captions_of_two_epochs(shards, seed=3)
+    assert [first, second] == captions_of_two_epochs(shards, seed=3)
+    assert first != second and sorted(first) == sorted(second)
+    assert first != captions_of_two_epochs(shards, seed=4)[0]
+
+
+def captions_of_two_epochs(shards, **options):
+    return [captions(epoch) for epoch in read_epochs(shards, epochs=2, **options)[0, 0]]
+
+
+def test_shuffle_stays_in_the_window(tmp_path):
+    """Window 1 is the shard order; window 4 permutes fours; the limit in bytes ends a block early."""
+    shards = write_shards(tmp_path, [10])
+    files = [f"0-{i}" for i in range(10)]
+    assert captions_of_two_epochs(shards, shuffle_window=1)[0] == files
+    shuffled = captions_of_two_epochs(shards, shuffle_window=4)[0]
+    assert shuffled != files
+    for start in range(0, 10, 4):
+        assert sorted(shuffled[start : start + 4]) == files[start : start + 4]
+
+
+def test_shuffle_window_is_bounded_in_bytes(tmp_path, monkeypatch):
+    shards = write_shards(tmp_path, [10])
+    monkeypatch.setattr(stream_module, "WINDOW_BYTES", 1)
+    assert captions_of_two_epochs(shards, shuffle_window=10)[0] == [f"0-{i}" for i in range(10)]
+
+
+def test_draws_do_not_depend_on_who_reads(tmp_path):
+    """Crop, flip and emptied captions of a sample come from (seed, epoch, sample)."""
+    shards = write_shards(tmp_path, [6, 7, 8])
+
+    def draws(epoch, **layout):
+        consumers = read_epochs(shards, epochs=2, random_flip=True, **layout)
+        batches = [batch for of in consumers.values() for batch in of[epoch]]
+        return {b["captions"][0]: (b["pixels"].numpy().tobytes(), b["crop_top_lefts"].tolist()) for b in batches}
+
+    assert draws(0) == draws(0, ranks=2, workers=3) == draws(0, workers=2, shuffle_window=100)
+    assert draws(0) != draws(1)  # another epoch crops anew
+    assert draws(0) != draws(0, seed=1)
+
+
+def test_batches_are_full_and_run_on_across_epochs(tmp_path):
+    shards = write_shards(tmp_path, [5, 5])
+    batches = take(iter(make_stream(shards, batch_size=4)), 5)
+    assert all(batch["pixels"].shape == (4, 3, 16, 16) for batch in batches)
+    assert all(batch["pixels"].dtype == torch.uint8 for batch in batches)
+    assert all(batch["original_sizes"].shape == batch["crop_top_lefts"].shape == (4, 2) for batch in batches)
+    assert set(Counter(captions(batches)).values()) == {2}  # 20 samples are two epochs of 10
+
+
+# ------------------------------------------------------------------------------------------------------- place
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_restore_is_exact(tmp_path, workers):
+    """Saved behind every third batch, restored in a new loader: the same rest, over an epoch's border at least."""
+    shards = write_shards(tmp_path / "good", [7, 6, 8, 5])
+    bad = [("a.txt", "no picture"), ("b.png", noise_picture(1)), ("c.png", b"text"), ("c.txt", "no picture either")]
+    shards.append(write_tar(tmp_path / "bad.tar", bad))
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(Path(shards[0]).read_bytes()[:1000])
+    shards.append(str(cut))
+
+    def loader():
+        options = {"batch_size": 3, "random_flip": True, "proportion_empty_prompts": 0.3, "shuffle_window": 4}
+        return make_loader(make_stream(shards, **options), workers)
+
+    original, states, batches = loader(), [], []
+    iterator = iter(original)
+    for _ in range(27):
+        states.append(original.state_dict())
+        batches.append(next(iterator))
+    assert all(place["epoch"] >= 1 for place in stream_module._places(states[-1]))
+    assert {reason for batch in batches for reason in batch["dropped"]} > {stream_module.UNREADABLE_SHARD}
+    for k in range(0, 27, 3):
+        buffer = io.BytesIO()
+        torch.save(states[k], buffer)
+        assert len(buffer.getvalue()) < 10_000
+        buffer.seek(0)
+        again = loader()
+        again.load_state_dict(torch.load(buffer, weights_only=True))
+        assert_same_batches(take(iter(again), 27 - k), batches[k:])
+
+
+def test_restore_costs_one_block(tmp_path, monkeypatch):
+    """Only the block in use is read again, not the shards before it."""
+    shards = write_shards(tmp_path, [4] * 10)
+    stream = make_stream(shards, shuffle_window=4)
+    iterator = iter(stream)
+    take(iterator, 34)
+    state = iterator.state_dict()
+    expected = next(iterator)
+    read, original = [], stream_module.read_shard
+    monkeypatch.setattr(stream_module, "read_shard", lambda shard, **o: read.append(shard) or original(shard, **o))
+    again = iter(stream)
+    again.load_state_dict(state)
+    assert_same_batches([next(again)], [expected])
+    assert len(read) <= 2
+
+
+@pytest.mark.parametrize(("ranks", "workers", "new_ranks", "new_workers"), [(1, 2, 1, 0), (1, 0, 1, 1), (2, 1, 1, 1)])
+def test_restore_with_another_layout_continues_at_the_epochs_start(
+    tmp_path, caplog, ranks, workers, new_ranks, new_workers
+):
+    shards = write_shards(tmp_path, [4, 5, 6])
+    saved = make_loader(make_stream(shards, world_size=ranks), workers)
+    take(iter(saved), 24)  # in the second epoch, or, of two ranks, the fourth
+    state = saved.state_dict()
+    epoch = min(place["epoch"] for place in stream_module._places(state))
+    assert epoch >= 1
+    restored = make_loader(make_stream(shards, world_size=new_ranks), new_workers)
+    with caplog.at_level(logging.WARNING):
+        restored.load_state_dict(state)
+    assert f"start of epoch {epoch}" in caplog.text and "->" in caplog.text
+    fresh = read_epochs(shards, ranks=new_ranks, workers=new_workers, epochs=epoch + 1)[0, 0][epoch]
+    assert captions(take(iter(restored), len(fresh))) == captions(fresh)
+
+
+def test_restore_with_other_shards_is_told(tmp_path, caplog):
+    shards = write_shards(tmp_path, [4, 5, 6])
+    loader = make_loader(make_stream(shards[:2]), 0)
+    take(iter(loader), 3)
+    other = make_loader(make_stream(shards), 0)
+    other.load_state_dict(loader.state_dict())
+    assert "shards" in caplog.text
+    caplog.clear()
+    moved = [write_tar(tmp_path / "moved" / Path(s).name, []) for s in shards[:2]]  # same names elsewhere: same data
+    make_loader(make_stream(moved), 0).load_state_dict(loader.state_dict())
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_global_generators_are_left_alone(tmp_path, workers):
+    """Making a loader's iterator used to draw from torch's generator, so that a resumed run went another way."""
+    shards = write_shards(tmp_path, [6])
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    take(iter(make_loader(make_stream(shards, random_flip=True), workers)), 8)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])
+    assert before[2] == random.getstate()
+
+
+def test_stream_can_be_sent_to_a_spawned_worker(tmp_path):
+    stream = make_stream(write_shards(tmp_path, [6]), batch_size=2)
+    assert_same_batches(take(iter(pickle.loads(pickle.dumps(stream))), 3), take(iter(stream), 3))
+
+
+WORKERS_SCRIPT = """
+import sys, time
+from lcm_distill.stream import ShardStream, make_loader
+loader = make_loader(ShardStream(shards=sys.argv[1:2], batch_size=1, resolution=16, seed=0), 2)
+iterator = iter(loader)
+next(iterator)
+print(*(worker.pid for worker in loader._iterator._workers), flush=True)
+if sys.argv[2] == "wait":
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("end", ["exit", "wait"])
+def test_workers_end_with_their_parent(tmp_path, end):
+    """Whether the program comes to its end or is killed, no worker stays behind."""
+    (shard,) = write_shards(tmp_path, [6])
+    command = [sys.executable, "-c", WORKERS_SCRIPT, shard, end]
+    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True) as parent:
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(pids) == 2
+        if end == "wait":
+            parent.kill()
+        assert parent.wait(timeout=15) == (0 if end == "exit" else -9)
+    deadline = time.monotonic() + 15
+    while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(is_running(pid) for pid in pids)
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------ geometry and colours
+
+
+@pytest.mark.parametrize("size", [(48, 32), (32, 48), (32, 32)])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("center", [False, True])
+def test_crop_corner_is_where_the_pixels_come_from(tmp_path, size, flip, center):
+    """With the shorter side at the resolution already, each pixel tells its place in the picture."""
+    width, height = size
+    files = [(f"{i}.{e}", c) for i in range(24) for e, c in (("png", coordinate_picture(*size)), ("txt", "x"))]
+    shards = [write_tar(tmp_path / "0.tar", files)]
+    (epoch,) = read_epochs(shards, resolution=32, random_flip=flip, center_crop=center)[0, 0]
+    flipped = set()
+    for batch in epoch:
+        columns, rows, _ = batch["pixels"][0].int()
+        ((top, left),) = batch["crop_top_lefts"].tolist()
+        is_flipped = bool(columns[0, 0] > columns[0, 1])
+        flipped.add(is_flipped)
+        own = columns if not is_flipped else width - 1 - columns  # the column in the picture as it was cropped
+        assert torch.equal(own, left + torch.arange(32).expand(32, 32))
+        assert torch.equal(rows, top + torch.arange(32)[:, None].expand(32, 32))
+        assert batch["original_sizes"].tolist() == [[height, width]]
+        if center:
+            assert (top, left) == ((height - 32) // 2, (width - 32) // 2)
+    assert flipped == ({False, True} if flip else {False})
+    corners = {tuple(batch["crop_top_lefts"][0].tolist()) for batch in epoch}
+    assert (len(corners) > 4) == (size != (32, 32) and not center)
+
+
+@pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS])
+@pytest.mark.parametrize("size", [(90, 64), (61, 200), (13, 17), (500, 31)])
+def test_one_resize_of_the_box_is_resize_then_crop(resample, size):
+    values = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    image = Image.fromarray(values)
+    for top, left in ((0.0, 0.0), (0.5, 0.5), (0.999, 0.999), (0.3, 0.8)):
+        square, (y, x), width = resize_and_crop(image, resolution=32, resample=resample, top=top, left=left)
+        height = 32 * size[1] // min(size)
+        assert width == 32 * size[0] // min(size)
+        assert 0 <= y <= height - 32 and 0 <= x <= width - 32
+        reference = image.resize((width, height), resample).crop((x, y, x + 32, y + 32))
+        difference = np.abs(np.asarray(square, dtype=int) - np.asarray(reference, dtype=int))
+        assert difference.max() <= 2  # rounding between the two passes
+
+
+def test_random_crop_reaches_both_ends():
+    image = Image.new("RGB", (40, 32))
+    corners = [
+        resize_and_crop(image, resolution=32, resample=2, top=0.5, left=left)[1][1]
+        for left in np.linspace(0, 1, 91)[:-1].tolist()
+    ]
+    assert Counter(corners) == dict.fromkeys(range(9), 10)
+
+
+def test_exif_rotation_is_undone():
+    upright = Image.fromarray(np.repeat(np.arange(32, dtype=np.uint8)[:, None] * 8, 16, axis=1)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    image = decode_picture(encode(upright.transpose(Image.Transpose.ROTATE_90), exif=exif.tobytes()))
+    assert image.size == (16, 32)
+    assert np.array_equal(np.asarray(image), np.asarray(upright))
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "expected"),
+    [
+        (Image.new("RGBA", (8, 8), (255, 0, 0, 0)), "PNG", (255, 255, 255)),
+        (Image.new("RGBA", (8, 8), (255, 0, 0, 51)), "WEBP", (255, 204, 204)),
+        (Image.new("LA", (8, 8), (0, 0)), "PNG", (255, 255, 255)),
+        (Image.new("L", (8, 8), 77), "JPEG", (77, 77, 77)),
+        (Image.new("1", (8, 8), 1), "PNG", (255, 255, 255)),
+        (Image.new("RGB", (8, 8), (10, 200, 30)).convert("P", palette=Image.Palette.ADAPTIVE), "PNG", (10, 200, 30)),
+        (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", (255, 0, 0)),
+        (Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16)), "PNG", (128, 128, 128)),
+    ],
+)
+def test_every_mode_becomes_rgb(image, kind, expected):
+    decoded = decode_picture(encode(image, kind, **({"lossless": True} if kind == "WEBP" else {})))
+    assert decoded.mode == "RGB"
+    assert np.abs(np.asarray(decoded).astype(int) - expected).max() <= 3
+
+
+def test_transparent_palette_becomes_white():
+    content = encode(Image.new("P", (8, 8), 0), transparency=0)
+    assert np.all(np.asarray(decode_picture(content)) == 255)
+
+
+@pytest.mark.parametrize(
+    ("meta", "expected"),
+    [
+        ({"original_height": 900, "original_width": 1200, "height": 9, "width": 12}, [900, 1200]),
+        ({"height": 90, "width": 120}, [90, 120]),
+        ({"original_height": 900, "width": 120}, [16, 20]),
+        ({"original_height": 0, "original_width": 1200, "height": 90.0, "width": 120.0}, [90, 120]),
+        ({"original_height": "x", "original_width": True, "height": 10**30, "width": float("nan")}, [16, 20]),
+        ({"HEIGHT": 5}, [16, 20]),
+        ([1, 2], [16, 20]),
+        ("{broken", [16, 20]),
+        (b"\xff\xfe{", [16, 20]),
+        ("[" * 100_000, [16, 20]),
+        (None, [16, 20]),
+    ],
+)
+def test_original_size(tmp_path, meta, expected):
+    """SDXL wants (height, width); a foreign or broken JSON never costs the sample."""
+    files = [("a.png", noise_picture(0)), ("a.txt", "x")]
+    if meta is not None:
+        files.append(("a.json", meta if isinstance(meta, (str, bytes)) else json.dumps(meta)))
+    (batch,) = take(iter(make_stream([write_tar(tmp_path / "0.tar", files)])), 1)
+    assert batch["original_sizes"].tolist() == [expected]
+
+
+# ---------------------------------------------------------------------------------------------------- captions
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"txt": " a cat \n"}, "a cat"),
+        ({"TXT": "a cat"}, "a cat"),
+        ({"text": "a cat"}, "a cat"),
+        ({"caption": "a cat", "json": '{"caption": "a dog"}'}, "a cat"),
+        ({"json": '{"caption": "a cat"}'}, "a cat"),
+        ({"json": '{"text": "a cat", "caption": null}'}, "a cat"),
+        ({"txt": "", "json": '{"caption": "a cat"}'}, "a cat"),
+        ({"txt": b"\xff\xff", "json": '{"caption": "a cat"}'}, "a cat"),
+        ({"txt": b"\xef\xbb\xbfa cat"}, "a cat"),
+        ({"json": '{"caption": "a \\ud83d cat"}'}, "a ? cat"),
+        ({"json": '{"caption": ["a cat"]}'}, "a cat"),
+        ({"txt": "x" * 10_000}, "x" * 4096),
+    ],
+)
+def test_caption_sources(tmp_path, files, expected):
+    named = [("a.PNG", noise_picture(0)), *((f"a.{extension}", content) for extension, content in files.items())]
+    (batch,) = take(iter(make_stream([write_tar(tmp_path / "0.tar", named)])), 1)
+    assert batch["captions"] == [expected]
+
+
+def test_one_of_several_captions_is_drawn(tmp_path):
+    files = [("a.png", noise_picture(0)), ("a.json", json.dumps({"caption": ["one", "two", "", 3, "three"]}))]
+    batches = take(iter(make_stream([write_tar(tmp_path / "0.tar", files)])), 60)
+    counts = Counter(captions(batches))
+    assert set(counts) == {"one", "two", "three"} and min(counts.values()) > 8
+
+
+@pytest.mark.parametrize("proportion", [0.0, 0.5, 1.0])
+def test_proportion_of_empty_prompts(tmp_path, proportion):
+    batches = take(iter(make_stream(write_shards(tmp_path, [20]), proportion_empty_prompts=proportion)), 400)
+    empty = captions(batches).count("")
+    assert abs(empty - 400 * proportion) <= (40 if proportion == 0.5 else 0)  # 4 standard deviations
+    # the other draws are the same whatever the proportion
+    plain = take(iter(make_stream(write_shards(tmp_path, [20]))), 5)
+    assert all(torch.equal(a["pixels"], b["pixels"]) for a, b in zip(plain, batches, strict=False))
+
+
+# ---------------------------------------------------------------------------------------------------- bad data
+
+
+def bomb():
+    """A PNG that claims 30,000 x 30,000 pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    chunks = ((len(chunk) - 4, chunk, zlib.crc32(chunk)) for chunk in (header, b"IDAT" + zlib.compress(bytes(1000))))
+    packed = (struct.pack(">I", size) + chunk + struct.pack(">I", crc) for size, chunk, crc in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+class TouchesFile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+GOOD = noise_picture(0)
+BAD_SAMPLES = [
+    (stream_module.NO_PICTURE, [("a.txt", "x")]),
+    (stream_module.NO_PICTURE, [("a.tiff", GOOD), ("a.txt", "x")]),
+    (stream_module.NO_CAPTION, [("a.png", GOOD)]),
+    (stream_module.NO_CAPTION, [("a.png", GOOD), ("a.txt", " \n")]),
+    (stream_module.NO_CAPTION, [("a.png", GOOD), ("a.json", '{"prompt": "x"}')]),
+    (stream_module.NO_CAPTION, [("a.png", GOOD), ("b/a.txt", "of another folder")]),
+    (stream_module.CAPTION_NOT_UTF8, [("a.png", GOOD), ("a.txt", b"\xff\xfe\xfd")]),
+    (stream_module.NOT_A_PICTURE, [("a.jpg", "text in place of a picture"), ("a.txt", "x")]),
+    (stream_module.NOT_A_PICTURE, [("a.jpg", ""), ("a.txt", "x")]),
+    (stream_module.NOT_A_PICTURE, [("a.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), ("a.txt", "x")]),
+    (stream_module.NOT_A_PICTURE, [("a.png", GOOD[:20]), ("a.txt", "x")]),
+    (stream_module.DAMAGED_PICTURE, [("a.png", GOOD[: len(GOOD) // 2]), ("a.txt", "x")]),
+    (stream_module.HUGE_PICTURE, [("a.png", bomb()), ("a.txt", "x")]),
+    (stream_module.DUPLICATE_NAME, [("a.png", GOOD), ("a.txt", "x"), ("a.png", noise_picture(1)), ("a.txt", "y")]),
+    (stream_module.DUPLICATE_NAME, [("a.png", GOOD), ("a.PNG", noise_picture(1)), ("a.txt", "y")]),
+]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_samples_are_skipped_and_counted(tmp_path, workers):
+    """All kinds of them in one shard, a good sample behind each: all good ones come, and every count is right."""
+    files = [("first.png", GOOD), ("first.txt", "first"), ("second.png", GOOD), ("second.txt", "second")]
+    for i, (_, bad) in enumerate(BAD_SAMPLES):
+        files += [(re.sub(r"\ba\.", f"bad{i}.", name), content) for name, content in bad]
+        files += [(f"good{i}.png", GOOD), (f"good{i}.txt", str(i))]
+    # File order, so that all of the first epoch's drops lie before the second epoch's first sample(s).
+    stream = make_stream([write_tar(tmp_path / "0.tar", files)], shuffle_window=1)
+    expected = Counter(reason for reason, _ in BAD_SAMPLES)
+    expected[stream_module.NO_PICTURE] += 1  # the caption of another folder is a sample of its own
+    seen, counters = {}, {}
+    for worker in range(max(1, workers)):
+        iterator = StreamIterator(stream, worker=worker, workers=workers)
+        counter = DropCounter()
+        while iterator.epoch == 0:
+            batch = next(iterator)
+            seen.setdefault(iterator.epoch, []).extend(batch["captions"])
+            counter.update(batch)
+        counters[worker] = counter.total()
+    assert sorted(seen[0]) == sorted(["first", "second", *map(str, range(len(BAD_SAMPLES)))])
+    assert sum(map(Counter, counters.values()), Counter()) == expected
+
+
+def test_drop_counter_totals_the_workers():
+    counter = DropCounter()
+    for worker, dropped in ((0, {"a": 1}), (1, {"a": 2, "b": 5}), (0, {"a": 3})):
+        counter.update({"worker": worker, "dropped": dropped})
+    assert counter.total() == {"a": 5, "b": 5}
+    assert str(counter) == "5 x a, 5 x b"
+
+
+@pytest.mark.parametrize("reason_and_files", BAD_SAMPLES, ids=lambda case: case[0])
+def test_each_kind_of_bad_sample_has_its_reason(tmp_path, reason_and_files):
+    reason, files = reason_and_files
+    good = [("good.png", GOOD), ("good.txt", "good")]
+    shards = [write_tar(tmp_path / "0.tar", [*files, *good])]
+    stream = make_stream(shards, shuffle_window=1)  # in file order: the bad one comes first
+    (batch,) = take(iter(stream), 1)
+    assert batch["captions"] == ["good"]
+    assert reason in batch["dropped"]
+    report = inspect_shards(shards, resolution=16)
+    assert (report.usable, report.seen) == (1, 1 + sum(batch["dropped"].values()))
+    assert dict(report.dropped) == batch["dropped"]
+    assert reason in str(report)
+
+
+def test_nothing_in_a_shard_is_executed(tmp_path):
+    """`wds.decode` unpickles .pyd and .pkl members: a shard from the net ran whatever it liked."""
+    touched = tmp_path / "touched"
+    payload = pickle.dumps(TouchesFile(touched))
+    extensions = ("pyd", "pkl", "pickle", "pth", "npy", "pt", "ten", "cls")
+    files = [("a.png", GOOD), ("a.txt", "x"), *((f"a.{extension}", payload) for extension in extensions)]
+    files += [("b.png", payload), ("b.txt", payload), ("b.json", payload)]
+    shards = [write_tar(tmp_path / "0.tar", files)]
+    inspect_shards(shards, resolution=16)
+    assert count_samples(shards) == 2
+    assert set(captions(take(iter(make_stream(shards)), 4))) == {"x"}
+    assert not touched.exists()
+    pickle.loads(payload)  # the payload does work
+    assert touched.exists()
+
+
+def test_members_beside_the_sample_do_not_split_it(tmp_path):
+    files = [("d/a.png", GOOD), ("d/._a.jpg", b"finder"), ("d/a.npy", b"?"), (".hidden", b""), ("d/a.txt", "x")]
+    shards = [write_tar(tmp_path / "0.tar", files)]
+    assert captions(take(iter(make_stream(shards)), 2)) == ["x", "x"]
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_cut_tar_gives_what_is_whole(tmp_path, suffix):
+    """A tar cut at every tenth of its length: the samples that lie before the cut, no crash, no repetition."""
+    whole = Path(write_shards(tmp_path / "whole", [8])[0])
+    plain = whole.read_bytes()
+    with tarfile.open(whole) as tar:
+        ends = [member.offset_data + member.size for member in tar if member.name.endswith(".txt")]
+    spare = write_shards(tmp_path / "spare", [1])
+    for tenth in range(10):
+        cut = tmp_path / f"{tenth}{suffix}"
+        length = len(plain) * tenth // 10
+        compressed = zlib.compressobj(0, wbits=31)
+        data = compressed.compress(plain[:length]) + compressed.flush(zlib.Z_FULL_FLUSH)
+        cut.write_bytes(plain[:length] if suffix == ".tar" else data)
+        consumer = read_epochs([str(cut), *spare], seed=tenth)[0, 0]
+        expected = ["0-0"] + [f"0-{i}" for i, end in enumerate(ends) if end <= length]
+        assert sorted(captions(consumer[0])) == sorted(expected)
+
+
+def test_unreadable_shards_are_counted_once(tmp_path):
+    """Four consumers share what is left over; only one of them counts the shard that cannot be read."""
+    good = write_shards(tmp_path, [8, 8])
+    (tmp_path / "not_a.tar").write_bytes(b"x" * 5000)
+    (tmp_path / "nothing.tar").write_bytes(b"")
+    shards = [*good, str(tmp_path / "not_a.tar"), str(tmp_path / "nothing.tar"), str(tmp_path / "gone.tar")]
+    shards += ["pipe:exit 3", "http://127.0.0.1:9/000.tar"]
+    for layout in ({}, {"workers": 4}, {"workers": 12}):
+        dropped = Counter()
+        for rank, worker in itertools.product(range(1), range(max(1, layout.get("workers", 0)))):
+            iterator = StreamIterator(make_stream(shards), worker=worker, workers=layout.get("workers", 0))
+            for _ in iterator._read_epoch():
+                pass
+            dropped += iterator.dropped
+        assert dropped == {stream_module.UNREADABLE_SHARD: 5}, layout
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_without_a_usable_sample_end_in_one_clear_error(tmp_path, workers):
+    """Training used to sit at 0 % for ever. The message is the same from a worker: no traceback in it."""
+    shards = [
+        write_tar(tmp_path / "0.tar", [("a.png", GOOD), ("b.png", GOOD), ("c.gif", GOOD)]),
+        write_tar(tmp_path / "1.tar", [("a.jpg", b"?"), ("a.txt", "x"), ("a.cls", "1")]),
+        write_tar(tmp_path / "2.tar", []),
+    ]
+    with pytest.raises(UsageError) as caught:
+        next(iter(make_loader(make_stream(shards), workers)))
+    message = str(caught.value)
+    with pytest.raises(UsageError, match=r"^--train_shards_path_or_url gives nothing to train on") as preflight:
+        inspect_shards(shards, resolution=16)
+    assert message == str(preflight.value)
+    assert "0 of 3 samples usable, in the first 3 of 3 shards" in message
+    assert f"2 x {stream_module.NO_CAPTION}, 1 x {stream_module.NOT_A_PICTURE}" in message
+    assert "1 x cls" in message and "1 x gif" in message
+    assert "Traceback" not in message
+
+
+def test_worker_with_only_bad_shards_waits_for_its_turn(tmp_path):
+    """One good shard for four workers: each has epochs without a sample, and none gives up."""
+    good = write_shards(tmp_path, [3])
+    bad = [write_tar(tmp_path / f"bad{i}.tar", [("a.png", GOOD)]) for i in range(3)]
+    batches = take(iter(make_loader(make_stream(bad + good), 4)), 12)
+    assert {batch["worker"] for batch in batches} == {0, 1, 2, 3}
+    assert set(captions(batches)) == {"0-0", "0-1", "0-2"}
+
+
+# ------------------------------------------------------------------------------------------- shards and preflight
+
+
+def test_expand_shards(tmp_path, monkeypatch):
+    shards = write_shards(tmp_path / "data", [1, 1, 1])
+    nested = [write_tar(tmp_path / "nested" / name, []) for name in ("a/1.tar", "b/0.tar.gz", "b/1.TGZ")]
+    for other in ("data/notes.txt", "data/000.json", "data/._000.tar", "nested/readme"):
+        (tmp_path / other).write_text("x")
+    assert expand_shards(shards[0]) == shards[:1]
+    assert expand_shards(f"{tmp_path}/data/{{000..002}}.tar") == shards
+    assert expand_shards(f"{tmp_path}/data/{{002,000}}.tar") == [shards[2], shards[0]]
+    assert expand_shards(f"{tmp_path}/data") == shards
+    assert expand_shards(f"{tmp_path}/data/00*") == shards
+    assert expand_shards(f"{tmp_path}/*/0*.tar") == shards
+    assert expand_shards(f"{tmp_path}/nested") == nested
+    assert expand_shards(f"{tmp_path}/{{data,nested}}") == shards + nested
+    assert expand_shards(f"{shards[1]}::{tmp_path}/nested") == [shards[1], *nested]
+    assert expand_shards(f"file:{shards[0]}") == shards[:1]
+    assert expand_shards("https://host/{00..02}.tar") == [f"https://host/{i:02d}.tar" for i in range(3)]
+    assert expand_shards("pipe:aws s3 cp s3://b/{0..1}.tar -") == [f"pipe:aws s3 cp s3://b/{i}.tar -" for i in (0, 1)]
+    monkeypatch.chdir(tmp_path)
+    assert expand_shards("data") == [f"data/{i:03d}.tar" for i in range(3)]
+    literal = write_tar(tmp_path / "odd{1,2}[x].tar", [])
+    assert expand_shards(literal) == [literal]
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (None, ["missing", "{000..010}"]),
+        ("  ", ["missing"]),
+        ("{tmp}/nowhere/0.tar", ["nowhere", "There is no folder", "Correct the path"]),
+        ("{tmp}/data/{{000..004}}.tar", ["2 of the 5", "003.tar", "holds 3 x .tar (000.tar, 001.tar, 002.tar)"]),
+        ("{tmp}/data/*.tgz", ["1 of the 1", "holds 3 x .tar"]),
+        ("{tmp}/pictures", ["no .tar", "2 x .jpg", "1 x .txt", "tar --sort=name"]),
+        ("{tmp}/empty", ["no .tar", "is empty"]),
+        ("{tmp}/data/{{000", ["braces"]),
+        ("s3://bucket/0.tar", ["s3:", "pipe:aws s3 cp"]),
+    ],
+)
+def test_what_is_wrong_with_the_shards_is_told(tmp_path, spec, words):
+    write_shards(tmp_path / "data", [1, 1, 1])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pictures").mkdir()
+    for name in ("a.jpg", "b.jpg", "a.txt"):
+        (tmp_path / "pictures" / name).write_text("x")
+    with pytest.raises(UsageError, match="--train_shards_path_or_url") as caught:
+        expand_shards(spec and spec.format(tmp=tmp_path))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "flag"),
+    [
+        ({"shards": []}, "--train_shards_path_or_url"),
+        ({"batch_size": 0}, "--train_batch_size"),
+        ({"resolution": 0}, "--resolution"),
+        ({"seed": -1}, "--seed"),
+        ({"shuffle_window": 0}, "--shuffle_window"),
+        ({"proportion_empty_prompts": 1.5}, "--proportion_empty_prompts"),
+        ({"interpolation": "spline"}, "--interpolation_type"),
+    ],
+)
+def test_arguments_out_of_range_name_their_flag(option, flag):
+    with pytest.raises(UsageError, match=flag):
+        make_stream(**({"shards": ["0.tar"]} | option))
+    with pytest.raises(UsageError, match="--dataloader_num_workers"):
+        make_loader(make_stream(["0.tar"]), -1)
+
+
+def test_pipe_and_compressed_shards_read_like_files(tmp_path):
+    (shard,) = write_shards(tmp_path, [6])
+    packed = tmp_path / "0.tgz"
+    with tarfile.open(packed, "w:gz") as out, tarfile.open(shard) as tar:
+        for member in tar:
+            out.addfile(member, tar.extractfile(member))
+    reference = take(iter(make_stream([shard])), 8)
+    assert_same_batches(take(iter(make_stream([str(packed)])), 8), reference)
+    assert_same_batches(take(iter(make_stream([f"pipe:cat {shard}"])), 8), reference)
+
+
+def test_count_samples(tmp_path):
+    shards = write_shards(tmp_path, [4, 0, 7])
+    assert count_samples(shards) == 11
+    odd = [("a.png", GOOD), ("b.txt", "x"), ("c.png", GOOD), ("c.json", "{}"), ("d.png", GOOD), ("d.png", GOOD)]
+    odd += [("d.txt", "x"), ("e.cls", "x"), ("f.JPEG", GOOD), ("f.x", "?"), ("f.caption", "x")]
+    assert count_samples([*shards, write_tar(tmp_path / "odd.tar.gz", odd, "w:gz")]) == 13
+    (tmp_path / "broken.tar").write_bytes(b"x" * 3000)
+    assert count_samples([*shards, str(tmp_path / "broken.tar")]) == 11
+    assert count_samples([*shards, "https://host/0.tar"]) is None
+    assert count_samples([f"pipe:cat {shards[0]}"]) is None
+
+
+def test_inspect_reports_what_is_there(tmp_path):
+    files = [("a.jpg", encode(Image.new("RGB", (40, 30)), "JPEG")), ("a.txt", "first"), ("a.json", '{"url": 1}')]
+    files += [("b.png", noise_picture(0)), ("b.json", '{"caption": "second", "url": 2}'), ("b.cls", "3")]
+    files += [("c.png", noise_picture(0)), ("c.txt", "first"), ("d.png", noise_picture(0))]
+    empty, broken = write_tar(tmp_path / "0.tar", []), tmp_path / "1.tar"
+    broken.write_bytes(b"x" * 3000)
+    shards = [empty, str(broken), write_tar(tmp_path / "2.tar", files), write_tar(tmp_path / "3.tar", [])]
+    report = inspect_shards(shards, resolution=24, limit=4)
+    assert (report.opened, report.seen, report.usable, report.enlarged) == (3, 4, 3, 2)
+    assert report.extensions == {"jpg": 1, "png": 3, "txt": 2, "json": 2, "cls": 1}
+    assert report.caption_sources == {".txt": 2, 'JSON "caption"': 1}
+    assert report.json_keys == {"url": 2, "caption": 1}
+    assert (report.smallest, report.largest) == ((16, 20), (30, 40))
+    assert report.captions == ["first", "second"]
+    assert report.dropped == {stream_module.NO_CAPTION: 1, stream_module.UNREADABLE_SHARD: 1}
+    text = str(report)
+    assert "3 of 4 samples usable" in text and "20x16 to 40x30 (width x height)" in text and "1.tar" in text
+
+
+def test_inspect_stops_early(tmp_path):
+    """It looks at `limit` samples if one is usable, goes on if none is, and says so where it gives up."""
+    good = write_shards(tmp_path, [40])
+    assert inspect_shards(good, resolution=16, limit=5).seen == 5
+    assert len(inspect_shards(good, resolution=16).captions) == 4
+    bad = write_tar(tmp_path / "bad.tar", [(f"{i}.png", GOOD) for i in range(50)])
+    assert inspect_shards([bad, *good], resolution=16, limit=5).usable == 1
+    with pytest.raises(UsageError, match="as far as this first look went: 0 of 20 samples usable, in the first 1 of 2"):
+        inspect_shards([bad, *good], resolution=16, max_samples=20)
+    with pytest.raises(UsageError, match="as far as this first look went"):
+        inspect_shards([bad, *good], resolution=16, max_shards=1)
+    # extensions with dots in them are many, and the message stays short
+    dotted = write_tar(tmp_path / "dotted.tar", [(f"photo.{i}.jpg", GOOD) for i in range(200)])
+    with pytest.raises(UsageError, match="more kinds") as caught:
+        inspect_shards([dotted], resolution=16)
+    assert "first dot" in str(caught.value) and len(str(caught.value)) < 2000

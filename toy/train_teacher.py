@@ -1,0 +1,337 @@
+"""Train the toy world's teachers from nothing and save them as Diffusers pipeline folders.
+
+    python -m toy.train_teacher sd        → toy/teachers/sd,   a StableDiffusionPipeline
+    python -m toy.train_teacher sdxl      → toy/teachers/sdxl, a StableDiffusionXLPipeline
+
+Two stages. An autoencoder (64 pixels to an 8×8×4 latent) learns to copy pictures; then the U-Net learns to
+predict noise in its latents, and the text encoders learn with it, from scratch. Captions drop to the empty one
+10 % of the time, so that classifier-free guidance works. The SDXL teacher sees pictures of varied size and
+crop with their time ids, so that the ids matter. Same seed and machine: same weights.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.training_utils import EMAModel, compute_snr
+from PIL import Image
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from toy.world import WORDS, draw, random_scene
+
+RESOLUTION = 64
+TEACHERS = Path(__file__).parent / "teachers"
+_SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
+
+
+# --- what the teachers are made of -----------------------------------------------------------------------
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """CLIP's own tokenizer with a small vocabulary: every byte, and the world's words whole."""
+    letters = sorted(ByteLevel.alphabet())
+    tokens = letters + [letter + "</w>" for letter in letters]
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:  # from the right: the words share few endings, so the merges do not collide
+            pair = (parts[-2], parts[-1])
+            if pair not in merges:
+                merges.append(pair)
+                tokens.append("".join(pair))
+            parts[-2:] = ["".join(pair)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)}, merges=merges, model_max_length=16
+    )
+
+
+def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        projection_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def build_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=RESOLUTION,
+        force_upcast=False,
+    )
+
+
+def build_unet(family: str) -> UNet2DConditionModel:
+    common: dict[str, Any] = dict(
+        sample_size=RESOLUTION // 8, block_out_channels=(48, 96), layers_per_block=1, norm_num_groups=16
+    )
+    if family == "sd":
+        return UNet2DConditionModel(
+            **common,
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=64,
+            attention_head_dim=4,
+        )
+    return UNet2DConditionModel(
+        **common,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=128,
+        attention_head_dim=(2, 4),
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=32,
+        projection_class_embeddings_input_dim=6 * 32 + 64,
+    )
+
+
+class Conditioner(torch.nn.Module):
+    """The text encoders of a family, trained with the U-Net: token ids (and time ids) to U-Net arguments."""
+
+    def __init__(self, family: str, tokenizer: CLIPTokenizer):
+        super().__init__()
+        self.family = family
+        self.text_encoder = CLIPTextModel(_text_config(tokenizer))
+        if family == "sdxl":
+            self.text_encoder_2 = CLIPTextModelWithProjection(_text_config(tokenizer))
+
+    def forward(self, ids: torch.Tensor, time_ids: torch.Tensor) -> dict[str, Any]:
+        if self.family == "sd":
+            return {"encoder_hidden_states": self.text_encoder(ids).last_hidden_state}
+        first = self.text_encoder(ids, output_hidden_states=True)
+        second = self.text_encoder_2(ids, output_hidden_states=True)
+        return {
+            "encoder_hidden_states": torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1),
+            "added_cond_kwargs": {"text_embeds": second.text_embeds, "time_ids": time_ids},
+        }
+
+
+# --- pictures ----------------------------------------------------------------------------------------------
+
+
+def draw_pictures(count: int, seed: int, varied: bool) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+    """Pictures uint8 `[count, 3, 64, 64]`, captions, and SDXL time ids `[count, 6]`.
+
+    With `varied`, pictures are drawn at other sizes and shapes, reduced or enlarged until the shorter side is
+    64 pixels, and cropped at random: half of them in the middle of the longer side's range, as a plain crop.
+    """
+    pixels, captions, time_ids = [], [], []
+    for index in range(count):
+        rng = np.random.default_rng((seed, index))
+        scene = random_scene(rng)
+        width = height = RESOLUTION
+        top = left = 0
+        if varied and rng.random() < 0.75:
+            short = int(rng.integers(RESOLUTION // 2, 2 * RESOLUTION + 1))
+            long = int(short * rng.uniform(1, 1.5))
+            width, height = (short, long) if rng.random() < 0.5 else (long, short)
+        picture = draw(scene, rng, width, height)
+        if (width, height) != (RESOLUTION, RESOLUTION):
+            scale = RESOLUTION / min(width, height)
+            resized = (max(RESOLUTION, round(width * scale)), max(RESOLUTION, round(height * scale)))
+            left = int(rng.integers(resized[0] - RESOLUTION + 1))
+            top = int(rng.integers(resized[1] - RESOLUTION + 1))
+            picture = picture.resize(resized, Image.Resampling.BILINEAR)
+            picture = picture.crop((left, top, left + RESOLUTION, top + RESOLUTION))
+        pixels.append(torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1))
+        captions.append(scene.caption)
+        time_ids.append([height, width, top, left, RESOLUTION, RESOLUTION])
+    return torch.stack(pixels), captions, torch.tensor(time_ids, dtype=torch.float32)
+
+
+def _progress(stage: str, step: int, steps: int, loss: float, start: float) -> None:
+    if (step + 1) % 100 == 0 or step + 1 == steps:
+        elapsed = time.perf_counter() - start
+        left = elapsed / (step + 1) * (steps - step - 1)
+        print(f"{stage} {step + 1}/{steps}  loss {loss:.4f}  {elapsed:.0f} s, {left:.0f} s to go", flush=True)
+
+
+# --- stage 1: the autoencoder --------------------------------------------------------------------------------
+
+
+def train_vae(steps: int, batch_size: int, seed: int) -> AutoencoderKL:
+    """A trained autoencoder whose `scaling_factor` brings its latents to unit spread."""
+    torch.manual_seed(seed)
+    vae = build_vae().to(memory_format=torch.channels_last)
+    square, _, _ = draw_pictures(4000, seed + 1, varied=False)
+    varied, _, _ = draw_pictures(2000, seed + 2, varied=True)
+    pictures = torch.cat([square, varied])
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+    start = time.perf_counter()
+    for step in range(steps):
+        batch = pictures[torch.randint(len(pictures), (batch_size,))].float() / 127.5 - 1
+        posterior = vae.encode(batch).latent_dist
+        copies = vae.decode(posterior.sample()).sample
+        difference = copies - batch
+        loss = (difference.square() + difference.abs()).mean() + 2e-5 * posterior.kl().mean() / posterior.mean[0].numel()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        _progress("autoencoder", step, steps, float(loss.detach()), start)
+    vae.eval().requires_grad_(False)
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(p.float() / 127.5 - 1).latent_dist.sample() for p in pictures.split(250)])
+    vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
+    return vae
+
+
+# --- stage 2: U-Net and text encoders -------------------------------------------------------------------------
+
+
+def train_unet(
+    family: str, vae: AutoencoderKL, steps: int, batch_size: int, pictures: int, seed: int
+) -> tuple[UNet2DConditionModel, Conditioner, CLIPTokenizer]:
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    unet = build_unet(family).to(memory_format=torch.channels_last)
+    conditioner = Conditioner(family, tokenizer)
+    schedule = DDPMScheduler(**_SCHEDULE, clip_sample=False)
+
+    print(f"drawing and encoding {pictures} pictures", flush=True)
+    pixels, captions, time_ids = draw_pictures(pictures, seed + 10, varied=family == "sdxl")
+    ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    empty = tokenizer([""], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        moments = torch.cat([vae.encode(p.float() / 127.5 - 1).latent_dist.parameters for p in pixels.split(250)])
+    mean, log_variance = moments.chunk(2, dim=1)
+    spread = torch.exp(0.5 * log_variance.clamp(-30, 20))
+
+    parameters = [*unet.parameters(), *conditioner.parameters()]
+    peak = 2e-3
+    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.05)
+    average = EMAModel(parameters, decay=0.999, use_ema_warmup=True, power=0.75, foreach=True)
+    start, smooth = time.perf_counter(), 1.0
+    for step in range(steps):
+        chosen = torch.randint(len(ids), (batch_size,))
+        latents = (mean[chosen] + spread[chosen] * torch.randn(batch_size, *mean.shape[1:])) * vae.config.scaling_factor
+        tokens = torch.where(torch.rand(batch_size, 1) < 0.1, empty, ids[chosen])
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(schedule.config.num_train_timesteps, (batch_size,))
+        noisy = schedule.add_noise(latents, noise, timesteps)
+        predicted = unet(noisy, timesteps, **conditioner(tokens, time_ids[chosen])).sample
+        snr = compute_snr(schedule, timesteps)  # min-SNR weighting: a small U-Net learns all noise levels sooner
+        weight = snr.clamp(max=5.0) / snr
+        loss = (weight * F.mse_loss(predicted, noise, reduction="none").mean(dim=(1, 2, 3))).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        rates.step()
+        average.step(parameters)
+        smooth = 0.99 * smooth + 0.01 * float(loss.detach())
+        _progress(f"{family} U-Net", step, steps, smooth, start)
+    average.copy_to(parameters)
+    return unet.eval(), conditioner.eval(), tokenizer
+
+
+def build_pipeline(family: str, vae, unet, conditioner: Conditioner, tokenizer: CLIPTokenizer):
+    if family == "sd":
+        return StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=conditioner.text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=PNDMScheduler(**_SCHEDULE, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    return StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=conditioner.text_encoder,
+        text_encoder_2=conditioner.text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(**_SCHEDULE, steps_offset=1, timestep_spacing="leading"),
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+
+
+def teacher_accuracy(pipeline, count: int, steps: int = 50, guidance_scale: float = 5.0, seed: int = 0) -> float:
+    """Caption accuracy of `count` pictures that the teacher draws with DDIM, in [0, 1]."""
+    from toy.score import Scorer, caption_accuracy
+
+    rng = np.random.default_rng(seed)
+    captions = [random_scene(rng).caption for _ in range(count)]
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = pipeline(
+        captions,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="pil",
+    ).images
+    return caption_accuracy(pictures, captions, scorer=Scorer.load())
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", choices=["sd", "sdxl"])
+    parser.add_argument("--output_dir", type=Path, help="default: toy/teachers/FAMILY")
+    parser.add_argument("--vae", type=Path, help="folder of an autoencoder to use instead of training one")
+    parser.add_argument("--vae_steps", type=int, default=2200)
+    parser.add_argument("--steps", type=int, default=5000, help="U-Net training steps")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--pictures", type=int, default=40_000, help="distinct pictures the U-Net learns from")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    output_dir = args.output_dir or TEACHERS / args.family
+
+    started = time.perf_counter()
+    if args.vae:
+        vae = AutoencoderKL.from_pretrained(args.vae, torch_dtype=torch.float32)
+    else:
+        vae = train_vae(args.vae_steps, 32, args.seed)
+        vae.save_pretrained(output_dir / "vae")
+    unet, conditioner, tokenizer = train_unet(
+        args.family, vae, args.steps, args.batch_size, args.pictures, args.seed
+    )
+    pipeline = build_pipeline(args.family, vae, unet, conditioner, tokenizer).to(torch.float16)
+    pipeline.save_pretrained(output_dir)
+    print(f"{output_dir}: trained in {(time.perf_counter() - started) / 60:.0f} minutes")
+
+    kind = StableDiffusionPipeline if args.family == "sd" else StableDiffusionXLPipeline
+    accuracy = teacher_accuracy(kind.from_pretrained(output_dir, torch_dtype=torch.float32), 256)
+    print(json.dumps({"caption_accuracy_ddim50": round(accuracy, 4), "guidance_scale": 5.0}))
+
+
+if __name__ == "__main__":
+    main()
