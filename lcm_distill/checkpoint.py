@@ -78,10 +78,7 @@ class Checkpoints:
         """Restores networks, optimizer, learning rate and scaler; returns this rank's stream state ({} if none)."""
         self._accelerator.load_state(str(path))
         stream = path / f"stream-{self._accelerator.process_index}.pt"
-        if not stream.exists():
-            logger.warning("%s holds no data position for rank %d: its data starts anew", path, self._accelerator.process_index)
-            return {}
-        return torch.load(stream, weights_only=True)
+        return torch.load(stream, weights_only=True) if stream.exists() else {}
 
     def _save_networks(self, models: list[Any], weights: list[Any], output_dir: str) -> None:
         if self._accelerator.is_main_process:
@@ -132,15 +129,37 @@ def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> Path
     raise UsageError(f"--resume_from_checkpoint {resume_from_checkpoint}: no such folder. In {output_dir}: {known}.")
 
 
-def read_run(path: Path) -> dict[str, Any]:
-    """The run.json of a checkpoint."""
+def find_run(
+    resume_from_checkpoint: str | None,
+    output_dir: str,
+    *,
+    program: str,
+    architecture: Mapping[str, Any],
+    seed: int | None,
+) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint that `--resume_from_checkpoint` means and its run.json; (None, {}) for a new run.
+
+    `UsageError` unless it is of this `program`, of this U-Net `architecture`, and of this `seed` (None: any).
+    """
+    path = find_checkpoint(resume_from_checkpoint, output_dir)
+    if path is None:
+        return None, {}
     try:
-        return json.loads((path / "run.json").read_text())
+        run = json.loads((path / "run.json").read_text())
     except (OSError, ValueError) as error:
         raise UsageError(f"--resume_from_checkpoint {path}: its run.json cannot be read ({error}).") from None
+    check_resumable(path, run, program=program, architecture=architecture, seed=seed)
+    return path, run
 
 
-def check_resumable(path: Path, run: Mapping[str, Any], *, program: str, architecture: Mapping[str, Any], seed: int | None) -> None:
+def check_resumable(
+    path: Path,
+    run: Mapping[str, Any],
+    *,
+    program: str,
+    architecture: Mapping[str, Any],
+    seed: int | None,
+) -> None:
     """`UsageError` unless the checkpoint is of this program, this U-Net architecture and this seed."""
     where = f"--resume_from_checkpoint {path}"
     if run.get("program") != program:

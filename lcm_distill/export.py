@@ -20,40 +20,63 @@ _NOT_UPLOADED = ["checkpoint-*", "checkpoint-*/**", ".checkpoint-*", ".checkpoin
 
 
 def export_full_student(
-    output_dir: str, student: UNet2DConditionModel, target: UNet2DConditionModel, scheduler: LCMScheduler, card: ModelCard
+    output_dir: str,
+    student: UNet2DConditionModel,
+    target: UNet2DConditionModel,
+    scheduler: LCMScheduler,
+    *,
+    base_model: str,
+    repo_id: str | None,
+    guidance_scale: float,
+    settings: Mapping[str, Any],
+    tags: list[str],
 ) -> None:
     """Writes `unet/`, `unet_target/`, and at the top the model with its fp16 variant, scheduler and card.
 
     The model at the top is the student, so that `UNet2DConditionModel.from_pretrained(output_dir)` and, with
-    `variant="fp16"`, its half-size twin both load.
+    `variant="fp16"`, its half-size twin both load. The rest goes into the card: the teacher (`base_model`), the
+    Hub repository if there is one, a guidance_scale to draw with, the run's `settings`.
     """
-    student.save_pretrained(Path(output_dir) / "unet")
-    target.save_pretrained(Path(output_dir) / "unet_target")
-    student.save_pretrained(output_dir)
-    copy.deepcopy(student).to(torch.float16).save_pretrained(output_dir, variant="fp16")
-    scheduler.save_pretrained(output_dir)
-    card.save(Path(output_dir) / "README.md")
+    folder = Path(output_dir)
+    student.save_pretrained(folder / "unet")
+    target.save_pretrained(folder / "unet_target")
+    student.save_pretrained(folder)
+    copy.deepcopy(student).to(torch.float16).save_pretrained(folder, variant="fp16")
+    scheduler.save_pretrained(folder)
+    usage = _FULL_USAGE.format(model=repo_id or output_dir, teacher=base_model, guidance_scale=guidance_scale)
+    model_card(folder, base_model=base_model, usage=usage, settings=settings, tags=tags).save(folder / "README.md")
+
+
+_FULL_USAGE = """\
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+
+unet = UNet2DConditionModel.from_pretrained({model!r}, torch_dtype=torch.float16, variant="fp16")
+pipe = DiffusionPipeline.from_pretrained({teacher!r}, unet=unet, torch_dtype=torch.float16).to("cuda")
+pipe.scheduler = LCMScheduler.from_pretrained({model!r})
+picture = pipe("your prompt", num_inference_steps=4, guidance_scale={guidance_scale:g}).images[0]"""
 
 
 def model_card(
-    *, title: str, teacher: str, usage: str, settings: Mapping[str, Any], tags: list[str], pictures: Path | None = None
+    folder: Path, *, base_model: str, usage: str, settings: Mapping[str, Any], tags: list[str]
 ) -> ModelCard:
-    """A model card: what it is, how to draw with it (`usage`, Python code), what it was trained with.
+    """A card for the model in `folder`: what it is, how to draw with it, what it drew, what it was trained with.
 
-    `teacher` becomes the base model when it is a Hub id; `pictures` is a picture relative to the card.
+    `base_model` is linked when it is a Hub id; `usage` is Python code.
     """
-    is_hub_id = not Path(teacher).exists() and teacher.count("/") == 1
+    is_hub_id = not Path(base_model).exists() and base_model.count("/") == 1
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        base_model=teacher if is_hub_id else None,
+        base_model=base_model if is_hub_id else None,
         tags=["lcm", "latent-consistency-models", "text-to-image", "diffusers", *tags],
     )
+    base = f"[{base_model}](https://huggingface.co/{base_model})" if is_hub_id else f"`{Path(base_model).name}`"
+    drawn = sorted((folder / "validation").glob("step-*.png"))
+    shown = f"![What it drew at the end of the training](validation/{drawn[-1].name})\n\n" if drawn else ""
     rows = "\n".join(f"| `--{name}` | {value} |" for name, value in settings.items() if value is not None)
-    shown = f"![Validation pictures]({pictures.as_posix()})\n\n" if pictures else ""
-    base = f"[{teacher}](https://huggingface.co/{teacher})" if is_hub_id else f"`{Path(teacher).name}`"
     return ModelCard(
-        f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n"
+        f"---\n{data.to_yaml()}\n---\n\n# {folder.resolve().name}\n\n"
         f"A latent consistency model distilled from {base}: it draws in 1 to 8 steps.\n\n{shown}"
         f"## Use\n\n```python\n{usage}\n```\n\n"
         "`guidance_scale` is w + 1, with w the guidance of the LCM paper (arXiv 2310.04378).\n\n"

@@ -31,26 +31,6 @@ def build_optimizer(
     )
 
 
-def scaled_learning_rate(learning_rate: float, *, batch_size: int, accumulation: int, processes: int) -> float:
-    """The learning rate times the pictures of one optimizer step (`--scale_lr`)."""
-    return learning_rate * batch_size * accumulation * processes
-
-
-def training_steps(
-    *, max_steps: int | None, epochs: int, samples: int | None, batch_size: int, accumulation: int, processes: int
-) -> int:
-    """Optimizer steps of the run: `max_steps`, or `epochs` times those that `samples` pictures take."""
-    if max_steps is not None:
-        return max_steps
-    if samples is None:
-        raise UsageError(
-            "--max_train_steps: the length of the run is not known, since only local shards can be counted; "
-            "give --max_train_steps, or --max_train_samples with --num_train_epochs."
-        )
-    per_step = batch_size * accumulation * processes
-    return epochs * -(-samples // per_step)
-
-
 def build_lr_scheduler(
     name: str, optimizer: torch.optim.Optimizer, *, warmup_steps: int, training_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:

@@ -1,21 +1,38 @@
 """What a run says while it trains: the mean loss, pictures per second, the share of time spent on data."""
 
 import contextlib
+import logging
 import math
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
 
 from lcm_distill.errors import DivergenceError
+from lcm_distill.stream import DropCounter
+
+logger = logging.getLogger(__name__)
 
 
-class Meter:
-    """Averages over the batches since the last `read`; only `read` waits for the device."""
+class Progress:
+    """The progress bar, and averages over the batches since the last `log`; only `log` waits for the device.
 
-    def __init__(self, accelerator: Accelerator):
+    Every rank makes one and calls every method. `global_step` counts optimizer steps.
+    """
+
+    def __init__(self, accelerator: Accelerator, *, total: int, initial: int):
         self._accelerator = accelerator
+        self._bar = tqdm(
+            total=total, initial=initial, desc="steps", unit="step", dynamic_ncols=True,
+            disable=not accelerator.is_main_process,
+        )
+        self._dropped = DropCounter()
+        self._told: Mapping[str, int] = {}
         self._loss = torch.zeros((), device=accelerator.device)
         self._reset()
 
@@ -24,12 +41,15 @@ class Meter:
         self._batches, self._pictures, self._waited = 0, 0, 0.0
         self._start = time.perf_counter()
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time inside this context is time spent waiting for data."""
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
+    def batches(self, loader: Any) -> Iterator[dict[str, Any]]:
+        """The loader's batches; the time that they take to come counts as waiting for data."""
+        data = iter(loader)
+        while True:
+            start = time.perf_counter()
+            batch = next(data)
+            self._waited += time.perf_counter() - start
+            self._dropped.update(batch)
+            yield batch
 
     def add(self, loss: torch.Tensor, pictures: int) -> None:
         """Counts one batch: its loss (a scalar on the device) and its number of pictures."""
@@ -37,15 +57,21 @@ class Meter:
         self._batches += 1
         self._pictures += pictures
 
-    def read(self, global_step: int) -> dict[str, float]:
-        """`loss` (mean over batches and ranks), `samples_per_second` (all ranks), `data_wait` (share, 0 to 1).
+    def step(self) -> None:
+        """One optimizer step is done."""
+        self._bar.update()
 
-        All ranks must call it. `DivergenceError` if the loss is not finite.
+    def log(self, global_step: int, learning_rate: float) -> dict[str, float]:
+        """Shows and sends to the trackers, and returns, the values since the last call.
+
+        `loss` (mean over batches and ranks), `lr`, `samples_per_second` (all ranks), `data_wait` (share, 0 to 1).
+        `DivergenceError` if the loss is not finite.
         """
         mean = self._accelerator.reduce(self._loss / max(1, self._batches), reduction="mean")
         elapsed = time.perf_counter() - self._start
         values = {
             "loss": float(mean),
+            "lr": learning_rate,
             "samples_per_second": self._pictures * self._accelerator.num_processes / elapsed,
             "data_wait": self._waited / elapsed,
         }
@@ -55,7 +81,18 @@ class Meter:
                 f"the loss is {values['loss']} at step {global_step}. Resume from the last checkpoint with a lower "
                 "--learning_rate, a lower --max_grad_norm or --mixed_precision bf16 in place of fp16."
             )
+        self._bar.set_postfix_str(
+            f"loss {values['loss']:.4g}, lr {learning_rate:.2e}, {values['samples_per_second']:.1f} pictures/s, "
+            f"{values['data_wait']:.0%} waiting for data"
+        )
+        self._accelerator.log(values, step=global_step)
+        if self._dropped.total() != self._told:
+            self._told = self._dropped.total()
+            logger.warning("samples dropped so far%s: %s", self._of_ranks(), self._dropped)
         return values
+
+    def _of_ranks(self) -> str:
+        return " on this process" if self._accelerator.num_processes > 1 else ""
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -63,3 +100,11 @@ class Meter:
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
+
+    def close(self) -> None:
+        """Ends the bar and says how many samples all ranks dropped, and why."""
+        self._bar.close()
+        total = sum((Counter(dropped) for dropped in gather_object([self._dropped.total()])), Counter())
+        if total:
+            reasons = ", ".join(f"{count} × {reason}" for reason, count in total.most_common())
+            logger.warning("samples dropped: %d (%s)", total.total(), reasons)

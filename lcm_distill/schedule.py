@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, LCMScheduler
 
 from lcm_distill.errors import UsageError
 
@@ -114,6 +114,17 @@ class DDIMSolver:
 def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """`[B]` reshaped to `[B, 1, …]` so that it multiplies `like`, `[B, …]`."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def lcm_scheduler(
+    scheduler_config: Mapping[str, Any], *, num_ddim_timesteps: int, timestep_scaling: float
+) -> LCMScheduler:
+    """The sampler of a student: the teacher's schedule with the run's solver grid and timestep scaling."""
+    return LCMScheduler.from_config(
+        dict(scheduler_config),
+        original_inference_steps=sampling_grid(num_ddim_timesteps, scheduler_config.get("num_train_timesteps", 1000)),
+        timestep_scaling=timestep_scaling,
+    )
 
 
 def sampling_grid(num_ddim_timesteps: int, train_timesteps: int = 1000) -> int:

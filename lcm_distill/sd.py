@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from lcm_distill.errors import UsageError
 from lcm_distill.latents import vae_factor
-from lcm_distill.schedule import NoiseSchedule, sampling_grid
+from lcm_distill.schedule import NoiseSchedule
 from lcm_distill.unets import check_teacher_config
 
 
@@ -140,17 +140,6 @@ def encode_captions(frozen: Frozen, captions: list[str]) -> dict[str, torch.Tens
     return {"encoder_hidden_states": output.last_hidden_state}
 
 
-def lcm_scheduler(
-    scheduler_config: dict[str, Any], *, num_ddim_timesteps: int, timestep_scaling: float
-) -> LCMScheduler:
-    """The sampler of a student: the teacher's schedule with the run's solver grid and timestep scaling."""
-    return LCMScheduler.from_config(
-        scheduler_config,
-        original_inference_steps=sampling_grid(num_ddim_timesteps, scheduler_config.get("num_train_timesteps", 1000)),
-        timestep_scaling=timestep_scaling,
-    )
-
-
 def build_pipeline(frozen: Frozen, unet: UNet2DConditionModel, scheduler: LCMScheduler) -> StableDiffusionPipeline:
     """A pipeline that draws with `unet` and the frozen parts; it shares their weights."""
     pipeline = StableDiffusionPipeline(
@@ -183,15 +172,3 @@ def _config(kind: Any, model: str, flag: str, **where: Any) -> dict[str, Any]:
             f"{flag} {model}: neither a folder here nor a model that the Hub gave us; "
             f"check the name, the revision and the connection. ({str(error).strip().splitlines()[0]})"
         ) from None
-
-
-def usage(teacher: str, model: str, guidance_scale: float) -> str:
-    """Python code that draws with the finished `model` (folder or Hub id), for its model card."""
-    return f"""\
-import torch
-from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
-
-unet = UNet2DConditionModel.from_pretrained({model!r}, torch_dtype=torch.float16, variant="fp16")
-pipe = DiffusionPipeline.from_pretrained({teacher!r}, unet=unet, torch_dtype=torch.float16).to("cuda")
-pipe.scheduler = LCMScheduler.from_pretrained({model!r})
-picture = pipe("your prompt", num_inference_steps=4, guidance_scale={guidance_scale:g}).images[0]"""

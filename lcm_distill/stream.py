@@ -597,7 +597,8 @@ class StreamIterator:
         assert state["layout"] == self.stream.layout(self.workers)  # `ShardLoader` sees to it
         for name in ("epoch", "block", "part", "sample", "place"):
             setattr(self, name, state[name])
-        self._samples = self._run(dropped=dict(state["dropped"]))
+        self.dropped = Counter(state["dropped"])
+        self._samples = self._run()
 
     def __iter__(self) -> "StreamIterator":
         return self
@@ -617,14 +618,12 @@ class StreamIterator:
             "worker": self.worker,
         }
 
-    def _run(self, dropped: dict | None = None) -> Iterator[Sample]:
-        """Sample after sample, for ever. `dropped`: the counts that belong to a restored place."""
+    def _run(self) -> Iterator[Sample]:
+        """Sample after sample, for ever."""
         stream, barren = self.stream, 0
         while True:
             reader, delivered = self._read_epoch(), False
             while window := self._fill(reader):
-                if dropped is not None:  # the counts of the block that was just read again are in there already
-                    self.dropped, dropped = Counter(dropped), None
                 next_start = window[-1][:2]
                 order = _rng(stream.seed, BLOCK_ORDER, self.epoch, self.consumer, self.block).permutation(len(window))
                 while self.place < len(window):
@@ -674,11 +673,14 @@ class StreamIterator:
     def _fill(self, reader: Iterator) -> list:
         """The next block: up to `shuffle_window` samples, or `WINDOW_BYTES`; [] at the end of the epoch."""
         window, nbytes = [], 0
+        dropped_before = Counter(self.dropped)
         for item in reader:
             window.append(item)
             nbytes += item[-1].nbytes
             if len(window) >= self.stream.shuffle_window or nbytes >= WINDOW_BYTES:
                 break
+        if self.place:  # restored inside this block: what reading it again counted is in the saved counts already
+            self.dropped = dropped_before
         return window
 
     def _look_for_a_usable_sample(self) -> None:
@@ -735,6 +737,15 @@ class ShardLoader(StatefulDataLoader):
             ", ".join(sorted(changed)) or "the saved state holds no place",
             self.dataset.start_epoch,
         )
+
+    def close(self) -> None:
+        """End the worker processes, now and not when the garbage collector comes by; `state_dict` stays valid.
+
+        If an error's traceback holds the iterator, its queues may be gone before it is: then each worker is waited
+        for in vain, for five seconds, at some later time.
+        """
+        if self._iterator is not None and self.num_workers:
+            self._iterator._shutdown_workers()
 
 
 def _places(state: object) -> Iterator[dict]:

@@ -1,6 +1,7 @@
 """The U-Nets of a full distillation: a student that starts as its teacher, and its slow copy, the target."""
 
 import copy
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.utils import is_xformers_available
 
 from lcm_distill.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 
 def student_from_teacher(teacher: UNet2DConditionModel, time_cond_proj_dim: int) -> UNet2DConditionModel:
@@ -37,8 +40,8 @@ def architecture(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def enable_xformers(*unets: UNet2DConditionModel) -> str | None:
-    """Switches `unets` to xformers' attention; where it does not work, says why and leaves PyTorch's own."""
+def enable_xformers(*unets: UNet2DConditionModel) -> None:
+    """Switches `unets` to xformers' attention; where that does not work, one warning says why it stays PyTorch's."""
     reason = None
     if not torch.cuda.is_available():
         reason = "it needs a CUDA GPU"
@@ -49,8 +52,11 @@ def enable_xformers(*unets: UNet2DConditionModel) -> str | None:
             for unet in unets:
                 unet.enable_xformers_memory_efficient_attention()
         except Exception as error:  # xformers fails in many ways when it was built for another torch or GPU
-            reason = f"xformers says: {error}"
-    return reason
+            reason = str(error)
+            for unet in unets:
+                unet.disable_xformers_memory_efficient_attention()
+    if reason:
+        logger.warning("xformers' attention is not used (%s); PyTorch's own, as fast, takes its place", reason)
 
 
 def check_teacher_config(config: Mapping[str, Any], *, family: str) -> None:

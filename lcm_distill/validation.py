@@ -55,12 +55,28 @@ def draw(
     return pictures
 
 
-def save_grid(path: Path, rows: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str]) -> None:
-    """A PNG of `rows` (label → pictures, prompt by prompt), each prompt above the first of its pictures."""
-    per_prompt = len(next(iter(rows.values()))) // len(prompts)
+def validate(
+    accelerator: Accelerator,
+    pipelines: Mapping[str, Any],
+    prompts: Sequence[str],
+    *,
+    path: Path | None,
+    global_step: int,
+    **drawing: Any,
+) -> None:
+    """Draws `prompts` with each pipeline (a row each, by its label): a grid at `path`, and every tracker.
+
+    `drawing` are the keyword arguments of `draw`. Without a `path` the pictures go nowhere (a dry run).
+    """
+    with accelerator.autocast():
+        rows = {label: draw(pipeline, prompts, **drawing) for label, pipeline in pipelines.items()}
+    if path is None:
+        return
+    per_prompt = drawing["images_per_prompt"]
     columns = [text for prompt in prompts for text in [prompt, *[""] * (per_prompt - 1)]]
     path.parent.mkdir(parents=True, exist_ok=True)
-    labelled_grid(list(rows.items()), columns=columns, size=min(256, next(iter(rows.values()))[0].width)).save(path)
+    labelled_grid(list(rows.items()), columns=columns, size=min(256, drawing["resolution"])).save(path)
+    log_pictures(accelerator, rows, global_step)
 
 
 def log_pictures(accelerator: Accelerator, rows: Mapping[str, Sequence[Image.Image]], global_step: int) -> None:

@@ -85,7 +85,9 @@ def write_shards(folder, counts):
 
 
 def make_stream(shards, **options):
-    return ShardStream(**{"shards": shards, "batch_size": 1, "resolution": 16, "seed": 0, "shuffle_window": 5} | options)
+    return ShardStream(
+        **{"shards": shards, "batch_size": 1, "resolution": 16, "seed": 0, "shuffle_window": 5} | options
+    )
 
 
 def read_epochs(shards, *, ranks=1, workers=0, epochs=1, **options):
@@ -311,6 +313,19 @@ def test_global_generators_are_left_alone(tmp_path, workers):
     assert torch.equal(before[0], torch.get_rng_state())
     assert np.array_equal(before[1], np.random.get_state()[1])
     assert before[2] == random.getstate()
+
+
+def test_close_ends_the_workers_and_keeps_the_state(tmp_path):
+    loader = make_loader(make_stream(write_shards(tmp_path, [6])), 2)
+    take(iter(loader), 3)
+    state = loader.state_dict()
+    pids = [worker.pid for worker in loader._iterator._workers]
+    start = time.monotonic()
+    loader.close()
+    loader.close()
+    assert time.monotonic() - start < 4
+    assert not any(is_running(pid) for pid in pids)
+    assert loader.state_dict() == state
 
 
 def test_stream_can_be_sent_to_a_spawned_worker(tmp_path):
@@ -660,8 +675,10 @@ def test_shards_without_a_usable_sample_end_in_one_clear_error(tmp_path, workers
         write_tar(tmp_path / "1.tar", [("a.jpg", b"?"), ("a.txt", "x"), ("a.cls", "1")]),
         write_tar(tmp_path / "2.tar", []),
     ]
+    loader = make_loader(make_stream(shards), workers)
     with pytest.raises(UsageError) as caught:
-        next(iter(make_loader(make_stream(shards), workers)))
+        next(iter(loader))
+    loader.close()
     message = str(caught.value)
     with pytest.raises(UsageError, match=r"^--train_shards_path_or_url gives nothing to train on") as preflight:
         inspect_shards(shards, resolution=16)

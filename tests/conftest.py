@@ -1,0 +1,81 @@
+"""What the tests share: the toy teacher, toy shards, a quick command line, a program run in this process."""
+
+import importlib
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may look for anything on the Hub
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest
+import torch
+
+from toy.make_shards import make_shards
+
+ROOT = Path(__file__).resolve().parents[1]
+TEACHERS = {"sd": ROOT / "toy" / "teachers" / "sd"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def teacher() -> str:
+    return str(TEACHERS["sd"])
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> str:
+    """Two shards of 24 captioned pictures."""
+    folder = tmp_path_factory.mktemp("shards")
+    make_shards(folder, shards=2, samples_per_shard=24, seed=3)
+    return str(folder)
+
+
+@pytest.fixture()
+def command(teacher, shards, tmp_path):
+    """The shortest command line of the SD program: `command(steps=2, **more)` as an argument list."""
+
+    def build(output="out", steps=2, **more) -> list[str]:
+        chosen = {
+            "pretrained_teacher_model": teacher,
+            "train_shards_path_or_url": shards,
+            "output_dir": str(tmp_path / output),
+            "resolution": 64,
+            "train_batch_size": 2,
+            "max_train_steps": steps,
+            "checkpointing_steps": 1000,
+            "validation_steps": 1000,
+            "num_validation_images": 1,
+            "validation_prompts": ["a small red circle on a black background"],
+            "validation_inference_steps": 1,
+            "logging_steps": 1,
+            "report_to": "none",
+            "seed": 7,
+        } | more
+        argv: list[str] = []
+        for name, value in chosen.items():
+            if value is None or value is False:
+                continue
+            argv.append(f"--{name}")
+            if value is not True:
+                argv += [str(item) for item in value] if isinstance(value, list) else [str(value)]
+        return argv
+
+    return build
+
+
+@pytest.fixture()
+def run():
+    """Runs a program's main in this process: `run(program, argv)`."""
+
+    def call(program: str, argv: list[str]) -> None:
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        importlib.import_module(program).main(argv)
+
+    return call

@@ -1,0 +1,131 @@
+"""The flags: their names, types and defaults are an interface; none is declared and unread."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import train_lcm_distill_sd_wds as sd_program
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = {"sd": sd_program}
+
+# Name → (type, default) in the SD program, as public command lines expect them.
+SD_FLAGS = {
+    "pretrained_vae_model_name_or_path": (str, None), "teacher_revision": (str, None), "revision": (str, None),
+    "output_dir": (str, "lcm-xl-distilled"), "cache_dir": (str, None), "seed": (int, None),
+    "logging_dir": (str, "logs"), "report_to": (str, "tensorboard"), "checkpointing_steps": (int, 500),
+    "checkpoints_total_limit": (int, None), "resume_from_checkpoint": (str, None),
+    "train_shards_path_or_url": (str, None), "resolution": (int, 512), "interpolation_type": (str, "bilinear"),
+    "center_crop": (bool, False), "random_flip": (bool, False), "dataloader_num_workers": (int, 0),
+    "train_batch_size": (int, 16), "num_train_epochs": (int, 100), "max_train_steps": (int, None),
+    "max_train_samples": (int, None), "learning_rate": (float, 1e-4), "scale_lr": (bool, False),
+    "lr_scheduler": (str, "constant"), "lr_warmup_steps": (int, 500), "gradient_accumulation_steps": (int, 1),
+    "use_8bit_adam": (bool, False), "adam_beta1": (float, 0.9), "adam_beta2": (float, 0.999),
+    "adam_weight_decay": (float, 1e-2), "adam_epsilon": (float, 1e-8), "max_grad_norm": (float, 1.0),
+    "proportion_empty_prompts": (float, 0), "w_min": (float, 5.0), "w_max": (float, 15.0),
+    "num_ddim_timesteps": (int, 50), "loss_type": (str, "l2"), "huber_c": (float, 0.001),
+    "unet_time_cond_proj_dim": (int, 256), "vae_encode_batch_size": (int, 32),
+    "timestep_scaling_factor": (float, 10.0), "ema_decay": (float, 0.95), "mixed_precision": (str, None),
+    "allow_tf32": (bool, False), "cast_teacher_unet": (bool, False),
+    "enable_xformers_memory_efficient_attention": (bool, False), "gradient_checkpointing": (bool, False),
+    "local_rank": (int, -1), "validation_steps": (int, 200), "push_to_hub": (bool, False), "hub_token": (str, None),
+    "hub_model_id": (str, None), "tracker_project_name": (str, "text2image-fine-tune"),
+}  # fmt: skip
+
+# The launch command of Diffusers' guide for this program, every flag of it.
+PUBLIC_COMMAND = """
+    --pretrained_teacher_model=runwayml/stable-diffusion-v1-5 --output_dir=out --mixed_precision=fp16 --resolution=512
+    --learning_rate=1e-6 --loss_type=huber --ema_decay=0.95 --adam_weight_decay=0.0 --max_train_steps=1000
+    --max_train_samples=4000000 --dataloader_num_workers=8
+    --train_shards_path_or_url="pipe:curl -L -s https://host/data/{00000..01099}.tar?download=true"
+    --validation_steps=200 --checkpointing_steps=200 --checkpoints_total_limit=10 --train_batch_size=12
+    --gradient_checkpointing --enable_xformers_memory_efficient_attention --gradient_accumulation_steps=1
+    --use_8bit_adam --resume_from_checkpoint=latest --report_to=wandb --seed=453645634 --push_to_hub
+"""
+
+
+def parse(*argv):
+    return sd_program.parse_args(["--pretrained_teacher_model", "teacher", *argv])
+
+
+def test_every_public_flag_has_its_default():
+    args = vars(parse())
+    assert {name: args[name] for name in SD_FLAGS} == {name: default for name, (_, default) in SD_FLAGS.items()}
+
+
+@pytest.mark.parametrize("name", SD_FLAGS)
+def test_every_public_flag_takes_its_type(name):
+    kind, default = SD_FLAGS[name]
+    if kind is bool:
+        assert vars(parse(f"--{name}"))[name] is True
+        assert vars(parse(f"--no-{name}"))[name] is False
+        return
+    choices = {"loss_type": "huber", "lr_scheduler": "cosine", "interpolation_type": "lanczos", "mixed_precision": "bf16"}
+    text = choices.get(name, {int: "7", float: "0.5", str: "x"}[kind])
+    other = ["--w_min", "0"] if name == "w_max" else []
+    assert vars(parse(f"--{name}", text, *other))[name] == kind(text)
+
+
+def test_teacher_is_required(capsys):
+    with pytest.raises(SystemExit):
+        sd_program.parse_args([])
+    assert "--pretrained_teacher_model" in capsys.readouterr().err
+
+
+def test_public_command_line_parses():
+    args = sd_program.parse_args(shlex.split(PUBLIC_COMMAND))
+    assert args.ema_decay == 0.95 and args.loss_type == "huber" and args.use_8bit_adam
+
+
+@pytest.mark.parametrize(
+    "argv",
+    ["--w_min 9 --w_max 5", "--resolution 0", "--train_batch_size -1", "--learning_rate x", "--ema_decay 1.5",
+     "--proportion_empty_prompts 2", "--max_train_steps 0", "--loss_type l1", "--seed -1", "--learning_rate nan",
+     "--huber_c 0", "--num_ddim_timesteps 0", "--lr_scheduler never", "--gradient_accumulation_steps 0"],
+)  # fmt: skip
+def test_values_out_of_range_are_refused_in_one_line_that_names_the_flag(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(*argv.split())
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and argv.split()[0] in error and len(error.splitlines()) <= 2
+
+
+def test_local_rank_reaches_the_launcher_s_variable(monkeypatch):
+    import os
+
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    parse("--local_rank", "3")
+    assert os.environ.pop("LOCAL_RANK") == "3"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    parse("--local_rank", "3")
+    assert os.environ["LOCAL_RANK"] == "1"
+
+
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
+def test_no_flag_is_declared_and_unread(program):
+    """Six flags of the public programs do nothing: cache_dir, center_crop, random_flip, scale_lr, …"""
+    declared = set(vars(program.parse_args(["--pretrained_teacher_model", "x"])))
+    read = set(re.findall(r"\bargs\.(\w+)", Path(program.__file__).read_text()))
+    read |= set(re.findall(r"\bargs\.(\w+)", (ROOT / "lcm_distill" / "flags.py").read_text()))
+    assert declared == read & declared, f"declared and unread: {sorted(declared - read)}"
+    assert read <= declared, f"read and undeclared: {sorted(read - declared)}"
+
+
+def test_no_function_but_parse_args_and_main_stands_in_two_programs():
+    seen: dict[str, str] = {}
+    for path in sorted(ROOT.glob("train_lcm_distill_*_wds.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in ("parse_args", "main"):
+                assert node.name not in seen, f"{node.name} stands in {seen[node.name]} and in {path.name}"
+                seen[node.name] = path.name
+
+
+def test_args_never_cross_into_the_package():
+    for path in (ROOT / "lcm_distill").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                names = [a.arg for a in (*node.args.args, *node.args.kwonlyargs)]
+                assert "args" not in names, f"{path.name}: {node.name} takes args"

@@ -1,0 +1,104 @@
+"""The Stable Diffusion family: configs, captions and latents against the pipeline's own."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from lcm_distill import sd
+from lcm_distill.errors import UsageError
+from lcm_distill.latents import encode_pixels, vae_factor
+
+CONFIGS = {"resolution": 64, "num_ddim_timesteps": 50}
+
+
+@pytest.fixture(scope="module")
+def frozen(teacher):
+    return sd.load_frozen(teacher, device="cpu", dtype=torch.float32)
+
+
+def test_captions_are_encoded_as_the_pipeline_does(teacher, frozen):
+    pipeline = StableDiffusionPipeline.from_pretrained(teacher, torch_dtype=torch.float32)
+    captions = ["a small red circle on a black background", "", "no such words", "a " * 60]
+    expected, empty = pipeline.encode_prompt(captions, "cpu", 1, True, negative_prompt=[""] * 4)
+    torch.testing.assert_close(sd.encode_captions(frozen, captions)["encoder_hidden_states"], expected, rtol=0, atol=0)
+    ours = sd.encode_captions(frozen, [""])["encoder_hidden_states"]
+    torch.testing.assert_close(ours.expand_as(empty), empty, rtol=1e-5, atol=1e-5)
+
+
+def test_latents_are_the_vae_s_posterior_scaled(frozen):
+    pixels = torch.randint(256, (5, 3, 64, 64), dtype=torch.uint8)
+    latents = encode_pixels(frozen.vae, pixels, batch_size=2, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        posterior = frozen.vae.encode(pixels / 127.5 - 1.0).latent_dist
+    expected = posterior.sample(torch.Generator().manual_seed(1)) * frozen.vae.config.scaling_factor
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+    assert latents.dtype == torch.float32 and latents.shape == (5, 4, 16, 16)
+
+
+def test_latents_do_not_depend_on_the_encode_batch(frozen):
+    pixels = torch.randint(256, (4, 3, 64, 64), dtype=torch.uint8)
+    one, all_ = (
+        encode_pixels(frozen.vae, pixels, batch_size=n, generator=torch.Generator().manual_seed(1)) for n in (1, 32)
+    )
+    torch.testing.assert_close(one, all_, rtol=1e-4, atol=1e-4)
+
+
+def test_a_shifted_vae_is_shifted(frozen):
+    pixels = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
+
+    def encode():
+        return encode_pixels(frozen.vae, pixels, batch_size=1, generator=torch.Generator().manual_seed(1))
+
+    plain = encode()
+    frozen.vae.register_to_config(shift_factor=0.5)
+    try:
+        expected = plain - 0.5 * frozen.vae.config.scaling_factor
+        torch.testing.assert_close(encode(), expected, rtol=1e-4, atol=1e-5)
+    finally:
+        frozen.vae.register_to_config(shift_factor=None)
+
+
+def test_frozen_parts_are_frozen(frozen):
+    for network in (frozen.text_encoder, frozen.vae, frozen.unet):
+        assert not network.training and not any(p.requires_grad for p in network.parameters())
+
+
+def test_configs_say_what_is_wrong_before_weights_are_read(teacher, tmp_path):
+    """Every message names its flag. The copies below hold no weights: nothing could be loaded from them."""
+    configs = sd.read_configs(teacher, **CONFIGS)
+    assert vae_factor(configs.vae) == 4
+    copy = tmp_path / "teacher"
+    for part in ("unet", "vae", "scheduler"):
+        (copy / part).mkdir(parents=True)
+        for file in (Path(teacher) / part).glob("*.json"):
+            shutil.copy(file, copy / part)
+    sd.read_configs(str(copy), **CONFIGS)
+    with pytest.raises(UsageError, match=r"--resolution 66 .*64 and 68"):
+        sd.read_configs(str(copy), **CONFIGS | {"resolution": 66})
+    with pytest.raises(UsageError, match="--num_ddim_timesteps 1001"):
+        sd.read_configs(str(copy), **CONFIGS | {"num_ddim_timesteps": 1001})
+    with pytest.raises(UsageError, match="--pretrained_teacher_model .*nowhere"):
+        sd.read_configs(str(tmp_path / "nowhere"), **CONFIGS)
+    with pytest.raises(UsageError, match="--pretrained_vae_model_name_or_path .*config.json"):
+        sd.read_configs(str(copy), vae=str(tmp_path), **CONFIGS)
+    unet = json.loads((copy / "unet" / "config.json").read_text())
+    for change, message in (
+        ({"time_cond_proj_dim": 256}, "is an LCM"),
+        ({"addition_embed_type": "text_time"}, "sdxl"),
+        ({"in_channels": 9}, "channels"),
+    ):
+        (copy / "unet" / "config.json").write_text(json.dumps(unet | change))
+        with pytest.raises(UsageError, match=message):
+            sd.read_configs(str(copy), **CONFIGS)
+    shutil.rmtree(copy / "unet")
+    with pytest.raises(UsageError, match="no unet/config.json"):
+        sd.read_configs(str(copy), **CONFIGS)
+
+
+def test_a_hub_teacher_that_cannot_be_had_is_a_message():
+    with pytest.raises(UsageError, match="--pretrained_teacher_model nobody/nothing"):
+        sd.read_configs("nobody/nothing", **CONFIGS)

@@ -1,0 +1,72 @@
+"""The student starts as its teacher; architectures are compared before any weights are read."""
+
+import logging
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from lcm_distill.consistency import guidance_embedding
+from lcm_distill.errors import UsageError
+from lcm_distill.unets import (
+    architecture,
+    check_teacher_config,
+    enable_xformers,
+    student_from_teacher,
+    target_from_student,
+)
+
+
+@pytest.fixture(scope="module")
+def toy_unet(teacher):
+    return UNet2DConditionModel.from_pretrained(teacher, subfolder="unet", torch_dtype=torch.float32).eval()
+
+
+def test_untrained_student_equals_the_teacher_whatever_w(toy_unet):
+    """Diffusers' random start of the projection puts the student about 5 % off its teacher."""
+    student = student_from_teacher(toy_unet, 256).eval()
+    x, t, c = torch.randn(2, 4, 16, 16), torch.tensor([19, 999]), torch.randn(2, 16, 64)
+    with torch.no_grad():
+        expected = toy_unet(x, t, c).sample
+        for w in (0.0, 14.0):
+            embedding = guidance_embedding(torch.full((2,), w), 256)
+            assert torch.equal(student(x, t, c, timestep_cond=embedding).sample, expected)
+
+
+def test_guidance_reaches_the_student_once_it_trains(toy_unet):
+    student = student_from_teacher(toy_unet, 64)
+    x, t, c = torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 16, 64)
+    student(x, t, c, timestep_cond=guidance_embedding(torch.tensor([7.5]), 64)).sample.square().mean().backward()
+    gradient = student.time_embedding.cond_proj.weight.grad
+    assert gradient is not None and gradient.abs().max() > 0
+
+
+def test_student_is_float32_even_of_a_half_precision_teacher(toy_unet):
+    half = UNet2DConditionModel.from_config(toy_unet.config).half()
+    student = student_from_teacher(half, 256)
+    target = target_from_student(student)
+    assert {p.dtype for p in student.parameters()} == {p.dtype for p in target.parameters()} == {torch.float32}
+    assert student.training and not target.training
+    assert all(p.requires_grad for p in student.parameters()) and not any(p.requires_grad for p in target.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), target.parameters(), strict=True))
+
+
+def test_architecture_tells_unets_apart_but_not_by_name(toy_unet):
+    assert architecture(toy_unet.config | {"_name_or_path": "x"}) == architecture(toy_unet.config)
+    assert architecture(toy_unet.config | {"block_out_channels": (8, 8)}) != architecture(toy_unet.config)
+
+
+def test_a_teacher_of_another_kind_is_refused_with_the_right_program():
+    with pytest.raises(UsageError, match="train_lcm_distill_sdxl_wds.py"):
+        check_teacher_config({"addition_embed_type": "text_time"}, family="sd")
+    with pytest.raises(UsageError, match="train_lcm_distill_sd_wds.py"):
+        check_teacher_config({}, family="sdxl")
+    with pytest.raises(UsageError, match="is an LCM"):
+        check_teacher_config({"time_cond_proj_dim": 256}, family="sd")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_xformers_that_cannot_work_gives_one_warning(toy_unet, caplog):
+    with caplog.at_level(logging.WARNING):
+        enable_xformers(toy_unet, toy_unet)
+    assert [r.message for r in caplog.records if "xformers" in r.message] and len(caplog.records) == 1
