@@ -1,6 +1,5 @@
 """What a finished run leaves for its users: weights that load with one line, a scheduler, a model card, the Hub."""
 
-import copy
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +40,8 @@ def export_full_student(
     student.save_pretrained(folder / "unet")
     target.save_pretrained(folder / "unet_target")
     student.save_pretrained(folder)
-    copy.deepcopy(student).to(torch.float16).save_pretrained(folder, variant="fp16")
+    half = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float16)  # what is saved does load
+    half.save_pretrained(folder, variant="fp16")
     scheduler.save_pretrained(folder)
     usage = _FULL_USAGE.format(model=repo_id or output_dir, teacher=base_model, guidance_scale=guidance_scale)
     model_card(folder, base_model=base_model, usage=usage, settings=settings, tags=tags).save(folder / "README.md")

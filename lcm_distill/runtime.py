@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 
+from transformers.utils.logging import disable_progress_bar
+
 from lcm_distill.errors import UsageError
 
 
@@ -44,6 +46,7 @@ def start_accelerator(
     if allow_tf32 and torch.cuda.is_available():
         torch.backends.cuda.matmul.fp32_precision = "tf32"
         torch.backends.cudnn.conv.fp32_precision = "tf32"
+    disable_progress_bar()  # transformers draws one for every network that it loads
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=gradient_accumulation_steps,

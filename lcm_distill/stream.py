@@ -31,6 +31,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
@@ -226,10 +227,13 @@ class RawSample:
         return sum(map(len, self.files.values()))
 
 
-def _split_name(name: str) -> tuple[str | None, str]:
-    """(key, extension in lower case) of a file in a tar, by webdataset's rule: the first dot of the file's name."""
+def _split_name(name: str) -> tuple[str, str]:
+    """(key, extension in lower case) of a file in a tar, split at the first dot of its name as webdataset does.
+
+    Two empty strings for a name without a dot, or with one at its start.
+    """
     key, extension = base_plus_ext(name)
-    return key, "" if key is None else extension.lower()
+    return (key, extension.lower()) if key else ("", "")
 
 
 def _group(files: Iterable[tuple[str, bytes]]) -> Iterator[RawSample]:
@@ -267,8 +271,8 @@ def read_shard(shard: str, *, extensions: Counter | None = None) -> Iterator[Raw
     """
 
     def wanted(name: str) -> bool:
-        key, extension = _split_name(name)
-        if key is not None and extensions is not None:
+        _, extension = _split_name(name)
+        if extension and extensions is not None:
             extensions[extension] += 1
         return extension in WANTED
 
@@ -344,17 +348,23 @@ def _read_captions(raw: RawSample, meta: dict) -> tuple[list[str], str]:
 
 def _size_in_json(meta: dict) -> tuple[int, int] | None:
     """(height, width) before the dataset's maker shrank the picture, if the JSON tells it in a known way."""
+
+    def side(key: str) -> int:
+        value = meta.get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return 0
+        return int(value) if 0 < value < 2**31 and value == int(value) else 0
+
     for height, width in (("original_height", "original_width"), ("height", "width")):
-        size = (meta.get(height), meta.get(width))
-        if all(type(n) in (int, float) and 0 < n < 2**31 and n == int(n) for n in size):
-            return int(size[0]), int(size[1])
+        if side(height) and side(width):
+            return side(height), side(width)
     return None
 
 
 def decode_picture(content: bytes) -> Image.Image:
     """An upright RGB picture from the bytes of a file; transparent parts become white. Raises `BadSample`."""
     try:
-        image = Image.open(io.BytesIO(content), formats=PILLOW_FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(content), formats=PILLOW_FORMATS)
     except Image.DecompressionBombError:
         raise BadSample(HUGE_PICTURE) from None
     except Exception:  # noqa: BLE001 - a damaged header can raise nearly anything (SyntaxError, struct.error, ...)
@@ -538,7 +548,7 @@ class ShardStream(IterableDataset):
         self.start_epoch = 0
         names = [os.path.basename(shard.partition("?")[0]) for shard in shards]  # data may move between runs
         self._digest = hashlib.blake2b("\0".join(names).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-        self.prepare_options = {
+        self.prepare_options: dict[str, Any] = {
             "resolution": resolution,
             "resample": _resample_filter(interpolation),
             "center_crop": center_crop,

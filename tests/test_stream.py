@@ -39,6 +39,8 @@ from lcm_distill.stream import (
 
 REPO = Path(__file__).parents[1]
 
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores, on purpose
+
 
 def write_tar(path, files, mode="w"):
     """A tar of (name, content) pairs; content may be text or bytes."""
@@ -192,6 +194,10 @@ def test_shuffle_stays_in_the_window(tmp_path):
     assert shuffled != files
     for start in range(0, 10, 4):
         assert sorted(shuffled[start : start + 4]) == files[start : start + 4]
+    # each block and each epoch has a permutation of its own
+    epochs = captions_of_two_epochs(write_shards(tmp_path / "more", [40]), shuffle_window=8)
+    orders = [tuple(int(c[2:]) % 8 for c in epoch[i : i + 8]) for epoch in epochs for i in range(0, 40, 8)]
+    assert len(set(orders)) == 10
 
 
 def test_shuffle_window_is_bounded_in_bytes(tmp_path, monkeypatch):
@@ -657,14 +663,14 @@ def test_unreadable_shards_are_counted_once(tmp_path):
     (tmp_path / "nothing.tar").write_bytes(b"")
     shards = [*good, str(tmp_path / "not_a.tar"), str(tmp_path / "nothing.tar"), str(tmp_path / "gone.tar")]
     shards += ["pipe:exit 3", "http://127.0.0.1:9/000.tar"]
-    for layout in ({}, {"workers": 4}, {"workers": 12}):
+    for workers in (0, 4, 12):
         dropped = Counter()
-        for rank, worker in itertools.product(range(1), range(max(1, layout.get("workers", 0)))):
-            iterator = StreamIterator(make_stream(shards), worker=worker, workers=layout.get("workers", 0))
+        for worker in range(max(1, workers)):
+            iterator = StreamIterator(make_stream(shards), worker=worker, workers=workers)
             for _ in iterator._read_epoch():
                 pass
             dropped += iterator.dropped
-        assert dropped == {stream_module.UNREADABLE_SHARD: 5}, layout
+        assert dropped == {stream_module.UNREADABLE_SHARD: 5}, workers
 
 
 @pytest.mark.parametrize("workers", [0, 2])

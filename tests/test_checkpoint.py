@@ -1,0 +1,138 @@
+"""Finding, refusing and pruning checkpoints, without training anything."""
+
+import json
+import logging
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+
+from lcm_distill.checkpoint import Checkpoints, changed_flags, find_checkpoint, find_run, list_checkpoints, public_flags
+from lcm_distill.errors import UsageError
+
+
+def make(folder, step, **run):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    record = {"program": "p", "architecture": {"dim": [1, 2]}, "seed": 3, "global_step": step} | run
+    (path / "run.json").write_text(json.dumps(record))
+    return path
+
+
+def find(folder, resume="latest", **expected):
+    return find_run(resume, str(folder), **{"program": "p", "architecture": {"dim": (1, 2)}, "seed": None} | expected)
+
+
+def test_latest_is_the_highest_step_not_the_last_name(tmp_path):
+    for step in (2, 10, 9):
+        make(tmp_path, step)
+    path, run = find(tmp_path)
+    assert path == tmp_path / "checkpoint-10" and run["global_step"] == 10
+
+
+def test_latest_passes_over_what_is_not_whole_and_says_so(tmp_path, caplog):
+    """The public programs pick a torn checkpoint as the latest."""
+    make(tmp_path, 2)
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / ".checkpoint-6.partial").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert find(tmp_path)[0] == tmp_path / "checkpoint-2"
+    assert "checkpoint-4" in caplog.text
+
+
+def test_latest_without_checkpoints_is_a_new_run(tmp_path):
+    assert find(tmp_path) == (None, {})
+    assert find(tmp_path / "nowhere") == (None, {})
+    assert find(tmp_path, resume=None) == (None, {})
+
+
+def test_a_path_may_be_absolute_relative_or_inside_the_output_folder(tmp_path, monkeypatch):
+    """The public programs cut an explicit path to its last part and look for that in the output folder."""
+    elsewhere = make(tmp_path / "other", 5)
+    assert find(tmp_path / "out", resume=str(elsewhere))[0] == elsewhere
+    monkeypatch.chdir(tmp_path)
+    assert find(tmp_path / "out", resume="other/checkpoint-5")[0].resolve() == elsewhere
+    assert find(tmp_path / "other", resume="checkpoint-5")[0].resolve() == elsewhere
+
+
+def test_a_path_that_is_no_checkpoint_is_refused(tmp_path):
+    make(tmp_path, 4)
+    with pytest.raises(UsageError, match="--resume_from_checkpoint .*no such folder.*checkpoint-4"):
+        find_checkpoint("checkpoint-5", str(tmp_path))
+    (tmp_path / "torn").mkdir()
+    with pytest.raises(UsageError, match="no run.json"):
+        find_checkpoint(str(tmp_path / "torn"), str(tmp_path))
+
+
+def test_a_checkpoint_of_something_else_is_refused_with_the_difference(tmp_path):
+    make(tmp_path, 1)
+    with pytest.raises(UsageError, match=r"another architecture \(dim: \[1, 2\] there, \[1, 3\] here"):
+        find(tmp_path, architecture={"dim": (1, 3)})
+    with pytest.raises(UsageError, match="was written by p"):
+        find(tmp_path, program="q")
+    with pytest.raises(UsageError, match="--seed 4.*seed 3"):
+        find(tmp_path, seed=4)
+    assert find(tmp_path, seed=3)[1]["seed"] == 3
+
+
+def test_tokens_are_never_written_and_changes_are_listed():
+    flags = public_flags({"hub_token": "secret", "lr": 1, "resume_from_checkpoint": "latest"})
+    assert flags == {"lr": 1, "resume_from_checkpoint": "latest"}
+    assert changed_flags({"flags": {"lr": 2, "resume_from_checkpoint": None}}, flags) == ["--lr: 2 → 1"]
+
+
+def tiny_unet():
+    return UNet2DConditionModel(
+        block_out_channels=(4,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+        mid_block_type=None, layers_per_block=1, norm_num_groups=2, cross_attention_dim=4,
+    )  # fmt: skip
+
+
+def test_save_restores_prunes_after_and_leaves_no_partial(tmp_path, monkeypatch):
+    """The public programs delete the old checkpoint before the new one exists."""
+    accelerator = Accelerator(cpu=True)
+    unet = tiny_unet()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=0.1)
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    checkpoints = Checkpoints(accelerator, str(tmp_path), {"unet": unet}, limit=2)
+
+    def step():
+        for parameter in unet.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+    seen_at_prune = []
+    prune = Checkpoints._prune
+    monkeypatch.setattr(
+        Checkpoints, "_prune",
+        lambda self, keep: (seen_at_prune.append([p.name for p in list_checkpoints(tmp_path)]), prune(self, keep)),
+    )
+    for number in (1, 2, 3):
+        step()
+        checkpoints.save(number, {"program": "p"}, {"place": number})
+    assert seen_at_prune[-1] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+    assert not list(tmp_path.glob(".checkpoint-*"))
+
+    saved = [p.detach().clone() for p in unet.parameters()]
+    step()
+    assert not torch.equal(saved[0], next(unet.parameters()))
+    after = [p.detach().clone() for p in unet.parameters()]
+    assert checkpoints.load(tmp_path / "checkpoint-3") == {"place": 3}
+    assert all(torch.equal(a, b) for a, b in zip(saved, unet.parameters(), strict=True))
+    step()  # the optimizer's moments came back too
+    assert all(torch.equal(a, b) for a, b in zip(after, unet.parameters(), strict=True))
+    accelerator.free_memory()
+
+
+def test_a_save_that_dies_leaves_the_old_checkpoint_as_latest(tmp_path, monkeypatch):
+    accelerator = Accelerator(cpu=True)
+    unet = accelerator.prepare(tiny_unet())
+    checkpoints = Checkpoints(accelerator, str(tmp_path), {"unet": unet}, limit=1)
+    checkpoints.save(1, {}, {})
+    monkeypatch.setattr("lcm_distill.checkpoint._sync_to_disk", lambda folder: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        checkpoints.save(2, {}, {})
+    assert find_checkpoint("latest", str(tmp_path)) == tmp_path / "checkpoint-1"
+    accelerator.free_memory()

@@ -1,0 +1,230 @@
+"""Randomness, the plan, trackers, grids, validation and the model card."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from lcm_distill import plan as plan_module
+from lcm_distill.errors import DivergenceError, UsageError, run_program
+from lcm_distill.export import HubUpload, model_card
+from lcm_distill.optim import build_lr_scheduler, build_optimizer
+from lcm_distill.pictures import labelled_grid
+from lcm_distill.plan import plan_training
+from lcm_distill.randomness import BatchRandom
+from lcm_distill.runtime import parse_trackers, start_accelerator
+from lcm_distill.validation import default_guidance_scale, draw
+
+
+# --- randomness
+
+
+def test_a_batch_s_draws_depend_on_seed_rank_and_batch_alone():
+    def numbers(seed=0, rank=0, batch=0):
+        generator = BatchRandom(seed, rank, "cpu").at(batch)
+        return tuple(torch.rand(4, generator=generator).tolist() + torch.rand(4).tolist())
+
+    torch.rand(100)
+    assert numbers() == numbers()
+    others = {numbers(seed=1), numbers(rank=1), numbers(batch=1), numbers(seed=1, rank=1), numbers()}
+    assert len(others) == 5
+    one = BatchRandom(0, 0, "cpu")
+    one.at(0), one.at(1)
+    assert torch.rand(4, generator=one.at(5)).tolist() == list(numbers(batch=5)[:4])
+
+
+# --- the plan
+
+
+def plan(**more):
+    flags = {
+        "max_steps": None, "epochs": 3, "count_samples": lambda: 100, "batch_size": 8, "accumulation": 2,
+        "processes": 2, "learning_rate": 0.5, "scale_lr": False,
+    }  # fmt: skip
+    return plan_training(**flags | more)
+
+
+def test_length_of_a_run():
+    assert plan().steps == 3 * 4  # 100 pictures, 32 a step: 4 steps an epoch
+    assert plan(max_steps=7).steps == 7
+    assert plan(max_steps=7, count_samples=lambda: 1 / 0).steps == 7  # counting is not asked for
+    with pytest.raises(UsageError, match="--max_train_steps"):
+        plan(count_samples=lambda: None)
+
+
+def test_scale_lr_reaches_the_learning_rate():
+    """The public programs scale it after the optimizer exists: nothing happens."""
+    assert plan(scale_lr=True).learning_rate == 0.5 * 32 and plan().learning_rate == 0.5
+
+
+# --- optimizer
+
+
+def test_8bit_adam_is_bitsandbytes_and_close_to_adamw():
+    pytest.importorskip("bitsandbytes")
+    results = []
+    for use_8bit in (False, True):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(128, 128)
+        start = layer.weight.detach().clone()
+        optimizer = build_optimizer(
+            layer.parameters(), learning_rate=1e-2, betas=(0.9, 0.99), weight_decay=0.1, epsilon=1e-8, use_8bit=use_8bit
+        )
+        for _ in range(5):
+            optimizer.zero_grad()
+            (layer(torch.randn(16, 128)) - 1).square().mean().backward()
+            optimizer.step()
+        results.append(layer.weight.detach())
+        assert ("bitsandbytes" in type(optimizer).__module__) == use_8bit
+    full, eight = results
+    assert 0 < (full - eight).norm() < 0.1 * (full - start).norm()
+
+
+def test_learning_rate_warms_up_by_optimizer_steps():
+    optimizer = build_optimizer(
+        [torch.nn.Parameter(torch.ones(1))], learning_rate=1.0, betas=(0.9, 0.99), weight_decay=0, epsilon=1e-8
+    )
+    scheduler = build_lr_scheduler("cosine", optimizer, warmup_steps=4, training_steps=8)
+    rates = []
+    for _ in range(8):
+        optimizer.step()
+        scheduler.step()
+        rates.append(scheduler.get_last_lr()[0])
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[-1] == pytest.approx(0, abs=1e-9)
+
+
+# --- trackers and the accelerator
+
+
+def test_trackers_are_parsed_and_checked():
+    assert parse_trackers("none") == [] == parse_trackers(None)
+    assert parse_trackers("tensorboard,wandb") == ["tensorboard", "wandb"] == parse_trackers("wandb tensorboard")[::-1]
+    assert {"tensorboard", "wandb"} <= set(parse_trackers("all"))
+    with pytest.raises(UsageError, match="--report_to tensorbord.*tensorboard"):
+        parse_trackers("tensorbord")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_fp16_without_a_gpu_is_refused():
+    with pytest.raises(UsageError, match="--mixed_precision fp16 needs a GPU"):
+        start_accelerator(
+            output_dir="x", logging_dir="logs", trackers=[], mixed_precision="fp16", gradient_accumulation_steps=1,
+            allow_tf32=False,
+        )  # fmt: skip
+
+
+def test_errors_for_users_are_messages_with_exit_codes(capsys):
+    for error, code in ((UsageError("--flag: mend it"), 2), (DivergenceError("loss is nan at step 3"), 1)):
+
+        def main(error=error):
+            raise error
+
+        with pytest.raises(SystemExit) as stopped:
+            run_program(main)
+        assert stopped.value.code == code
+        assert capsys.readouterr().err == f"error: {error}\n"
+
+
+# --- pictures and validation
+
+
+def test_grid_holds_every_picture_where_it_belongs():
+    colours = [["red", "green"], ["blue", "black"]]
+    rows = [(f"row {i}", [Image.new("RGB", (32, 32), c) for c in line]) for i, line in enumerate(colours)]
+    grid = labelled_grid(rows, columns=["one", "a long heading of two lines"], size=48)
+    found = {grid.getpixel((x, y)) for x in range(grid.width) for y in range(grid.height)}
+    assert {(255, 0, 0), (0, 128, 0), (0, 0, 255)} <= found
+    x, y = next((x, y) for y in range(grid.height) for x in range(grid.width) if grid.getpixel((x, y)) == (255, 0, 0))
+    assert grid.getpixel((x + 60, y)) == (0, 128, 0) and grid.getpixel((x, y + 60)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize("w_min, w_max, expected", [(5, 15, 8), (1, 5, 6), (9, 12, 10), (7.5, 7.5, 8.5)])
+def test_default_guidance_scale_lies_in_the_trained_range(w_min, w_max, expected):
+    assert default_guidance_scale(w_min, w_max) == expected
+
+
+class FakePipeline:
+    def __init__(self):
+        self.unet = torch.nn.Dropout().train()
+
+    def __call__(self, prompts, *, generator, height, width, **_):
+        assert not self.unet.training
+        seeds = [torch.rand(1, generator=g).item() for g in generator]
+        return SimpleNamespace(images=[Image.new("RGB", (width, height), (int(s * 255), 0, 0)) for s in seeds])
+
+
+def test_validation_gives_back_the_mode_and_touches_no_global_randomness():
+    pipeline, before = FakePipeline(), torch.get_rng_state()
+    options = {"images_per_prompt": 2, "inference_steps": 1, "guidance_scale": 2.0, "resolution": 8}
+    pictures = draw(pipeline, ["a", "b"], seed=3, **options)
+    assert pipeline.unet.training and torch.equal(before, torch.get_rng_state())
+    assert len({p.getpixel((0, 0)) for p in pictures}) == 4
+    again = draw(pipeline, ["a", "b"], seed=3, **options)
+    assert [p.tobytes() for p in pictures] == [p.tobytes() for p in again]
+
+
+# --- what is shared
+
+
+def test_model_card_links_hub_teachers_and_hides_local_paths(tmp_path):
+    card = model_card(tmp_path, base_model="org/model", usage="draw()", settings={"lr": 1, "x": None}, tags=["sd"])
+    assert card.data.base_model == "org/model" and "lcm" in card.data.tags and "draw()" in card.text
+    assert "| `--lr` | 1 |" in card.text and "--x" not in card.text
+    local = model_card(tmp_path, base_model=str(tmp_path), usage="", settings={}, tags=[])
+    assert local.data.base_model is None and str(tmp_path.parent) not in local.text
+
+
+def test_a_hub_that_refuses_is_told_before_training(monkeypatch):
+    def refuse(self, *_, **__):
+        raise OSError("401 no\nmore")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
+    with pytest.raises(UsageError, match="--push_to_hub.*401 no"):
+        HubUpload("me/model", "token", "out")
+
+
+def test_upload_takes_what_users_load_and_survives_a_failure(monkeypatch, tmp_path, caplog):
+    """The public programs upload optimizer states too."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: SimpleNamespace(repo_id="me/model"))
+    calls = []
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **options: calls.append(options))
+    upload = HubUpload("me/model", "token", str(tmp_path))
+    assert upload.push("done")
+    files = [
+        "README.md", "config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors",
+        "scheduler_config.json", "unet/config.json", "unet_target/diffusion_pytorch_model.safetensors",
+        "validation/step-000002.png",
+    ]  # fmt: skip
+    private = [
+        "checkpoint-2/optimizer.bin", "checkpoint-2/unet/config.json", "checkpoint-2/run.json", "logs/x/events.1",
+        ".checkpoint-4.partial/unet/config.json", "wandb/config.yaml",
+    ]  # fmt: skip
+    kept = list(
+        filter_repo_objects(
+            files + private, allow_patterns=calls[0]["allow_patterns"], ignore_patterns=calls[0]["ignore_patterns"]
+        )
+    )
+    assert kept == files
+
+    def fail(self, **_):
+        raise OSError("gone")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", fail)
+    with caplog.at_level(logging.ERROR):
+        assert not upload.push("done")
+    assert "gone" in caplog.text and "hf upload me/model" in caplog.text
+
+
+def test_announcement_says_when_a_run_is_finished(caplog):
+    accelerator = SimpleNamespace(mixed_precision="no", device="cpu")
+    run = {"seed": 1, "flags": {"lr": 2, "output_dir": "o"}}
+    with caplog.at_level(logging.INFO):
+        plan_module.announce(
+            plan(max_steps=5), accelerator, torch.nn.Linear(2, 2), run,
+            checkpoint="c", resumed={"global_step": 5, "flags": {"lr": 1}},
+        )  # fmt: skip
+    assert "finished" in caplog.text and "--lr: 1 → 2" in caplog.text
