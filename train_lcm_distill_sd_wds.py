@@ -17,7 +17,6 @@ The method is Algorithm 1 of arXiv 2310.04378. The result draws in 1 to 8 steps:
 
 import argparse
 import logging
-from pathlib import Path
 
 import torch
 
@@ -42,7 +41,7 @@ from lcm_distill.runtime import inference_dtype, parse_trackers, settle_seed, st
 from lcm_distill.schedule import DDIMSolver, lcm_scheduler
 from lcm_distill.stream import ShardStream, count_samples, expand_shards, inspect_shards, make_loader
 from lcm_distill.unets import architecture, enable_xformers, student_from_teacher, target_from_student
-from lcm_distill.validation import default_guidance_scale, validate
+from lcm_distill.validation import validate, validation_guidance_scale
 
 PROGRAM = "train_lcm_distill_sd_wds"
 logger = logging.getLogger(f"lcm_distill.{PROGRAM}")
@@ -62,7 +61,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    output_dir = Path(args.output_dir)
 
     # What can be wrong with the flags is said here, before anything is loaded.
     trackers = parse_trackers(args.report_to)
@@ -74,10 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         cache_dir=args.cache_dir,
     )
     configs = sd.read_configs(
-        args.pretrained_teacher_model,
-        resolution=args.resolution,
-        num_ddim_timesteps=args.num_ddim_timesteps,
-        **where,
+        args.pretrained_teacher_model, resolution=args.resolution, num_ddim_timesteps=args.num_ddim_timesteps, **where
     )
     design = architecture(configs.unet | {"time_cond_proj_dim": args.unet_time_cond_proj_dim})
     checkpoint, resumed = find_run(
@@ -90,10 +85,12 @@ def main(argv: list[str] | None = None) -> None:
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         allow_tf32=args.allow_tf32,
+        local_rank=args.local_rank,
     )
     preflight = inspect_shards(shards, resolution=args.resolution)
     logger.info("%s", preflight)
     seed = settle_seed(resumed.get("seed", args.seed))
+    flags_to_record = public_flags(vars(args))
     plan = plan_training(
         max_steps=1 if args.dry_run else args.max_train_steps,
         epochs=args.num_train_epochs,
@@ -160,18 +157,12 @@ def main(argv: list[str] | None = None) -> None:
     solver = DDIMSolver(schedule, args.num_ddim_timesteps)
     consistency = ConsistencyFunction(schedule, args.timestep_scaling_factor)
     unconditional = sd.encode_captions(frozen, [""])
-    sampler = lcm_scheduler(
-        frozen.scheduler_config,
-        num_ddim_timesteps=args.num_ddim_timesteps,
-        timestep_scaling=args.timestep_scaling_factor,
-    )
+    sampler = lcm_scheduler(frozen.scheduler_config, args.num_ddim_timesteps, args.timestep_scaling_factor)
     pipelines = {
         "student": sd.build_pipeline(frozen, accelerator.unwrap_model(student), sampler),
         "target": sd.build_pipeline(frozen, target, sampler),
     }
-    guidance_scale = args.validation_guidance_scale
-    if guidance_scale is None:
-        guidance_scale = default_guidance_scale(args.w_min, args.w_max)
+    guidance_scale = validation_guidance_scale(args.validation_guidance_scale, args.w_min, args.w_max)
     drawing = dict(
         prompts=args.validation_prompts or preflight.captions,
         images_per_prompt=args.num_validation_images,
@@ -185,13 +176,13 @@ def main(argv: list[str] | None = None) -> None:
     checkpoints = Checkpoints(
         accelerator, args.output_dir, {"unet": student, "unet_target": target}, args.checkpoints_total_limit
     )
-    run = dict(program=PROGRAM, architecture=design, seed=seed, flags=public_flags(vars(args)))
+    run = dict(program=PROGRAM, architecture=design, seed=seed, flags=flags_to_record)
     global_step, batches = resumed.get("global_step", 0), resumed.get("batches", 0)
     if checkpoint:
         loader.load_state_dict(checkpoints.load(checkpoint))
     announce(plan, accelerator, student, run, checkpoint=checkpoint, resumed=resumed)
     if not args.dry_run:
-        start_trackers(accelerator, args.tracker_project_name, run["flags"], output_dir / args.logging_dir)
+        start_trackers(accelerator, args.tracker_project_name, flags_to_record)
 
     progress = Progress(accelerator, total=plan.steps, initial=global_step)
     data = progress.batches(loader)
@@ -200,9 +191,7 @@ def main(argv: list[str] | None = None) -> None:
             # 1 batch → latents z, conditioning c
             batch = next(data)
             generator = random.at(batches)
-            latents = encode_pixels(
-                frozen.vae, batch["pixels"], batch_size=args.vae_encode_batch_size, generator=generator
-            )
+            latents = encode_pixels(frozen.vae, batch["pixels"], args.vae_encode_batch_size, generator)
             conditioning = sd.encode_captions(frozen, batch["captions"])
             size, device = len(latents), latents.device
 
@@ -247,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         if not accelerator.sync_gradients:
             continue
         if accelerator.optimizer_step_was_skipped:  # fp16: a gradient overflowed, and the loss scale was lowered
-            progress.log(global_step, lr_scheduler.get_last_lr()[0])
+            progress.log(global_step, lr_scheduler)
             continue
 
         # A real step: EMA, log, checkpoint, validate
@@ -258,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
         last = global_step == plan.steps
         save = last or global_step % args.checkpointing_steps == 0
         if save or global_step % args.logging_steps == 0:
-            progress.log(global_step, lr_scheduler.get_last_lr()[0])
+            progress.log(global_step, lr_scheduler)
         if args.dry_run:
             continue
         if save:
@@ -266,26 +255,26 @@ def main(argv: list[str] | None = None) -> None:
                 checkpoints.save(global_step, run | {"batches": batches}, loader.state_dict())
         if last or global_step % args.validation_steps == 0:
             with progress.paused():
-                if accelerator.is_main_process:
-                    grid = output_dir / "validation" / f"step-{global_step:06d}.png"
-                    validate(accelerator, pipelines, path=grid, global_step=global_step, **drawing)
-                accelerator.wait_for_everyone()
+                validate(accelerator, pipelines, output_dir=args.output_dir, global_step=global_step, **drawing)
     progress.close()
 
     # Export.
     if args.dry_run:
-        validate(accelerator, pipelines, path=None, global_step=global_step, **drawing)
+        validate(accelerator, pipelines, output_dir=None, global_step=global_step, **drawing)
         logger.info("dry run: shards, models, a training step and a drawing all work; nothing was written")
     elif accelerator.is_main_process:
         export_full_student(
-            args.output_dir, accelerator.unwrap_model(student), target, sampler,
+            args.output_dir,
+            student=accelerator.unwrap_model(student),
+            target=target,
+            scheduler=sampler,
             base_model=args.pretrained_teacher_model,
             repo_id=hub.repo_id if hub else None,
             guidance_scale=guidance_scale,
-            settings=run["flags"],
+            settings=flags_to_record,
             tags=["stable-diffusion"],
         )
-        logger.info("the model is in %s", output_dir)
+        logger.info("the model is in %s", args.output_dir)
         if hub:
             hub.push(f"LCM distilled for {global_step} steps")
     accelerator.wait_for_everyone()

@@ -116,7 +116,7 @@ def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> Path
     if not resume_from_checkpoint:
         return None
     if resume_from_checkpoint == "latest":
-        return (list_checkpoints(output_dir) or [None])[-1]
+        return next(reversed(list_checkpoints(output_dir)), None)
     for path in (Path(resume_from_checkpoint).expanduser(), Path(output_dir) / resume_from_checkpoint):
         if path.is_dir():
             if not (path / "run.json").is_file():

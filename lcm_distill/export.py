@@ -20,10 +20,10 @@ _NOT_UPLOADED = ["checkpoint-*", "checkpoint-*/**", ".checkpoint-*", ".checkpoin
 
 def export_full_student(
     output_dir: str,
+    *,
     student: UNet2DConditionModel,
     target: UNet2DConditionModel,
     scheduler: LCMScheduler,
-    *,
     base_model: str,
     repo_id: str | None,
     guidance_scale: float,
@@ -57,9 +57,7 @@ pipe.scheduler = LCMScheduler.from_pretrained({model!r})
 picture = pipe("your prompt", num_inference_steps=4, guidance_scale={guidance_scale:g}).images[0]"""
 
 
-def model_card(
-    folder: Path, *, base_model: str, usage: str, settings: Mapping[str, Any], tags: list[str]
-) -> ModelCard:
+def model_card(folder: Path, *, base_model: str, usage: str, settings: Mapping[str, Any], tags: list[str]) -> ModelCard:
     """A card for the model in `folder`: what it is, how to draw with it, what it drew, what it was trained with.
 
     `base_model` is linked when it is a Hub id; `usage` is Python code.
@@ -111,7 +109,11 @@ class HubUpload:
         except Exception as error:
             logger.error(
                 "the upload to %s failed (%s); the model is in %s, upload it with: hf upload %s %s",
-                self.repo_id, error, self._output_dir, self.repo_id, self._output_dir,
+                self.repo_id,
+                error,
+                self._output_dir,
+                self.repo_id,
+                self._output_dir,
             )
             return False
         return True

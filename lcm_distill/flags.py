@@ -5,7 +5,6 @@ defaults are those of Diffusers' consistency-distillation examples, so that thei
 """
 
 import argparse
-import os
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -28,10 +27,6 @@ class Parser(argparse.ArgumentParser):
         args = self.parse_args(argv)
         if args.w_min > args.w_max:
             self.error(f"argument --w_min: {args.w_min:g} is above --w_max {args.w_max:g}; give w_min <= w_max")
-        if args.push_to_hub and args.hub_token and args.report_to == "wandb":
-            print("note: --hub_token is kept out of the trackers; `hf auth login` keeps it out of the shell's history")
-        if args.local_rank != -1:
-            os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
         return args
 
 
@@ -39,7 +34,9 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     pass
 
 
-def number(kind: type, low: float | None = None, high: float | None = None, *, open_low: bool = False) -> Callable[[str], Any]:
+def number(
+    kind: type, low: float | None = None, high: float | None = None, *, open_low: bool = False
+) -> Callable[[str], Any]:
     """An argparse type: `kind` within [low, high], or (low, high] with `open_low`."""
 
     def parse(text: str) -> Any:
@@ -72,16 +69,22 @@ def _switch(group: Any, name: str, help: str) -> None:
 def add_model_flags(parser: Parser) -> None:
     group = parser.add_argument_group("models")
     group.add_argument(
-        "--pretrained_teacher_model", type=str, required=True,
+        "--pretrained_teacher_model",
+        type=str,
+        required=True,
         help="the teacher to distil: a Diffusers pipeline folder or a Hub id",
     )
     group.add_argument(
-        "--pretrained_vae_model_name_or_path", type=str, default=None,
+        "--pretrained_vae_model_name_or_path",
+        type=str,
+        default=None,
         help="another autoencoder than the teacher's own: a folder with its config.json, or a Hub id",
     )
     group.add_argument("--teacher_revision", type=str, default=None, help="branch, tag or commit of a Hub teacher")
     group.add_argument(
-        "--revision", type=str, default=None,
+        "--revision",
+        type=str,
+        default=None,
         help="branch, tag or commit of the separate autoencoder (--pretrained_vae_model_name_or_path)",
     )
     group.add_argument("--variant", type=str, default=None, help="file variant of the teacher's weights, such as fp16")
@@ -91,12 +94,16 @@ def add_model_flags(parser: Parser) -> None:
 def add_data_flags(parser: Parser, *, resolution: int) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--train_shards_path_or_url", type=str, default=None,
+        "--train_shards_path_or_url",
+        type=str,
+        default=None,
         help="WebDataset shards: a tar, a folder of tars, a pattern such as data/{00000..00099}.tar, "
         "a URL or 'pipe:COMMAND'; several are joined by '::'",
     )
     group.add_argument(
-        "--resolution", type=positive_int, default=resolution,
+        "--resolution",
+        type=positive_int,
+        default=resolution,
         help="pictures are resized (shorter side) and cropped to this many pixels; a multiple of the VAE's factor, 8",
     )
     group.add_argument(
@@ -112,34 +119,42 @@ def add_data_flags(parser: Parser, *, resolution: int) -> None:
     )
     group.add_argument("--train_batch_size", type=positive_int, default=16, help="pictures per device and batch")
     group.add_argument(
-        "--max_train_samples", type=positive_int, default=None,
+        "--max_train_samples",
+        type=positive_int,
+        default=None,
         help="pictures that count as one epoch (default: all; local shards are counted)",
     )
 
 
 def add_training_flags(parser: Parser) -> None:
     group = parser.add_argument_group("training")
-    group.add_argument("--seed", type=count, default=None, help="seed of every random draw (default: drawn, and printed)")
+    group.add_argument(
+        "--seed", type=count, default=None, help="seed of every random draw (default: drawn, and printed)"
+    )
     group.add_argument(
         "--num_train_epochs", type=positive_int, default=100, help="epochs to train, unless --max_train_steps is given"
     )
     group.add_argument("--max_train_steps", type=positive_int, default=None, help="optimizer steps to train")
     group.add_argument("--learning_rate", type=non_negative, default=1e-4, help="peak learning rate")
     _switch(
-        group, "--scale_lr",
+        group,
+        "--scale_lr",
         "multiply the learning rate by devices × --train_batch_size × --gradient_accumulation_steps",
     )
     group.add_argument(
-        "--lr_scheduler", type=str, default="constant", help="course of the learning rate",
+        "--lr_scheduler",
+        type=str,
+        default="constant",
+        help="course of the learning rate",
         choices=[s.value for s in SchedulerType if s not in (SchedulerType.PIECEWISE_CONSTANT,)],
     )
     group.add_argument(
-        "--lr_warmup_steps", type=count, default=500,
+        "--lr_warmup_steps",
+        type=count,
+        default=500,
         help="optimizer steps of rising learning rate, in the courses that warm up ('constant' does not)",
     )
-    group.add_argument(
-        "--gradient_accumulation_steps", type=positive_int, default=1, help="batches per optimizer step"
-    )
+    group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="batches per optimizer step")
     _switch(group, "--use_8bit_adam", "AdamW with 8-bit state (bitsandbytes)")
     group.add_argument("--adam_beta1", type=number(float, 0, 1), default=0.9, help="AdamW's β1")
     group.add_argument("--adam_beta2", type=number(float, 0, 1), default=0.999, help="AdamW's β2")
@@ -151,23 +166,31 @@ def add_training_flags(parser: Parser) -> None:
 def add_distillation_flags(parser: Parser, *, w_min: float, vae_encode_batch_size: int) -> None:
     group = parser.add_argument_group("distillation")
     group.add_argument(
-        "--w_min", type=non_negative, default=w_min,
+        "--w_min",
+        type=non_negative,
+        default=w_min,
         help="least guidance w trained; w is the LCM paper's, cond + w·(cond − uncond), "
         "so the pipelines' guidance_scale is w + 1",
     )
     group.add_argument("--w_max", type=non_negative, default=15.0, help="greatest guidance w trained")
     group.add_argument(
-        "--num_ddim_timesteps", type=positive_int, default=50,
+        "--num_ddim_timesteps",
+        type=positive_int,
+        default=50,
         help="points of the solver's grid; the paper's skipping step k is 1000 / this",
     )
     group.add_argument("--loss_type", type=str, default="l2", choices=["l2", "huber"], help="l2, or pseudo-Huber")
     group.add_argument("--huber_c", type=positive, default=0.001, help="c of the pseudo-Huber loss √(d²+c²) − c")
     group.add_argument(
-        "--timestep_scaling_factor", type=positive, default=10.0,
+        "--timestep_scaling_factor",
+        type=positive,
+        default=10.0,
         help="scales the timestep in the boundary scalings c_skip and c_out; goes into the saved scheduler",
     )
     group.add_argument(
-        "--vae_encode_batch_size", type=positive_int, default=vae_encode_batch_size,
+        "--vae_encode_batch_size",
+        type=positive_int,
+        default=vae_encode_batch_size,
         help="pictures that the VAE encodes at once; less saves memory",
     )
 
@@ -178,7 +201,9 @@ def add_full_student_flags(parser: Parser) -> None:
         "--unet_time_cond_proj_dim", type=number(int, 4), default=256, help="width of the guidance embedding"
     )
     group.add_argument(
-        "--ema_decay", type=fraction, default=0.95,
+        "--ema_decay",
+        type=fraction,
+        default=0.95,
         help="decay μ of the target network, θ⁻ ← μ·θ⁻ + (1−μ)·θ: 0 copies the student at every step",
     )
 
@@ -186,14 +211,18 @@ def add_full_student_flags(parser: Parser) -> None:
 def add_speed_flags(parser: Parser) -> None:
     group = parser.add_argument_group("precision, speed and memory")
     group.add_argument(
-        "--mixed_precision", type=str, default=None, choices=["no", "fp16", "bf16"],
+        "--mixed_precision",
+        type=str,
+        default=None,
+        choices=["no", "fp16", "bf16"],
         help="precision of the networks' arithmetic (default: as `accelerate config` says); what trains, the "
         "schedule, the solver and the loss stay float32",
     )
     _switch(group, "--allow_tf32", "TF32 matrix products and convolutions where float32 is asked for (Ampere or newer)")
     _switch(group, "--cast_teacher_unet", "keep the teacher U-Net in the mixed precision instead of float32")
     _switch(
-        group, "--enable_xformers_memory_efficient_attention",
+        group,
+        "--enable_xformers_memory_efficient_attention",
         "xformers' attention where it works; PyTorch's own, as fast on today's GPUs, otherwise",
     )
     _switch(group, "--gradient_checkpointing", "recompute activations in the backward pass: less memory, slower")
@@ -207,27 +236,38 @@ def add_run_flags(parser: Parser) -> None:
     group.add_argument("--output_dir", type=str, default="lcm-xl-distilled", help="everything the run writes goes here")
     group.add_argument("--logging_dir", type=str, default="logs", help="the trackers' folder, inside --output_dir")
     group.add_argument(
-        "--report_to", type=str, default="tensorboard",
+        "--report_to",
+        type=str,
+        default="tensorboard",
         help="trackers, joined by commas: tensorboard, wandb, comet_ml, …; 'all' installed ones, or 'none'",
     )
     group.add_argument(
         "--tracker_project_name", type=str, default="text2image-fine-tune", help="the project's name in the trackers"
     )
-    group.add_argument("--logging_steps", type=positive_int, default=10, help="optimizer steps between two logged values")
     group.add_argument(
-        "--checkpointing_steps", type=positive_int, default=500,
+        "--logging_steps", type=positive_int, default=10, help="optimizer steps between two logged values"
+    )
+    group.add_argument(
+        "--checkpointing_steps",
+        type=positive_int,
+        default=500,
         help="optimizer steps between two checkpoints; one is always saved at the end",
     )
     group.add_argument(
-        "--checkpoints_total_limit", type=positive_int, default=None,
+        "--checkpoints_total_limit",
+        type=positive_int,
+        default=None,
         help="how many checkpoints to keep; older ones go after a new one is complete (default: keep all)",
     )
     group.add_argument(
-        "--resume_from_checkpoint", type=str, default=None,
+        "--resume_from_checkpoint",
+        type=str,
+        default=None,
         help="'latest', or the folder of a checkpoint: the run continues exactly there",
     )
     _switch(
-        group, "--dry_run",
+        group,
+        "--dry_run",
         "check shards, models and memory with one training step and one picture, then stop; writes nothing",
     )
     group = parser.add_argument_group("validation pictures")
@@ -235,7 +275,10 @@ def add_run_flags(parser: Parser) -> None:
         "--validation_steps", type=positive_int, default=200, help="optimizer steps between two drawings"
     )
     group.add_argument(
-        "--validation_prompts", type=str, nargs="+", default=None,
+        "--validation_prompts",
+        type=str,
+        nargs="+",
+        default=None,
         help="what to draw (default: four captions of the first shard)",
     )
     group.add_argument("--num_validation_images", type=positive_int, default=4, help="pictures per prompt")
@@ -243,10 +286,14 @@ def add_run_flags(parser: Parser) -> None:
         "--validation_inference_steps", type=positive_int, default=4, help="sampling steps of the pictures"
     )
     group.add_argument(
-        "--validation_guidance_scale", type=non_negative, default=None,
+        "--validation_guidance_scale",
+        type=non_negative,
+        default=None,
         help="the pipelines' guidance_scale, w + 1 (default: 8, brought into the trained range)",
     )
     group = parser.add_argument_group("Hub")
     _switch(group, "--push_to_hub", "upload the finished model to the Hub")
     group.add_argument("--hub_token", type=str, default=None, help="Hub token (default: that of `hf auth login`)")
-    group.add_argument("--hub_model_id", type=str, default=None, help="Hub repository (default: the output folder's name)")
+    group.add_argument(
+        "--hub_model_id", type=str, default=None, help="Hub repository (default: the output folder's name)"
+    )

@@ -6,7 +6,7 @@ from diffusers import AutoencoderKL
 
 @torch.no_grad()
 def encode_pixels(
-    vae: AutoencoderKL, pixels: torch.Tensor, *, batch_size: int, generator: torch.Generator
+    vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int, generator: torch.Generator
 ) -> torch.Tensor:
     """Latents float32 `[B, C, H/8, W/8]`, drawn from the VAE's posterior, of `pixels` uint8 `[B, 3, H, W]`.
 

@@ -22,7 +22,9 @@ def build_optimizer(
         try:
             import bitsandbytes
         except ImportError as error:
-            raise UsageError(f"--use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes ({error})") from None
+            raise UsageError(
+                f"--use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes ({error})"
+            ) from None
         return bitsandbytes.optim.AdamW8bit(
             parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon
         )

@@ -14,8 +14,9 @@ def labelled_grid(
     (default: as large as the first one is). Long column labels are broken into lines.
     """
     size = size or rows[0][1][0].width
-    font = ImageFont.load_default(size=max(11, min(18, size // 6)))
-    line = font.size + 4
+    height = max(11, min(18, size // 6))
+    font = ImageFont.load_default(size=height)
+    line = height + 4
     margin, gap = 6, 4
     left = margin + max(int(font.getlength(label)) for label, _ in rows) + 10
     headings = [_broken(text, font, size) for text in columns or []]
@@ -36,7 +37,7 @@ def labelled_grid(
     return canvas
 
 
-def _broken(text: str, font: ImageFont.FreeTypeFont, width: int, most: int = 6) -> list[str]:
+def _broken(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int = 6) -> list[str]:
     """`text` in lines no wider than `width`, at most `most` of them."""
     lines: list[str] = []
     for word in text.split():

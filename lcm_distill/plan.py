@@ -83,12 +83,20 @@ def announce(
         logger.info("no checkpoint in %s yet: a new run", run["flags"]["output_dir"])
     logger.info(
         "steps %d to %d, each of %d pictures (%d per device × %d accumulated × %d devices), learning rate %.3g",
-        first, plan.steps, plan.pictures, plan.batch_size, plan.accumulation, plan.processes, plan.learning_rate,
+        first,
+        plan.steps,
+        plan.pictures,
+        plan.batch_size,
+        plan.accumulation,
+        plan.processes,
+        plan.learning_rate,
     )
     logger.info(
         "%.1f M parameters train; seed %d; precision %s; device %s",
         sum(p.numel() for p in trained.parameters() if p.requires_grad) / 1e6,
-        run["seed"], accelerator.mixed_precision, accelerator.device,
+        run["seed"],
+        accelerator.mixed_precision,
+        accelerator.device,
     )
     if first >= plan.steps:
         logger.info("this run is finished: step %d of %d; raise --max_train_steps to go on", first, plan.steps)

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from lcm_distill.errors import DivergenceError
-from lcm_distill.stream import DropCounter
+from lcm_distill.stream import DropCounter, ShardLoader
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +28,16 @@ class Progress:
     def __init__(self, accelerator: Accelerator, *, total: int, initial: int):
         self._accelerator = accelerator
         self._bar = tqdm(
-            total=total, initial=initial, desc="steps", unit="step", dynamic_ncols=True,
+            total=total,
+            initial=initial,
+            desc="steps",
+            unit="step",
+            dynamic_ncols=True,
             disable=not accelerator.is_main_process,
         )
         self._dropped = DropCounter()
         self._told: Mapping[str, int] = {}
+        self._loader: ShardLoader | None = None
         self._loss = torch.zeros((), device=accelerator.device)
         self._reset()
 
@@ -41,15 +46,22 @@ class Progress:
         self._batches, self._pictures, self._waited = 0, 0, 0.0
         self._start = time.perf_counter()
 
-    def batches(self, loader: Any) -> Iterator[dict[str, Any]]:
-        """The loader's batches; the time that they take to come counts as waiting for data."""
+    def batches(self, loader: ShardLoader) -> Iterator[dict[str, Any]]:
+        """The endless loader's batches; the time that they take to come counts as waiting for data.
+
+        The loader's workers end with the iterator, or with `close`.
+        """
+        self._loader = loader
         data = iter(loader)
-        while True:
-            start = time.perf_counter()
-            batch = next(data)
-            self._waited += time.perf_counter() - start
-            self._dropped.update(batch)
-            yield batch
+        try:
+            while True:
+                start = time.perf_counter()
+                batch = next(data)
+                self._waited += time.perf_counter() - start
+                self._dropped.update(batch)
+                yield batch
+        finally:
+            loader.close()
 
     def add(self, loss: torch.Tensor, pictures: int) -> None:
         """Counts one batch: its loss (a scalar on the device) and its number of pictures."""
@@ -61,7 +73,7 @@ class Progress:
         """One optimizer step is done."""
         self._bar.update()
 
-    def log(self, global_step: int, learning_rate: float) -> dict[str, float]:
+    def log(self, global_step: int, lr_scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict[str, float]:
         """Shows and sends to the trackers, and returns, the values since the last call.
 
         `loss` (mean over batches and ranks), `lr`, `samples_per_second` (all ranks), `data_wait` (share, 0 to 1).
@@ -71,7 +83,7 @@ class Progress:
         elapsed = time.perf_counter() - self._start
         values = {
             "loss": float(mean),
-            "lr": learning_rate,
+            "lr": float(lr_scheduler.get_last_lr()[0]),
             "samples_per_second": self._pictures * self._accelerator.num_processes / elapsed,
             "data_wait": self._waited / elapsed,
         }
@@ -82,7 +94,7 @@ class Progress:
                 "--learning_rate, a lower --max_grad_norm or --mixed_precision bf16 in place of fp16."
             )
         self._bar.set_postfix_str(
-            f"loss {values['loss']:.4g}, lr {learning_rate:.2e}, {values['samples_per_second']:.1f} pictures/s, "
+            f"loss {values['loss']:.4g}, lr {values['lr']:.2e}, {values['samples_per_second']:.1f} pictures/s, "
             f"{values['data_wait']:.0%} waiting for data"
         )
         self._accelerator.log(values, step=global_step)
@@ -102,8 +114,10 @@ class Progress:
         self._start += time.perf_counter() - start
 
     def close(self) -> None:
-        """Ends the bar and says how many samples all ranks dropped, and why."""
+        """Ends the bar and the data loader, and says how many samples all ranks dropped, and why."""
         self._bar.close()
+        if self._loader is not None:
+            self._loader.close()
         total = sum((Counter(dropped) for dropped in gather_object([self._dropped.total()])), Counter())
         if total:
             reasons = ", ".join(f"{count} × {reason}" for reason, count in total.most_common())

@@ -1,7 +1,9 @@
 """How a run starts: the accelerator, its trackers, precision and seed."""
 
 import logging
+import os
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
-
 from transformers.utils.logging import disable_progress_bar
 
 from lcm_distill.errors import UsageError
@@ -26,7 +27,9 @@ def parse_trackers(report_to: str | None) -> list[str]:
         if name not in known:
             raise UsageError(f"--report_to {name}: no such tracker; choose among {', '.join(known)}, all and none.")
         if name not in installed:
-            raise UsageError(f"--report_to {name}: its package is not installed; pip install {name}, or choose another.")
+            raise UsageError(
+                f"--report_to {name}: its package is not installed; pip install {name}, or choose another."
+            )
     return list(dict.fromkeys(names))
 
 
@@ -38,14 +41,17 @@ def start_accelerator(
     mixed_precision: str | None,
     gradient_accumulation_steps: int,
     allow_tf32: bool,
+    local_rank: int = -1,
 ) -> Accelerator:
     """Accelerate's engine as the run's flags want it, and a logger that speaks on the main process only."""
+    if local_rank != -1:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))  # from launchers that pass it as a flag alone
     on_gpu = torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
     if mixed_precision == "fp16" and not on_gpu:
         raise UsageError("--mixed_precision fp16 needs a GPU; on the CPU take bf16 or no.")
     if allow_tf32 and torch.cuda.is_available():
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-        torch.backends.cudnn.conv.fp32_precision = "tf32"
+        torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
     disable_progress_bar()  # transformers draws one for every network that it loads
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
@@ -70,13 +76,12 @@ def settle_seed(seed: int | None) -> int:
     return chosen
 
 
-def start_trackers(accelerator: Accelerator, project: str, flags: dict[str, Any], folder: Path) -> None:
-    """Starts the trackers with the run's flags as their configuration; tokens stay out of it."""
+def start_trackers(accelerator: Accelerator, project: str, flags: Mapping[str, Any]) -> None:
+    """Starts the trackers with the run's `flags` as their configuration; they write into the logging folder."""
     config = {
-        name: value if isinstance(value, (bool, int, float, str)) else str(value)
-        for name, value in flags.items()
-        if "token" not in name
+        name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in flags.items()
     }
+    folder = str(accelerator.logging_dir)
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-    accelerator.init_trackers(project, config=config, init_kwargs={"wandb": {"dir": str(folder)}})
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    accelerator.init_trackers(project, config=config, init_kwargs={"wandb": {"dir": folder}})

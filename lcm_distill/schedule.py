@@ -117,7 +117,7 @@ def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def lcm_scheduler(
-    scheduler_config: Mapping[str, Any], *, num_ddim_timesteps: int, timestep_scaling: float
+    scheduler_config: Mapping[str, Any], num_ddim_timesteps: int = 50, timestep_scaling: float = 10.0
 ) -> LCMScheduler:
     """The sampler of a student: the teacher's schedule with the run's solver grid and timestep scaling."""
     return LCMScheduler.from_config(

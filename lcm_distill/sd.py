@@ -74,7 +74,7 @@ def read_configs(
     if resolution % factor:
         raise UsageError(
             f"--resolution {resolution} is not a multiple of the VAE's factor {factor}; "
-            f"the nearest that are: {resolution // factor * factor or factor} and {(resolution // factor + 1) * factor}."
+            f"the nearest that are: {resolution // factor * factor or factor} and {-(-resolution // factor) * factor}."
         )
     if vae_config.get("latent_channels", 4) != unet["in_channels"]:
         raise UsageError(

@@ -15,9 +15,9 @@ from lcm_distill.pictures import labelled_grid
 logger = logging.getLogger(__name__)
 
 
-def default_guidance_scale(w_min: float, w_max: float) -> float:
-    """The pipelines' guidance_scale 8, brought into the trained range [w_min + 1, w_max + 1]."""
-    return min(max(8.0, w_min + 1), w_max + 1)
+def validation_guidance_scale(chosen: float | None, w_min: float, w_max: float) -> float:
+    """`chosen`, or else the pipelines' guidance_scale 8 brought into the trained range [w_min + 1, w_max + 1]."""
+    return min(max(8.0, w_min + 1), w_max + 1) if chosen is None else chosen
 
 
 @torch.no_grad()
@@ -58,25 +58,27 @@ def draw(
 def validate(
     accelerator: Accelerator,
     pipelines: Mapping[str, Any],
-    prompts: Sequence[str],
     *,
-    path: Path | None,
+    prompts: Sequence[str],
+    output_dir: str | None,
     global_step: int,
     **drawing: Any,
 ) -> None:
-    """Draws `prompts` with each pipeline (a row each, by its label): a grid at `path`, and every tracker.
+    """Draws `prompts` with each pipeline, a row each under its label: to `validation/step-N.png` and every tracker.
 
-    `drawing` are the keyword arguments of `draw`. Without a `path` the pictures go nowhere (a dry run).
+    The main process draws while the others wait. `drawing` are the further arguments of `draw`. Without an
+    `output_dir` the pictures go nowhere (a dry run).
     """
-    with accelerator.autocast():
-        rows = {label: draw(pipeline, prompts, **drawing) for label, pipeline in pipelines.items()}
-    if path is None:
-        return
-    per_prompt = drawing["images_per_prompt"]
-    columns = [text for prompt in prompts for text in [prompt, *[""] * (per_prompt - 1)]]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    labelled_grid(list(rows.items()), columns=columns, size=min(256, drawing["resolution"])).save(path)
-    log_pictures(accelerator, rows, global_step)
+    if accelerator.is_main_process:
+        with accelerator.autocast():
+            rows = {label: draw(pipeline, prompts, **drawing) for label, pipeline in pipelines.items()}
+        if output_dir is not None:
+            columns = [text for prompt in prompts for text in [prompt, *[""] * (drawing["images_per_prompt"] - 1)]]
+            path = Path(output_dir) / "validation" / f"step-{global_step:06d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            labelled_grid(list(rows.items()), columns=columns, size=min(256, drawing["resolution"])).save(path)
+            log_pictures(accelerator, rows, global_step)
+    accelerator.wait_for_everyone()
 
 
 def log_pictures(accelerator: Accelerator, rows: Mapping[str, Sequence[Image.Image]], global_step: int) -> None:

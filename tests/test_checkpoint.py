@@ -105,7 +105,8 @@ def test_save_restores_prunes_after_and_leaves_no_partial(tmp_path, monkeypatch)
     seen_at_prune = []
     prune = Checkpoints._prune
     monkeypatch.setattr(
-        Checkpoints, "_prune",
+        Checkpoints,
+        "_prune",
         lambda self, keep: (seen_at_prune.append([p.name for p in list_checkpoints(tmp_path)]), prune(self, keep)),
     )
     for number in (1, 2, 3):

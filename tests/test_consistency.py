@@ -145,7 +145,13 @@ def test_guided_teacher_joins_nested_conditioning():
     empty = {"encoder_hidden_states": torch.zeros(1, 3, 8), "added_cond_kwargs": {"time_ids": torch.tensor([[5]])}}
     schedule = NoiseSchedule.from_config(SD | {"prediction_type": "sample"})
     clean, _ = guided_prediction(
-        teacher, schedule, torch.zeros(2, 4, 1, 1), torch.tensor([3, 3]), cond, empty, torch.ones(2),
+        teacher,
+        schedule,
+        torch.zeros(2, 4, 1, 1),
+        torch.tensor([3, 3]),
+        cond,
+        empty,
+        torch.ones(2),
         dtype=torch.bfloat16,
     )
     torch.testing.assert_close(clean[:, 0, 0, 0], torch.tensor([1023.0 * 2 - 5, 7.0 * 2 - 5]))
@@ -172,7 +178,10 @@ def test_the_exact_model_of_gaussian_data_is_self_consistent():
         index = torch.arange(steps).repeat(2000 // steps)
         t, end = solver.timesteps[index], solver.previous_timesteps[index]
         g = torch.Generator().manual_seed(0)
-        clean, noise = mean + spread * torch.randn(len(t), 1, 4, 4, generator=g), torch.randn(len(t), 1, 4, 4, generator=g)
+        clean, noise = (
+            mean + spread * torch.randn(len(t), 1, 4, 4, generator=g),
+            torch.randn(len(t), 1, 4, 4, generator=g),
+        )
         x = schedule.add_noise(clean, noise, t)
         eps = wide(schedule.sigmas[t] / variance(t)) * (x - wide(schedule.alphas[t]) * mean)
         previous = solver.step(schedule.predict_sample(eps, x, t), eps, index)

@@ -63,7 +63,12 @@ def test_every_public_flag_takes_its_type(name):
         assert vars(parse(f"--{name}"))[name] is True
         assert vars(parse(f"--no-{name}"))[name] is False
         return
-    choices = {"loss_type": "huber", "lr_scheduler": "cosine", "interpolation_type": "lanczos", "mixed_precision": "bf16"}
+    choices = {
+        "loss_type": "huber",
+        "lr_scheduler": "cosine",
+        "interpolation_type": "lanczos",
+        "mixed_precision": "bf16",
+    }
     text = choices.get(name, {int: "7", float: "0.5", str: "x"}[kind])
     other = ["--w_min", "0"] if name == "w_max" else []
     assert vars(parse(f"--{name}", text, *other))[name] == kind(text)
@@ -91,17 +96,6 @@ def test_values_out_of_range_are_refused_in_one_line_that_names_the_flag(argv, c
         parse(*argv.split())
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and argv.split()[0] in error and len(error.splitlines()) <= 2
-
-
-def test_local_rank_reaches_the_launcher_s_variable(monkeypatch):
-    import os
-
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    parse("--local_rank", "3")
-    assert os.environ.pop("LOCAL_RANK") == "3"
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    parse("--local_rank", "3")
-    assert os.environ["LOCAL_RANK"] == "1"
 
 
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)

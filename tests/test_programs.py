@@ -39,8 +39,8 @@ def captured_losses(monkeypatch) -> list[tuple[int, float]]:
     losses: list[tuple[int, float]] = []
     log = Progress.log
 
-    def recording(self, global_step, learning_rate):
-        values = log(self, global_step, learning_rate)
+    def recording(self, global_step, lr_scheduler):
+        values = log(self, global_step, lr_scheduler)
         losses.append((global_step, values["loss"]))
         return values
 
@@ -52,10 +52,12 @@ def captured_losses(monkeypatch) -> list[tuple[int, float]]:
 def test_a_run_trains_exports_and_its_export_draws(program, command, run, tmp_path, teacher, monkeypatch):
     frozen: dict = {}
     load = train_lcm_distill_sd_wds.sd.load_frozen
-    monkeypatch.setattr(train_lcm_distill_sd_wds.sd, "load_frozen", lambda *a, **k: frozen.setdefault("it", load(*a, **k)))
+    monkeypatch.setattr(
+        train_lcm_distill_sd_wds.sd, "load_frozen", lambda *a, **k: frozen.setdefault("it", load(*a, **k))
+    )
     run(program, command(
-        steps=3, learning_rate=1e-3, loss_type="huber", random_flip=True, validation_steps=2, report_to="tensorboard,wandb",
-        validation_inference_steps=2, lr_scheduler="cosine", ema_decay=0.9, huber_c=0.01,
+        steps=3, learning_rate=1e-3, loss_type="huber", random_flip=True, validation_steps=2,
+        report_to="tensorboard,wandb", validation_inference_steps=2, lr_scheduler="cosine", ema_decay=0.9, huber_c=0.01,
     ))  # fmt: skip
     out = tmp_path / "out"
 
@@ -66,7 +68,9 @@ def test_a_run_trains_exports_and_its_export_draws(program, command, run, tmp_pa
     assert len(moved) > 0.9 * len(before)
     assert student["time_embedding.cond_proj.weight"].abs().max() > 0
     assert not same(student, target)
-    distance = {n: sum((w[k] - before[k].float()).norm() ** 2 for k in before) for n, w in (("s", student), ("t", target))}
+    distance = {
+        n: sum((w[k] - before[k].float()).norm() ** 2 for k in before) for n, w in (("s", student), ("t", target))
+    }
     assert distance["t"] < distance["s"]
     parts = frozen["it"]
     for network, kind, folder in (
@@ -116,7 +120,8 @@ def test_two_plus_two_resumed_steps_equal_four(program, workers, command, run, t
     """Bit for bit: samples, losses, weights. The public programs restart their data on every resume."""
     losses = captured_losses(monkeypatch)
     options = {"dataloader_num_workers": workers, "gradient_accumulation_steps": 2, "learning_rate": 1e-3,
-               "lr_scheduler": "linear", "lr_warmup_steps": 1, "checkpointing_steps": 2, "random_flip": True}  # fmt: skip
+               "lr_scheduler": "linear", "lr_warmup_steps": 1, "checkpointing_steps": 2,
+               "random_flip": True}  # fmt: skip
     run(program, command("whole", steps=4, **options))
     whole = list(losses)
     losses.clear()
@@ -200,7 +205,9 @@ def test_autocast_has_the_run_s_dtype(command, run, monkeypatch):
     forward = UNet2DConditionModel.forward
 
     def spy(self, sample, *args, **kwargs):
-        seen.append((sample.dtype, self.conv_in.weight.dtype, torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")))
+        seen.append(
+            (sample.dtype, self.conv_in.weight.dtype, torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu"))
+        )
         return forward(self, sample, *args, **kwargs)
 
     monkeypatch.setattr(UNet2DConditionModel, "forward", spy)
@@ -341,7 +348,11 @@ def close(self):
 program.Progress.close = close
 program.main(sys.argv[2:])
 """)
-    for name, steps, more in (("whole", 4, []), ("halves", 2, []), ("halves", 4, ["--resume_from_checkpoint", "latest"])):
+    for name, steps, more in (
+        ("whole", 4, []),
+        ("halves", 2, []),
+        ("halves", 4, ["--resume_from_checkpoint", "latest"]),
+    ):
         done = torchrun([str(script), str(tmp_path / f"{name}{steps}"), *command(name, steps=steps), *more], tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
     whole = [torch.load(tmp_path / f"whole4-rank{rank}.pt") for rank in (0, 1)]

@@ -1,6 +1,7 @@
 """Randomness, the plan, trackers, grids, validation and the model card."""
 
 import logging
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +16,7 @@ from lcm_distill.pictures import labelled_grid
 from lcm_distill.plan import plan_training
 from lcm_distill.randomness import BatchRandom
 from lcm_distill.runtime import parse_trackers, start_accelerator
-from lcm_distill.validation import default_guidance_scale, draw
-
+from lcm_distill.validation import draw, validation_guidance_scale
 
 # --- randomness
 
@@ -115,6 +115,15 @@ def test_fp16_without_a_gpu_is_refused():
         )  # fmt: skip
 
 
+def test_local_rank_reaches_the_launcher_s_variable(monkeypatch):
+    monkeypatch.setattr("lcm_distill.runtime.Accelerator", lambda **_: SimpleNamespace(is_main_process=True))
+    options = {"output_dir": "x", "logging_dir": "logs", "trackers": [], "mixed_precision": "no"}
+    for before, expected in ((None, "3"), ("1", "1")):
+        monkeypatch.setattr("os.environ", {"LOCAL_RANK": before} if before else {})
+        start_accelerator(**options, gradient_accumulation_steps=1, allow_tf32=False, local_rank=3)
+        assert os.environ["LOCAL_RANK"] == expected
+
+
 def test_errors_for_users_are_messages_with_exit_codes(capsys):
     for error, code in ((UsageError("--flag: mend it"), 2), (DivergenceError("loss is nan at step 3"), 1)):
 
@@ -142,7 +151,8 @@ def test_grid_holds_every_picture_where_it_belongs():
 
 @pytest.mark.parametrize("w_min, w_max, expected", [(5, 15, 8), (1, 5, 6), (9, 12, 10), (7.5, 7.5, 8.5)])
 def test_default_guidance_scale_lies_in_the_trained_range(w_min, w_max, expected):
-    assert default_guidance_scale(w_min, w_max) == expected
+    assert validation_guidance_scale(None, w_min, w_max) == expected
+    assert validation_guidance_scale(1.5, w_min, w_max) == 1.5
 
 
 class FakePipeline:

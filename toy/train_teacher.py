@@ -57,9 +57,7 @@ def build_tokenizer() -> CLIPTokenizer:
                 tokens.append("".join(pair))
             parts[-2:] = ["".join(pair)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={token: index for index, token in enumerate(tokens)}, merges=merges, model_max_length=16
-    )
+    return CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=merges, model_max_length=16)
 
 
 def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
@@ -325,9 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         vae = train_vae(args.vae_steps, 16, args.seed)
         vae.save_pretrained(output_dir / "vae")
-    unet, conditioner, tokenizer = train_unet(
-        args.family, vae, args.steps, args.batch_size, args.pictures, args.seed
-    )
+    unet, conditioner, tokenizer = train_unet(args.family, vae, args.steps, args.batch_size, args.pictures, args.seed)
     pipeline = build_pipeline(args.family, vae, unet, conditioner, tokenizer).to(torch.float16)
     pipeline.save_pretrained(output_dir)
     print(f"{output_dir}: trained in {(time.perf_counter() - started) / 60:.0f} minutes")
