@@ -35,11 +35,13 @@ from lcm_distill.export import HubUpload, export_full_student
 from lcm_distill.latents import encode_pixels
 from lcm_distill.optim import build_lr_scheduler, build_optimizer
 from lcm_distill.plan import announce, plan_training
+from lcm_distill.preflight import inspect_shards
 from lcm_distill.progress import Progress
 from lcm_distill.randomness import BatchRandom
 from lcm_distill.runtime import inference_dtype, parse_trackers, settle_seed, start_accelerator, start_trackers
 from lcm_distill.schedule import DDIMSolver, lcm_scheduler
-from lcm_distill.stream import ShardStream, count_samples, expand_shards, inspect_shards, make_loader
+from lcm_distill.shards import count_samples, expand_shards
+from lcm_distill.stream import ShardStream, make_loader
 from lcm_distill.unets import architecture, enable_xformers, student_from_teacher, target_from_student
 from lcm_distill.validation import validate, validation_guidance_scale
 

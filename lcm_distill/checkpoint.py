@@ -139,10 +139,16 @@ def find_run(
 ) -> tuple[Path | None, dict[str, Any]]:
     """The checkpoint that `--resume_from_checkpoint` means and its run.json; (None, {}) for a new run.
 
-    `UsageError` unless it is of this `program`, of this U-Net `architecture`, and of this `seed` (None: any).
+    `UsageError` unless it is of this `program`, of this U-Net `architecture`, and of this `seed` (None: any); or if
+    a new run would mix its checkpoints with those of an earlier one.
     """
     path = find_checkpoint(resume_from_checkpoint, output_dir)
     if path is None:
+        if earlier := list_checkpoints(output_dir):  # a second run among them would make `latest` a lottery
+            raise UsageError(
+                f"--output_dir {output_dir} holds an earlier run ({earlier[-1].name}): go on with it by "
+                "--resume_from_checkpoint latest, give another folder, or remove that run's checkpoints."
+            )
         return None, {}
     try:
         run = json.loads((path / "run.json").read_text())

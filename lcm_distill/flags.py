@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from diffusers.optimization import SchedulerType
 
-INTERPOLATIONS = ("bilinear", "bicubic", "lanczos", "nearest", "box", "hamming")
+from lcm_distill.samples import INTERPOLATIONS
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,7 +107,11 @@ def add_data_flags(parser: Parser, *, resolution: int) -> None:
         help="pictures are resized (shorter side) and cropped to this many pixels; a multiple of the VAE's factor, 8",
     )
     group.add_argument(
-        "--interpolation_type", type=str, default="bilinear", choices=INTERPOLATIONS, help="filter of the resize"
+        "--interpolation_type",
+        type=str,
+        default="bilinear",
+        choices=sorted(INTERPOLATIONS),
+        help="filter of the resize",
     )
     _switch(group, "--center_crop", "crop the middle instead of a random place")
     _switch(group, "--random_flip", "mirror half of the pictures left to right")

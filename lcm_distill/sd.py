@@ -135,8 +135,8 @@ def encode_captions(frozen: Frozen, captions: list[str]) -> dict[str, torch.Tens
     # As in the pipelines, the mask counts only for text encoders whose config asks for it.
     use_mask = getattr(frozen.text_encoder.config, "use_attention_mask", False)
     device = frozen.text_encoder.device
-    mask = tokens.attention_mask.to(device) if use_mask else None
-    output = frozen.text_encoder(tokens.input_ids.to(device), attention_mask=mask)
+    mask = tokens.attention_mask.to(device, non_blocking=True) if use_mask else None
+    output = frozen.text_encoder(tokens.input_ids.to(device, non_blocking=True), attention_mask=mask)
     return {"encoder_hidden_states": output.last_hidden_state}
 
 

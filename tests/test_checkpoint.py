@@ -47,6 +47,13 @@ def test_latest_without_checkpoints_is_a_new_run(tmp_path):
     assert find(tmp_path, resume=None) == (None, {})
 
 
+def test_a_new_run_does_not_mix_with_an_earlier_one(tmp_path):
+    """A second run into the same folder left `latest` to choose between two runs."""
+    make(tmp_path, 7)
+    with pytest.raises(UsageError, match="--output_dir .*checkpoint-7.*--resume_from_checkpoint latest"):
+        find(tmp_path, resume=None)
+
+
 def test_a_path_may_be_absolute_relative_or_inside_the_output_folder(tmp_path, monkeypatch):
     """The public programs cut an explicit path to its last part and look for that in the output folder."""
     elsewhere = make(tmp_path / "other", 5)

@@ -22,20 +22,13 @@ import pytest
 import torch
 from PIL import Image
 
+from lcm_distill import samples
 from lcm_distill import stream as stream_module
 from lcm_distill.errors import UsageError
-from lcm_distill.stream import (
-    DropCounter,
-    ShardStream,
-    StreamIterator,
-    count_samples,
-    deal_shards,
-    decode_picture,
-    expand_shards,
-    inspect_shards,
-    make_loader,
-    resize_and_crop,
-)
+from lcm_distill.preflight import inspect_shards
+from lcm_distill.samples import decode_picture, resize_and_crop
+from lcm_distill.shards import count_samples, expand_shards
+from lcm_distill.stream import DropCounter, ShardStream, StreamIterator, deal_shards, make_loader
 
 REPO = Path(__file__).parents[1]
 
@@ -252,7 +245,7 @@ def test_restore_is_exact(tmp_path, workers):
         states.append(original.state_dict())
         batches.append(next(iterator))
     assert all(place["epoch"] >= 1 for place in stream_module._places(states[-1]))
-    assert {reason for batch in batches for reason in batch["dropped"]} > {stream_module.UNREADABLE_SHARD}
+    assert {reason for batch in batches for reason in batch["dropped"]} > {samples.UNREADABLE_SHARD}
     for k in range(0, 27, 3):
         buffer = io.BytesIO()
         torch.save(states[k], buffer)
@@ -550,21 +543,21 @@ class TouchesFile:
 
 GOOD = noise_picture(0)
 BAD_SAMPLES = [
-    (stream_module.NO_PICTURE, [("a.txt", "x")]),
-    (stream_module.NO_PICTURE, [("a.tiff", GOOD), ("a.txt", "x")]),
-    (stream_module.NO_CAPTION, [("a.png", GOOD)]),
-    (stream_module.NO_CAPTION, [("a.png", GOOD), ("a.txt", " \n")]),
-    (stream_module.NO_CAPTION, [("a.png", GOOD), ("a.json", '{"prompt": "x"}')]),
-    (stream_module.NO_CAPTION, [("a.png", GOOD), ("b/a.txt", "of another folder")]),
-    (stream_module.CAPTION_NOT_UTF8, [("a.png", GOOD), ("a.txt", b"\xff\xfe\xfd")]),
-    (stream_module.NOT_A_PICTURE, [("a.jpg", "text in place of a picture"), ("a.txt", "x")]),
-    (stream_module.NOT_A_PICTURE, [("a.jpg", ""), ("a.txt", "x")]),
-    (stream_module.NOT_A_PICTURE, [("a.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), ("a.txt", "x")]),
-    (stream_module.NOT_A_PICTURE, [("a.png", GOOD[:20]), ("a.txt", "x")]),
-    (stream_module.DAMAGED_PICTURE, [("a.png", GOOD[: len(GOOD) // 2]), ("a.txt", "x")]),
-    (stream_module.HUGE_PICTURE, [("a.png", bomb()), ("a.txt", "x")]),
-    (stream_module.DUPLICATE_NAME, [("a.png", GOOD), ("a.txt", "x"), ("a.png", noise_picture(1)), ("a.txt", "y")]),
-    (stream_module.DUPLICATE_NAME, [("a.png", GOOD), ("a.PNG", noise_picture(1)), ("a.txt", "y")]),
+    (samples.NO_PICTURE, [("a.txt", "x")]),
+    (samples.NO_PICTURE, [("a.tiff", GOOD), ("a.txt", "x")]),
+    (samples.NO_CAPTION, [("a.png", GOOD)]),
+    (samples.NO_CAPTION, [("a.png", GOOD), ("a.txt", " \n")]),
+    (samples.NO_CAPTION, [("a.png", GOOD), ("a.json", '{"prompt": "x"}')]),
+    (samples.NO_CAPTION, [("a.png", GOOD), ("b/a.txt", "of another folder")]),
+    (samples.CAPTION_NOT_UTF8, [("a.png", GOOD), ("a.txt", b"\xff\xfe\xfd")]),
+    (samples.NOT_A_PICTURE, [("a.jpg", "text in place of a picture"), ("a.txt", "x")]),
+    (samples.NOT_A_PICTURE, [("a.jpg", ""), ("a.txt", "x")]),
+    (samples.NOT_A_PICTURE, [("a.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), ("a.txt", "x")]),
+    (samples.NOT_A_PICTURE, [("a.png", GOOD[:20]), ("a.txt", "x")]),
+    (samples.DAMAGED_PICTURE, [("a.png", GOOD[: len(GOOD) // 2]), ("a.txt", "x")]),
+    (samples.HUGE_PICTURE, [("a.png", bomb()), ("a.txt", "x")]),
+    (samples.DUPLICATE_NAME, [("a.png", GOOD), ("a.txt", "x"), ("a.png", noise_picture(1)), ("a.txt", "y")]),
+    (samples.DUPLICATE_NAME, [("a.png", GOOD), ("a.PNG", noise_picture(1)), ("a.txt", "y")]),
 ]
 
 
@@ -578,7 +571,7 @@ def test_bad_samples_are_skipped_and_counted(tmp_path, workers):
     # File order, so that all of the first epoch's drops lie before the second epoch's first sample(s).
     stream = make_stream([write_tar(tmp_path / "0.tar", files)], shuffle_window=1)
     expected = Counter(reason for reason, _ in BAD_SAMPLES)
-    expected[stream_module.NO_PICTURE] += 1  # the caption of another folder is a sample of its own
+    expected[samples.NO_PICTURE] += 1  # the caption of another folder is a sample of its own
     seen, counters = {}, {}
     for worker in range(max(1, workers)):
         iterator = StreamIterator(stream, worker=worker, workers=workers)
@@ -670,7 +663,7 @@ def test_unreadable_shards_are_counted_once(tmp_path):
             for _ in iterator._read_epoch():
                 pass
             dropped += iterator.dropped
-        assert dropped == {stream_module.UNREADABLE_SHARD: 5}, workers
+        assert dropped == {samples.UNREADABLE_SHARD: 5}, workers
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -690,7 +683,7 @@ def test_shards_without_a_usable_sample_end_in_one_clear_error(tmp_path, workers
         inspect_shards(shards, resolution=16)
     assert message == str(preflight.value)
     assert "0 of 3 samples usable, in the first 3 of 3 shards" in message
-    assert f"2 x {stream_module.NO_CAPTION}, 1 x {stream_module.NOT_A_PICTURE}" in message
+    assert f"2 x {samples.NO_CAPTION}, 1 x {samples.NOT_A_PICTURE}" in message
     assert "1 x cls" in message and "1 x gif" in message
     assert "Traceback" not in message
 
@@ -811,7 +804,7 @@ def test_inspect_reports_what_is_there(tmp_path):
     assert report.json_keys == {"url": 2, "caption": 1}
     assert (report.smallest, report.largest) == ((16, 20), (30, 40))
     assert report.captions == ["first", "second"]
-    assert report.dropped == {stream_module.NO_CAPTION: 1, stream_module.UNREADABLE_SHARD: 1}
+    assert report.dropped == {samples.NO_CAPTION: 1, samples.UNREADABLE_SHARD: 1}
     text = str(report)
     assert "3 of 4 samples usable" in text and "20x16 to 40x30 (width x height)" in text and "1.tar" in text
 

@@ -7,3 +7,5 @@
 
 `toy.world` says what a picture is; everything else draws, learns or reads those pictures.
 """
+
+import lcm_distill  # noqa: F401 - it keeps the libraries' import-time notices out of sight

@@ -14,15 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-
-from lcm_distill.pictures import labelled_grid  # before diffusers: it keeps import-time notices out of sight
-
-# isort: split
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
+from lcm_distill.pictures import labelled_grid
 from toy.score import Scorer, caption_accuracy, frechet_distance, real_pictures
 
 TEACHER = Path(__file__).parent / "teachers" / "sd"
@@ -147,5 +143,4 @@ def main(argv: list[str] | None = None) -> list[Row]:
 
 
 if __name__ == "__main__":
-    np.set_printoptions(precision=3)
     main()

@@ -1,0 +1,124 @@
+"""The preflight: a first look into the shards, before any model is loaded."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+from lcm_distill.errors import UsageError
+from lcm_distill.samples import UNREADABLE_SHARD, BadSample, prepare_sample, read_captions, read_json
+from lcm_distill.shards import FLAG, SHARD_NEEDS, RawSample, list_counts, read_shard
+
+
+@dataclass
+class ShardReport:
+    """What a first look into the shards found; print it."""
+
+    shards: int  # how many there are
+    resolution: int
+    opened: int = 0  # how many were looked into
+    seen: int = 0  # samples
+    usable: int = 0
+    enlarged: int = 0  # usable samples whose picture is smaller than the resolution
+    extensions: Counter = field(default_factory=Counter)  # of all files, the unread ones too
+    caption_sources: Counter = field(default_factory=Counter)
+    json_keys: Counter = field(default_factory=Counter)
+    dropped: Counter = field(default_factory=Counter)
+    smallest: tuple[int, int] | None = None  # (height, width) of the usable picture with the fewest pixels
+    largest: tuple[int, int] | None = None
+    captions: list[str] = field(default_factory=list)  # the first distinct ones, at most 4
+    problems: list[str] = field(default_factory=list)  # shards that could not be read, and why
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.usable} of {self.seen} samples usable, in the first {self.opened} of {self.shards} shards",
+            f"  file extensions: {list_counts(self.extensions)}",
+            f"  captions from:   {list_counts(self.caption_sources)}",
+            f"  JSON keys:       {list_counts(self.json_keys)}",
+        ]
+        if self.smallest and self.largest:
+            (h, w), (H, W) = self.smallest, self.largest
+            lines.append(f"  picture sizes:   {w}x{h} to {W}x{H} (width x height)")
+        if self.enlarged:
+            lines.append(f"  {self.enlarged} of {self.usable} pictures are enlarged to --resolution {self.resolution}")
+        if self.dropped:
+            lines.append(f"  dropped:         {list_counts(self.dropped)}")
+        return "\n".join(lines + [f"  unreadable:      {problem}" for problem in self.problems[:3]])
+
+
+def inspect_shards(
+    shards: list[str],
+    *,
+    resolution: int,
+    limit: int = 16,
+    max_samples: int | None = 1000,
+    max_shards: int | None = 32,
+) -> ShardReport:
+    """The preflight: open the first shards, try their first samples, and tell what is there.
+
+    Args:
+        shards: as `expand_shards` gives them.
+        resolution: of the training, to tell which pictures are enlarged.
+        limit: samples to look at. As long as none of them is usable the search goes on, up to
+        max_samples: samples, in up to
+        max_shards: shards; None for no bound.
+
+    Raises:
+        UsageError: no usable sample in what was looked at; says how many were dropped and why, which files were
+            found, and what a shard needs.
+    """
+    report = ShardReport(shards=len(shards), resolution=resolution)
+
+    def done() -> bool:
+        enough = report.usable and report.seen >= limit
+        return bool(enough or (max_samples is not None and report.seen >= max_samples))
+
+    for shard in shards[:max_shards]:
+        report.opened += 1
+        try:
+            for raw in read_shard(shard, extensions=report.extensions):
+                _inspect_sample(raw, report)
+                if done():
+                    break
+        except Exception as error:  # noqa: BLE001 - as in the stream
+            report.dropped[UNREADABLE_SHARD] += 1
+            report.problems.append(f"{shard}: {error}")
+        if done():
+            break
+    if report.usable:
+        return report
+    all_seen = report.opened == report.shards and (max_samples is None or report.seen < max_samples)
+    raise UsageError(
+        f"{FLAG} gives nothing to train on{'' if all_seen else ' as far as this first look went'}: "
+        f"{report}\n{SHARD_NEEDS}"
+    )
+
+
+def _inspect_sample(raw: RawSample, report: ShardReport) -> None:
+    report.seen += 1
+    meta = read_json(raw)
+    report.json_keys.update(meta.keys())
+    try:
+        sample = prepare_sample(
+            raw,
+            resolution=1,  # whether it decodes is the question, not how it looks
+            resample=Image.Resampling.NEAREST,
+            center_crop=True,
+            random_flip=False,
+            proportion_empty_prompts=0.0,
+            draws=np.zeros(5),
+        )
+        _, source = read_captions(raw, meta)
+    except BadSample as bad:
+        report.dropped[bad.reason] += 1
+        return
+    height, width = sample.picture_size
+    report.usable += 1
+    report.caption_sources[source] += 1
+    report.enlarged += min(height, width) < report.resolution
+    report.smallest = min(report.smallest or sample.picture_size, sample.picture_size, key=math.prod)
+    report.largest = max(report.largest or sample.picture_size, sample.picture_size, key=math.prod)
+    if sample.caption not in report.captions and len(report.captions) < 4:
+        report.captions.append(sample.caption)
