@@ -31,18 +31,25 @@ from lcm_distill.consistency import (
 )
 from lcm_distill.ema import update_ema
 from lcm_distill.errors import run_program
-from lcm_distill.export import HubUpload, export_full_student
+from lcm_distill.export import export_full_student, open_hub
 from lcm_distill.latents import encode_pixels
-from lcm_distill.optim import build_lr_scheduler, build_optimizer
+from lcm_distill.optim import build_lr_scheduler, build_optimizer, keeping_settings
 from lcm_distill.plan import announce, plan_training
 from lcm_distill.preflight import inspect_shards
 from lcm_distill.progress import Progress
 from lcm_distill.randomness import BatchRandom
-from lcm_distill.runtime import inference_dtype, parse_trackers, settle_seed, start_accelerator, start_trackers
+from lcm_distill.runtime import (
+    check_writable,
+    inference_dtype,
+    parse_trackers,
+    settle_seed,
+    start_accelerator,
+    start_trackers,
+)
 from lcm_distill.schedule import DDIMSolver, lcm_scheduler
 from lcm_distill.shards import count_samples, expand_shards
 from lcm_distill.stream import ShardStream, make_loader
-from lcm_distill.unets import architecture, enable_xformers, student_from_teacher, target_from_student
+from lcm_distill.unets import architecture, cast, enable_xformers, student_from_teacher, target_from_student
 from lcm_distill.validation import validate, validation_guidance_scale
 
 PROGRAM = "train_lcm_distill_sd_wds"
@@ -78,7 +85,18 @@ def main(argv: list[str] | None = None) -> None:
     )
     design = architecture(configs.unet | {"time_cond_proj_dim": args.unet_time_cond_proj_dim})
     checkpoint, resumed = find_run(
-        args.resume_from_checkpoint, args.output_dir, program=PROGRAM, architecture=design, seed=args.seed
+        args.resume_from_checkpoint,
+        args.output_dir,
+        program=PROGRAM,
+        architecture=design,
+        seed=args.seed,
+        dry_run=args.dry_run,
+    )
+    sampler = lcm_scheduler(
+        configs.scheduler,
+        args.num_ddim_timesteps,
+        args.timestep_scaling_factor,
+        inference_steps=args.validation_inference_steps,
     )
     accelerator = start_accelerator(
         output_dir=args.output_dir,
@@ -94,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     seed = settle_seed(resumed.get("seed", args.seed))
     flags_to_record = public_flags(vars(args))
     plan = plan_training(
-        max_steps=1 if args.dry_run else args.max_train_steps,
+        max_steps=resumed.get("global_step", 0) + 1 if args.dry_run else args.max_train_steps,
         epochs=args.num_train_epochs,
         count_samples=lambda: args.max_train_samples or count_samples(shards),
         batch_size=args.train_batch_size,
@@ -104,22 +122,21 @@ def main(argv: list[str] | None = None) -> None:
         scale_lr=args.scale_lr,
     )
     hub = None
-    if args.push_to_hub and accelerator.is_main_process and not args.dry_run:
-        hub = HubUpload(args.hub_model_id, args.hub_token, args.output_dir)
+    if not args.dry_run:
+        check_writable(accelerator, args.output_dir)
+        if args.push_to_hub:
+            hub = open_hub(accelerator, args.hub_model_id, args.hub_token, args.output_dir)
+        start_trackers(accelerator, args.tracker_project_name, flags_to_record)
 
     # The networks: the frozen parts with the teacher, the student θ, and its slow copy, the target θ⁻.
     dtype = inference_dtype(accelerator)
-    teacher_dtype = dtype if args.cast_teacher_unet else torch.float32
     frozen = sd.load_frozen(
-        args.pretrained_teacher_model,
-        device=accelerator.device,
-        dtype=dtype,
-        teacher_dtype=teacher_dtype,
-        variant=args.variant,
-        **where,
+        args.pretrained_teacher_model, device=accelerator.device, dtype=dtype, variant=args.variant, **where
     )
     student = student_from_teacher(frozen.unet, args.unet_time_cond_proj_dim).to(accelerator.device)
     target = target_from_student(student)
+    teacher_dtype = dtype if args.cast_teacher_unet else torch.float32
+    cast(frozen.unet, teacher_dtype)
     if args.enable_xformers_memory_efficient_attention:
         enable_xformers(frozen.unet, student, target)
     if args.gradient_checkpointing:
@@ -131,6 +148,7 @@ def main(argv: list[str] | None = None) -> None:
         weight_decay=args.adam_weight_decay,
         epsilon=args.adam_epsilon,
         use_8bit=args.use_8bit_adam,
+        fused=accelerator.mixed_precision != "fp16",
     )
     lr_scheduler = build_lr_scheduler(
         args.lr_scheduler, optimizer, warmup_steps=args.lr_warmup_steps, training_steps=plan.steps
@@ -159,7 +177,6 @@ def main(argv: list[str] | None = None) -> None:
     solver = DDIMSolver(schedule, args.num_ddim_timesteps)
     consistency = ConsistencyFunction(schedule, args.timestep_scaling_factor)
     unconditional = sd.encode_captions(frozen, [""])
-    sampler = lcm_scheduler(frozen.scheduler_config, args.num_ddim_timesteps, args.timestep_scaling_factor)
     pipelines = {
         "student": sd.build_pipeline(frozen, accelerator.unwrap_model(student), sampler),
         "target": sd.build_pipeline(frozen, target, sampler),
@@ -181,10 +198,9 @@ def main(argv: list[str] | None = None) -> None:
     run = dict(program=PROGRAM, architecture=design, seed=seed, flags=flags_to_record)
     global_step, batches = resumed.get("global_step", 0), resumed.get("batches", 0)
     if checkpoint:
-        loader.load_state_dict(checkpoints.load(checkpoint))
+        with keeping_settings(optimizer, lr_scheduler):
+            loader.load_state_dict(checkpoints.load(checkpoint))
     announce(plan, accelerator, student, run, checkpoint=checkpoint, resumed=resumed)
-    if not args.dry_run:
-        start_trackers(accelerator, args.tracker_project_name, flags_to_record)
 
     progress = Progress(accelerator, total=plan.steps, initial=global_step)
     data = progress.batches(loader)
@@ -231,21 +247,21 @@ def main(argv: list[str] | None = None) -> None:
             # 8 backward, clip, step
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+                grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             batches += 1
         if not accelerator.sync_gradients:
             continue
-        if accelerator.optimizer_step_was_skipped:  # fp16: a gradient overflowed, and the loss scale was lowered
-            progress.log(global_step, lr_scheduler)
+        if accelerator.optimizer_step_was_skipped:
+            progress.skip(global_step)
             continue
 
         # A real step: EMA, log, checkpoint, validate
         lr_scheduler.step()
         update_ema(target.parameters(), student.parameters(), args.ema_decay)
         global_step += 1
-        progress.step()
+        progress.step(grad_norm)
         last = global_step == plan.steps
         save = last or global_step % args.checkpointing_steps == 0
         if save or global_step % args.logging_steps == 0:
@@ -273,6 +289,7 @@ def main(argv: list[str] | None = None) -> None:
             base_model=args.pretrained_teacher_model,
             repo_id=hub.repo_id if hub else None,
             guidance_scale=guidance_scale,
+            global_step=global_step,
             settings=flags_to_record,
             tags=["stable-diffusion"],
         )

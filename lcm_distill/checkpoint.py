@@ -6,8 +6,8 @@
       stream-RANK.pt               where each rank's data stream stood
       run.json                     step, flags, seed, layout, versions, architecture
 
-One is written under a temporary name and renamed when it is on the disk: a checkpoint that has its name is
-whole. Older ones go only after that.
+One is written under a temporary name and renamed when it is on the disk, and loses its name before it is
+removed: a checkpoint that has its name is whole. Older ones go only after the new one stands.
 """
 
 import json
@@ -55,18 +55,23 @@ class Checkpoints:
         final = self._output_dir / f"checkpoint-{global_step}"
         partial = self._output_dir / f".{final.name}.partial"
         if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
+            for leftover in self._output_dir.glob(".checkpoint-*"):  # of runs that were killed while they wrote
+                shutil.rmtree(leftover)
             partial.mkdir(parents=True)
         accelerator.wait_for_everyone()
         accelerator.save_state(str(partial))
         torch.save(dict(stream_state), partial / f"stream-{accelerator.process_index}.pt")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            record = dict(run) | {"global_step": global_step, "versions": versions()}
+            record = dict(run) | {
+                "global_step": global_step,
+                "processes": accelerator.num_processes,
+                "versions": versions(),
+            }
             (partial / "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
             _sync_to_disk(partial)
-            if final.exists():  # from a run that was resumed further back; the new one takes its place
-                shutil.rmtree(final)
+            if final.exists():  # not whole, or saved before: the new one takes its place
+                _remove(final)
             partial.rename(final)
             _sync_folder(self._output_dir)
             self._prune(keep=final)
@@ -75,10 +80,31 @@ class Checkpoints:
         return final
 
     def load(self, path: Path) -> dict[str, Any]:
-        """Restores networks, optimizer, learning rate and scaler; returns this rank's stream state ({} if none)."""
-        self._accelerator.load_state(str(path))
-        stream = path / f"stream-{self._accelerator.process_index}.pt"
-        return torch.load(stream, weights_only=True) if stream.exists() else {}
+        """Restores networks, optimizer, learning rate and scaler; returns this rank's stream state.
+
+        {} for a rank that the checkpoint's run did not have. Checkpoints of later steps belong to a course that is
+        given up: they are set aside as `abandoned-checkpoint-N`. `UsageError` if a part is missing or damaged.
+        """
+        rank = self._accelerator.process_index
+        try:
+            run = json.loads((path / "run.json").read_text())
+            self._accelerator.load_state(str(path))
+            new = rank >= run["processes"]
+            state = {} if new else torch.load(path / f"stream-{rank}.pt", weights_only=True)
+        except Exception as error:  # a part that is missing or cut short: each reader has its own exception
+            raise UsageError(
+                f"--resume_from_checkpoint {path} is damaged ({type(error).__name__}: {error}); resume from another."
+            ) from None
+        self._accelerator.wait_for_everyone()
+        if self._accelerator.is_main_process:
+            for later in list_checkpoints(self._output_dir):
+                if _step(later) > run["global_step"]:
+                    aside = later.with_name(f"abandoned-{later.name}")
+                    if aside.exists():
+                        shutil.rmtree(aside)
+                    later.rename(aside)
+                    logger.warning("%s is of a course that is given up: renamed to %s", later, aside.name)
+        return state
 
     def _save_networks(self, models: list[Any], weights: list[Any], output_dir: str) -> None:
         if self._accelerator.is_main_process:
@@ -98,7 +124,18 @@ class Checkpoints:
             return
         older = [path for path in list_checkpoints(self._output_dir) if path != keep]
         for path in older[: max(0, len(older) + 1 - self._limit)]:
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint; killed halfway, it leaves a hidden folder, not a torn checkpoint."""
+    hidden = path.with_name(f".{path.name}.removed")
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -108,7 +145,7 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     whole = [path for path in found if (path / "run.json").is_file()]
     for torn in sorted(set(found) - set(whole)):
         logger.warning("%s is not a whole checkpoint (no run.json): passed over", torn)
-    return sorted(whole, key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(whole, key=_step)
 
 
 def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> Path | None:
@@ -136,22 +173,27 @@ def find_run(
     program: str,
     architecture: Mapping[str, Any],
     seed: int | None,
+    dry_run: bool = False,
 ) -> tuple[Path | None, dict[str, Any]]:
     """The checkpoint that `--resume_from_checkpoint` means and its run.json; (None, {}) for a new run.
 
     `UsageError` unless it is of this `program`, of this U-Net `architecture`, and of this `seed` (None: any); or if
-    a new run would mix its checkpoints with those of an earlier one.
+    this run would mix its checkpoints with those of another one (a `dry_run` writes none).
     """
     path = find_checkpoint(resume_from_checkpoint, output_dir)
+    inside = path is not None and path.resolve().parent == Path(output_dir).resolve()
+    if not inside and not dry_run and (earlier := list_checkpoints(output_dir)):
+        # A second run among them would make `latest` a lottery.
+        raise UsageError(
+            f"--output_dir {output_dir} holds an earlier run ({earlier[-1].name}): go on with it by "
+            "--resume_from_checkpoint latest, give another folder, or remove that run's checkpoints."
+        )
     if path is None:
-        if earlier := list_checkpoints(output_dir):  # a second run among them would make `latest` a lottery
-            raise UsageError(
-                f"--output_dir {output_dir} holds an earlier run ({earlier[-1].name}): go on with it by "
-                "--resume_from_checkpoint latest, give another folder, or remove that run's checkpoints."
-            )
         return None, {}
     try:
         run = json.loads((path / "run.json").read_text())
+        if not isinstance(run, dict):
+            raise ValueError("it holds no settings")
     except (OSError, ValueError) as error:
         raise UsageError(f"--resume_from_checkpoint {path}: its run.json cannot be read ({error}).") from None
     check_resumable(path, run, program=program, architecture=architecture, seed=seed)
@@ -159,12 +201,7 @@ def find_run(
 
 
 def check_resumable(
-    path: Path,
-    run: Mapping[str, Any],
-    *,
-    program: str,
-    architecture: Mapping[str, Any],
-    seed: int | None,
+    path: Path, run: Mapping[str, Any], *, program: str, architecture: Mapping[str, Any], seed: int | None
 ) -> None:
     """`UsageError` unless the checkpoint is of this program, this U-Net architecture and this seed."""
     where = f"--resume_from_checkpoint {path}"
@@ -199,8 +236,11 @@ def changed_flags(run: Mapping[str, Any], flags: Mapping[str, Any]) -> list[str]
 
 
 def public_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags as they may be written down: without tokens."""
-    return {name: value for name, value in flags.items() if "token" not in name}
+    """The flags as they may be written down: no tokens, no commands and URL queries (they carry credentials)."""
+    public = {name: value for name, value in flags.items() if "token" not in name}
+    if shards := public.get("train_shards_path_or_url"):
+        public["train_shards_path_or_url"] = re.sub(r"pipe:.*", "pipe:…", re.sub(r"\?[^:]*", "?…", shards))
+    return public
 
 
 def versions() -> dict[str, str]:

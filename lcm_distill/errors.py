@@ -19,3 +19,6 @@ def run_program(main: Callable[[], None]) -> None:
     except (UsageError, DivergenceError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        print("interrupted; go on from the last checkpoint with --resume_from_checkpoint latest", file=sys.stderr)
+        sys.exit(130)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from diffusers import LCMScheduler, UNet2DConditionModel
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
@@ -13,9 +15,17 @@ from lcm_distill.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
-# What is uploaded: what users load, and nothing else (no checkpoints, optimizer states or logs).
-UPLOADED = ["README.md", "*.json", "*.safetensors", "unet/*", "unet_target/*", "validation/*.png"]
-_NOT_UPLOADED = ["checkpoint-*", "checkpoint-*/**", ".checkpoint-*", ".checkpoint-*/**"]
+# What is uploaded: what users load, and nothing else (no checkpoints, optimizer states or logs). In the Hub client's
+# patterns a * crosses folders: only names that begin like these may match.
+UPLOADED = [
+    "README.md",
+    "config.json",
+    "scheduler_config.json",
+    "diffusion_pytorch_model*",
+    "unet/*",
+    "unet_target/*",
+    "validation/*.png",
+]
 
 
 def export_full_student(
@@ -27,14 +37,15 @@ def export_full_student(
     base_model: str,
     repo_id: str | None,
     guidance_scale: float,
-    settings: Mapping[str, Any],
+    global_step: int,
+    settings: dict[str, Any],
     tags: list[str],
 ) -> None:
     """Writes `unet/`, `unet_target/`, and at the top the model with its fp16 variant, scheduler and card.
 
     The model at the top is the student, so that `UNet2DConditionModel.from_pretrained(output_dir)` and, with
     `variant="fp16"`, its half-size twin both load. The rest goes into the card: the teacher (`base_model`), the
-    Hub repository if there is one, a guidance_scale to draw with, the run's `settings`.
+    Hub repository if there is one, a guidance_scale to draw with, the steps trained, the run's `settings`.
     """
     folder = Path(output_dir)
     student.save_pretrained(folder / "unet")
@@ -44,7 +55,9 @@ def export_full_student(
     half.save_pretrained(folder, variant="fp16")
     scheduler.save_pretrained(folder)
     usage = _FULL_USAGE.format(model=repo_id or output_dir, teacher=base_model, guidance_scale=guidance_scale)
-    model_card(folder, base_model=base_model, usage=usage, settings=settings, tags=tags).save(folder / "README.md")
+    model_card(
+        folder, base_model=base_model, usage=usage, settings=settings | {"max_train_steps": global_step}, tags=tags
+    ).save(folder / "README.md")
 
 
 _FULL_USAGE = """\
@@ -72,7 +85,8 @@ def model_card(folder: Path, *, base_model: str, usage: str, settings: Mapping[s
     base = f"[{base_model}](https://huggingface.co/{base_model})" if is_hub_id else f"`{Path(base_model).name}`"
     drawn = sorted((folder / "validation").glob("step-*.png"))
     shown = f"![What it drew at the end of the training](validation/{drawn[-1].name})\n\n" if drawn else ""
-    rows = "\n".join(f"| `--{name}` | {value} |" for name, value in settings.items() if value is not None)
+    used = {name: str(value).replace("|", "\\|") for name, value in settings.items() if value is not None}
+    rows = "\n".join(f"| `--{name}` | {value} |" for name, value in used.items())
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# {folder.resolve().name}\n\n"
         f"A latent consistency model distilled from {base}: it draws in 1 to 8 steps.\n\n{shown}"
@@ -100,11 +114,7 @@ class HubUpload:
         """Uploads what users load; a failure is reported, never raised: the results are on the disk."""
         try:
             self._api.upload_folder(
-                repo_id=self.repo_id,
-                folder_path=self._output_dir,
-                commit_message=message,
-                allow_patterns=UPLOADED,
-                ignore_patterns=_NOT_UPLOADED,
+                repo_id=self.repo_id, folder_path=self._output_dir, commit_message=message, allow_patterns=UPLOADED
             )
         except Exception as error:
             logger.error(
@@ -117,3 +127,16 @@ class HubUpload:
             )
             return False
         return True
+
+
+def open_hub(accelerator: Accelerator, repo_id: str | None, token: str | None, output_dir: str) -> HubUpload | None:
+    """The upload on the main process, None on the others; a refusal is a `UsageError` on all of them."""
+    upload, refusal = None, None
+    if accelerator.is_main_process:
+        try:
+            upload = HubUpload(repo_id, token, output_dir)
+        except UsageError as error:
+            refusal = str(error)
+    if refusal := broadcast_object_list([refusal])[0]:
+        raise UsageError(refusal)
+    return upload

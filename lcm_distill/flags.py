@@ -5,6 +5,7 @@ defaults are those of Diffusers' consistency-distillation examples, so that thei
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -25,6 +26,8 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: list[str] | None) -> argparse.Namespace:
         """Parses `argv` (None: the shell's) and checks what no single flag can."""
         args = self.parse_args(argv)
+        if argv is None and args.hub_token:  # trackers write sys.argv down
+            sys.argv = [word.replace(args.hub_token, "***") for word in sys.argv]
         if args.w_min > args.w_max:
             self.error(f"argument --w_min: {args.w_min:g} is above --w_max {args.w_max:g}; give w_min <= w_max")
         return args
@@ -60,6 +63,7 @@ count = number(int, 0)
 positive = number(float, 0, open_low=True)
 non_negative = number(float, 0)
 fraction = number(float, 0, 1)
+below_one = number(float, 0, 1 - 2**-24)
 
 
 def _switch(group: Any, name: str, help: str) -> None:
@@ -133,7 +137,10 @@ def add_data_flags(parser: Parser, *, resolution: int) -> None:
 def add_training_flags(parser: Parser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument(
-        "--seed", type=count, default=None, help="seed of every random draw (default: drawn, and printed)"
+        "--seed",
+        type=number(int, 0, 2**32 - 1),
+        default=None,
+        help="seed of every random draw (default: drawn, and printed)",
     )
     group.add_argument(
         "--num_train_epochs", type=positive_int, default=100, help="epochs to train, unless --max_train_steps is given"
@@ -160,8 +167,8 @@ def add_training_flags(parser: Parser) -> None:
     )
     group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="batches per optimizer step")
     _switch(group, "--use_8bit_adam", "AdamW with 8-bit state (bitsandbytes)")
-    group.add_argument("--adam_beta1", type=number(float, 0, 1), default=0.9, help="AdamW's β1")
-    group.add_argument("--adam_beta2", type=number(float, 0, 1), default=0.999, help="AdamW's β2")
+    group.add_argument("--adam_beta1", type=below_one, default=0.9, help="AdamW's β1")
+    group.add_argument("--adam_beta2", type=below_one, default=0.999, help="AdamW's β2")
     group.add_argument("--adam_weight_decay", type=non_negative, default=1e-2, help="AdamW's weight decay")
     group.add_argument("--adam_epsilon", type=positive, default=1e-8, help="AdamW's ε")
     group.add_argument("--max_grad_norm", type=positive, default=1.0, help="gradients are clipped to this norm")

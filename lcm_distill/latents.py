@@ -13,7 +13,7 @@ def encode_pixels(
     Times the VAE's `scaling_factor`, less its shift if it has one. At most `batch_size` pictures are encoded
     at once. The posterior is sampled in float32 from `generator`, on the VAE's device.
     """
-    pixels = pixels.to(vae.device, non_blocking=True).to(vae.dtype) / 127.5 - 1.0
+    pixels = (pixels.to(vae.device, non_blocking=True).float() / 127.5 - 1.0).to(vae.dtype)
     moments = torch.cat([vae.encode(part).latent_dist.parameters.float() for part in pixels.split(batch_size)])
     mean, log_variance = moments.chunk(2, dim=1)
     noise = torch.randn(mean.shape, generator=generator, device=mean.device)

@@ -1,6 +1,7 @@
 """The optimizer and its learning rate."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -16,8 +17,13 @@ def build_optimizer(
     weight_decay: float,
     epsilon: float,
     use_8bit: bool = False,
+    fused: bool = True,
 ) -> torch.optim.Optimizer:
-    """AdamW in one fused kernel, or bitsandbytes' AdamW with 8-bit state."""
+    """AdamW in one fused kernel, or bitsandbytes' AdamW with 8-bit state.
+
+    `fused` must be off under a loss scaler (fp16): a fused step leaves out an overflowed update inside its kernel,
+    so that neither PyTorch nor Accelerate knows it was left out.
+    """
     if use_8bit:
         try:
             import bitsandbytes
@@ -29,12 +35,36 @@ def build_optimizer(
             parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon
         )
     return torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon, fused=True
+        parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon, fused=fused
     )
 
 
 def build_lr_scheduler(
     name: str, optimizer: torch.optim.Optimizer, *, warmup_steps: int, training_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
+) -> torch.optim.lr_scheduler.LambdaLR:
     """Diffusers' course of the learning rate by name; it advances by one at each optimizer step."""
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=training_steps)
+    try:
+        return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=training_steps)
+    except ValueError as error:
+        raise UsageError(f"--lr_scheduler {name} does not go with the other flags: {error}") from None
+
+
+@contextlib.contextmanager
+def keeping_settings(
+    optimizer: torch.optim.Optimizer, lr_scheduler: torch.optim.lr_scheduler.LambdaLR
+) -> Iterator[None]:
+    """Inside, a checkpoint's state is loaded; afterwards learning rate, betas, ε and weight decay are again the flags'.
+
+    The state of both holds those settings too, so that a flag changed for a resume would be announced and ignored.
+    With unchanged flags nothing changes, to the bit.
+    """
+    names = ("initial_lr", "betas", "eps", "weight_decay")
+    settings = [{name: group[name] for name in names} for group in optimizer.param_groups]
+    rates = list(lr_scheduler.base_lrs)
+    yield
+    lr_scheduler.base_lrs = rates
+    done = lr_scheduler.last_epoch
+    for group, kept, rate, course in zip(optimizer.param_groups, settings, rates, lr_scheduler.lr_lambdas, strict=True):
+        group.update(kept)
+        group["lr"] = rate * course(done)
+    lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]

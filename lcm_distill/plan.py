@@ -99,4 +99,6 @@ def announce(
         accelerator.device,
     )
     if first >= plan.steps:
-        logger.info("this run is finished: step %d of %d; raise --max_train_steps to go on", first, plan.steps)
+        logger.info(
+            "this run is finished: it is at step %d, --max_train_steps is %d; raise that to go on", first, plan.steps
+        )

@@ -49,12 +49,7 @@ class ShardReport:
 
 
 def inspect_shards(
-    shards: list[str],
-    *,
-    resolution: int,
-    limit: int = 16,
-    max_samples: int | None = 1000,
-    max_shards: int | None = 32,
+    shards: list[str], *, resolution: int, limit: int = 16, max_samples: int | None = 1000, max_shards: int | None = 32
 ) -> ShardReport:
     """The preflight: open the first shards, try their first samples, and tell what is there.
 

@@ -19,6 +19,13 @@ from lcm_distill.stream import DropCounter, ShardLoader
 logger = logging.getLogger(__name__)
 
 
+_MOST_SKIPPED = 50  # a loss scale halves at each skipped step: none is left to halve long before
+_REMEDY = (
+    "Resume from the last checkpoint with a lower --learning_rate, a lower --max_grad_norm "
+    "or --mixed_precision bf16 in place of fp16."
+)
+
+
 class Progress:
     """The progress bar, and averages over the batches since the last `log`; only `log` waits for the device.
 
@@ -39,10 +46,13 @@ class Progress:
         self._told: Mapping[str, int] = {}
         self._loader: ShardLoader | None = None
         self._loss = torch.zeros((), device=accelerator.device)
+        self._grad_norm = torch.zeros((), device=accelerator.device)
+        self._skipped = 0
         self._reset()
 
     def _reset(self) -> None:
         self._loss.zero_()
+        self._grad_norm.zero_()
         self._batches, self._pictures, self._waited = 0, 0, 0.0
         self._start = time.perf_counter()
 
@@ -69,30 +79,40 @@ class Progress:
         self._batches += 1
         self._pictures += pictures
 
-    def step(self) -> None:
-        """One optimizer step is done."""
+    def step(self, grad_norm: torch.Tensor) -> None:
+        """One optimizer step is done; `grad_norm` is the gradients' norm before it was clipped."""
+        self._grad_norm = torch.maximum(self._grad_norm, grad_norm.detach())  # a NaN stays
+        self._skipped = 0
         self._bar.update()
+
+    def skip(self, global_step: int) -> None:
+        """An optimizer step was left out (fp16: a gradient overflowed, and the loss scale was lowered)."""
+        self._skipped += 1
+        if not torch.isfinite(self._loss) or self._skipped >= _MOST_SKIPPED:
+            raise DivergenceError(
+                f"the gradients are not finite after step {global_step}, {self._skipped} times in a row, "
+                f"the loss is {float(self._loss) / max(1, self._batches)}. {_REMEDY}"
+            )
 
     def log(self, global_step: int, lr_scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict[str, float]:
         """Shows and sends to the trackers, and returns, the values since the last call.
 
-        `loss` (mean over batches and ranks), `lr`, `samples_per_second` (all ranks), `data_wait` (share, 0 to 1).
-        `DivergenceError` if the loss is not finite.
+        `loss` (mean over batches and ranks), `grad_norm` (the largest, before clipping), `lr`, `samples_per_second`
+        (all ranks), `data_wait` (share, 0 to 1). `DivergenceError` if loss or gradients are not finite.
         """
         mean = self._accelerator.reduce(self._loss / max(1, self._batches), reduction="mean")
         elapsed = time.perf_counter() - self._start
         values = {
             "loss": float(mean),
+            "grad_norm": float(self._grad_norm),
             "lr": float(lr_scheduler.get_last_lr()[0]),
             "samples_per_second": self._pictures * self._accelerator.num_processes / elapsed,
             "data_wait": self._waited / elapsed,
         }
         self._reset()
-        if not math.isfinite(values["loss"]):
-            raise DivergenceError(
-                f"the loss is {values['loss']} at step {global_step}. Resume from the last checkpoint with a lower "
-                "--learning_rate, a lower --max_grad_norm or --mixed_precision bf16 in place of fp16."
-            )
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
+                raise DivergenceError(f"{name} is {values[name]} at step {global_step}. {_REMEDY}")
         self._bar.set_postfix_str(
             f"loss {values['loss']:.4g}, lr {values['lr']:.2e}, {values['samples_per_second']:.1f} pictures/s, "
             f"{values['data_wait']:.0%} waiting for data"

@@ -3,6 +3,8 @@
 import logging
 import os
 import random
+import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, set_seed
+from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from lcm_distill.errors import UsageError
@@ -46,12 +49,9 @@ def start_accelerator(
     """Accelerate's engine as the run's flags want it, and a logger that speaks on the main process only."""
     if local_rank != -1:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))  # from launchers that pass it as a flag alone
-    on_gpu = torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
-    if mixed_precision == "fp16" and not on_gpu:
-        raise UsageError("--mixed_precision fp16 needs a GPU; on the CPU take bf16 or no.")
-    if allow_tf32 and torch.cuda.is_available():
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-        torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
+    if torch.cuda.is_available():  # said either way: PyTorch's own default is off for products, on for convolutions
+        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+        torch.backends.cudnn.allow_tf32 = allow_tf32
     disable_progress_bar()  # transformers draws one for every network that it loads
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
@@ -59,7 +59,19 @@ def start_accelerator(
         log_with=trackers or None,
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=str(Path(output_dir) / logging_dir)),
     )
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    # From here on the precision may also come from `accelerate config`.
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UsageError("--mixed_precision fp16 needs a GPU; on the CPU take bf16 or no.")
+    if accelerator.mixed_precision == "fp8":
+        raise UsageError("--mixed_precision: fp8 (from `accelerate config`) is not for this program; pass bf16.")
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise UsageError(
+            f"`accelerate config` asks for {accelerator.distributed_type.value}, which this program does not do yet; "
+            "launch with --multi_gpu, or as one process."
+        )
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", handlers=[_AroundProgressBar()]
+    )
     logging.getLogger("lcm_distill").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     return accelerator
 
@@ -78,10 +90,37 @@ def settle_seed(seed: int | None) -> int:
 
 def start_trackers(accelerator: Accelerator, project: str, flags: Mapping[str, Any]) -> None:
     """Starts the trackers with the run's `flags` as their configuration; they write into the logging folder."""
+    if not accelerator.log_with:
+        return
     config = {
         name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in flags.items()
     }
     folder = str(accelerator.logging_dir)
     if accelerator.is_main_process:
         Path(folder).mkdir(parents=True, exist_ok=True)
-    accelerator.init_trackers(project, config=config, init_kwargs={"wandb": {"dir": folder}})
+    try:
+        accelerator.init_trackers(project, config=config, init_kwargs={"wandb": {"dir": folder}})
+    except Exception as error:  # each tracker has its own: no login, no connection, no such project
+        raise UsageError(
+            f"--report_to: a tracker did not start ({str(error).strip().splitlines()[0]}). Log in to it, choose "
+            "another, or set WANDB_MODE=offline for wandb without a connection."
+        ) from None
+
+
+def check_writable(accelerator: Accelerator, output_dir: str) -> None:
+    """`UsageError` unless files can be written into `output_dir`, which is made if need be."""
+    if not accelerator.is_main_process:
+        return
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise UsageError(f"--output_dir {output_dir} cannot be written to ({error}); give another folder.") from None
+
+
+class _AroundProgressBar(logging.Handler):
+    """Writes log lines above the progress bar instead of into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)

@@ -14,7 +14,8 @@ CAPTION_KEYS = ("caption", "text")
 
 # By content, since pictures are often misnamed. Pillow reads more, but some of that runs programs (EPS: ghostscript).
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-INTERPOLATIONS = {name.lower(): mode for name, mode in Image.Resampling.__members__.items()}
+INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic", "lanczos", "box", "hamming")}
+INTERPOLATIONS |= {"nearest": Image.Resampling.NEAREST, "nearest_exact": Image.Resampling.NEAREST}
 MAX_PIXELS = 178_956_970  # a picture of more is taken for a decompression bomb (where Pillow draws the line too)
 MAX_CAPTION = 4096  # characters; text encoders read some 77 tokens
 

@@ -1,17 +1,12 @@
 """The Stable Diffusion 1.x / 2.x family: load the frozen parts, encode captions, build the sampling pipeline."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    LCMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lcm_distill.errors import UsageError
@@ -70,10 +65,10 @@ def read_configs(
         vae_config = _config(
             AutoencoderKL, vae, "--pretrained_vae_model_name_or_path", revision=vae_revision, cache_dir=cache_dir
         )
-    factor = vae_factor(vae_config)
+    factor = math.lcm(8, vae_factor(vae_config))  # the pipelines ask for a multiple of 8 whatever the VAE
     if resolution % factor:
         raise UsageError(
-            f"--resolution {resolution} is not a multiple of the VAE's factor {factor}; "
+            f"--resolution {resolution} is not a multiple of {factor}, as the VAE and the pipelines need; "
             f"the nearest that are: {resolution // factor * factor or factor} and {-(-resolution // factor) * factor}."
         )
     if vae_config.get("latent_channels", 4) != unet["in_channels"]:
@@ -95,28 +90,38 @@ def load_frozen(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
-    teacher_dtype: torch.dtype = torch.float32,
     vae: str | None = None,
     revision: str | None = None,
     vae_revision: str | None = None,
     variant: str | None = None,
     cache_dir: str | None = None,
 ) -> Frozen:
-    """Loads what does not train: text encoder and VAE in `dtype`, the teacher's U-Net in `teacher_dtype`.
+    """Loads what does not train: text encoder and VAE in `dtype`, the teacher's U-Net in float32.
 
+    The U-Net stays float32 until the student is made from it: what trains must not start from rounded weights.
     The autoencoders of SD 1.x and 2.x are safe in half precision. `variant` names the weight files of the
     teacher ("fp16"); `vae` is a separate autoencoder (folder or Hub id), of revision `vae_revision`.
+    `UsageError` if weights are not there.
     """
     hub: dict[str, Any] = dict(revision=revision, cache_dir=cache_dir)
-    scheduler_config = DDPMScheduler.load_config(teacher, subfolder="scheduler", **hub)
-    tokenizer = CLIPTokenizer.from_pretrained(teacher, subfolder="tokenizer", **hub)
-    hub["variant"] = variant
-    text_encoder = CLIPTextModel.from_pretrained(teacher, subfolder="text_encoder", dtype=dtype, **hub)
-    if vae is None:
-        autoencoder = AutoencoderKL.from_pretrained(teacher, subfolder="vae", torch_dtype=dtype, **hub)
-    else:
-        autoencoder = AutoencoderKL.from_pretrained(vae, torch_dtype=dtype, revision=vae_revision, cache_dir=cache_dir)
-    unet = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet", torch_dtype=teacher_dtype, **hub)
+    weights: dict[str, Any] = hub | {"variant": variant}
+    try:
+        scheduler_config = DDPMScheduler.load_config(teacher, subfolder="scheduler", **hub)
+        tokenizer = CLIPTokenizer.from_pretrained(teacher, subfolder="tokenizer", **hub)
+        text_encoder = CLIPTextModel.from_pretrained(teacher, subfolder="text_encoder", dtype=dtype, **weights)
+        unet = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet", torch_dtype=torch.float32, **weights)
+        if vae is None:
+            autoencoder = AutoencoderKL.from_pretrained(teacher, subfolder="vae", torch_dtype=dtype, **weights)
+        else:
+            autoencoder = AutoencoderKL.from_pretrained(
+                vae, torch_dtype=dtype, revision=vae_revision, cache_dir=cache_dir
+            )
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--pretrained_teacher_model {teacher}: its weights cannot be loaded"
+            f"{'' if variant is None else f' in the variant {variant}'}; where a model has only half-precision files, "
+            f"pass --variant fp16, where it has none, leave --variant out. ({str(error).strip().splitlines()[0]})"
+        ) from None
     for network in (text_encoder, autoencoder, unet):
         network.requires_grad_(False).eval().to(device)
     return Frozen(tokenizer, text_encoder, autoencoder, unet, dict(scheduler_config))

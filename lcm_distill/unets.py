@@ -31,6 +31,11 @@ def target_from_student(student: UNet2DConditionModel) -> UNet2DConditionModel:
     return copy.deepcopy(student).requires_grad_(False).eval()
 
 
+def cast(network: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Casts a frozen network in place, by `nn.Module`'s own cast: Diffusers' warns of modules that are not there."""
+    torch.nn.Module.to(network, dtype=dtype)
+
+
 def architecture(config: Mapping[str, Any]) -> dict[str, Any]:
     """What two U-Nets must share for one's weights to fit the other: their config, less names and versions."""
     return {

@@ -50,8 +50,17 @@ def test_latest_without_checkpoints_is_a_new_run(tmp_path):
 def test_a_new_run_does_not_mix_with_an_earlier_one(tmp_path):
     """A second run into the same folder left `latest` to choose between two runs."""
     make(tmp_path, 7)
-    with pytest.raises(UsageError, match="--output_dir .*checkpoint-7.*--resume_from_checkpoint latest"):
-        find(tmp_path, resume=None)
+    other = make(tmp_path / "other", 3)
+    for resume in (None, str(other)):
+        with pytest.raises(UsageError, match="--output_dir .*checkpoint-7.*--resume_from_checkpoint latest"):
+            find(tmp_path, resume=resume)
+    assert find(tmp_path, resume=None, dry_run=True) == (None, {})
+
+
+def test_a_run_json_without_settings_is_refused(tmp_path):
+    (make(tmp_path, 1) / "run.json").write_text("[]")
+    with pytest.raises(UsageError, match="run.json cannot be read"):
+        find(tmp_path)
 
 
 def test_a_path_may_be_absolute_relative_or_inside_the_output_folder(tmp_path, monkeypatch):
@@ -86,6 +95,10 @@ def test_a_checkpoint_of_something_else_is_refused_with_the_difference(tmp_path)
 def test_tokens_are_never_written_and_changes_are_listed():
     flags = public_flags({"hub_token": "secret", "lr": 1, "resume_from_checkpoint": "latest"})
     assert flags == {"lr": 1, "resume_from_checkpoint": "latest"}
+    secret = "pipe:curl -H 'Authorization: Bearer secret' https://host/{0..9}.tar"
+    for shards in (secret, "https://host/0.tar?sig=secret", f"a.tar::https://h/b.tar?secret::{secret}"):
+        public = public_flags({"train_shards_path_or_url": shards})["train_shards_path_or_url"]
+        assert "secret" not in public and public.startswith(shards[:5])
     assert changed_flags({"flags": {"lr": 2, "resume_from_checkpoint": None}}, flags) == ["--lr: 2 → 1"]
 
 
@@ -127,10 +140,37 @@ def test_save_restores_prunes_after_and_leaves_no_partial(tmp_path, monkeypatch)
     step()
     assert not torch.equal(saved[0], next(unet.parameters()))
     after = [p.detach().clone() for p in unet.parameters()]
+    (tmp_path / "checkpoint-9").mkdir()
+    (tmp_path / "checkpoint-9" / "run.json").write_text("{}")
     assert checkpoints.load(tmp_path / "checkpoint-3") == {"place": 3}
+    # A later checkpoint belongs to a course that is given up: the next `latest` must not return to it.
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+    assert (tmp_path / "abandoned-checkpoint-9").is_dir()
     assert all(torch.equal(a, b) for a, b in zip(saved, unet.parameters(), strict=True))
     step()  # the optimizer's moments came back too
     assert all(torch.equal(a, b) for a, b in zip(after, unet.parameters(), strict=True))
+    checkpoints.save(3, {}, {})  # again, in place of the one that stands there
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+    for part in ("stream-0.pt", "optimizer.bin"):
+        (tmp_path / "checkpoint-3" / part).unlink()
+        with pytest.raises(UsageError, match="checkpoint-3 is damaged"):
+            checkpoints.load(tmp_path / "checkpoint-3")
+    accelerator.free_memory()
+
+
+def test_removal_killed_halfway_leaves_no_torn_checkpoint(tmp_path, monkeypatch):
+    accelerator = Accelerator(cpu=True)
+    unet = accelerator.prepare(tiny_unet())
+    checkpoints = Checkpoints(accelerator, str(tmp_path), {"unet": unet}, limit=1)
+    checkpoints.save(1, {}, {})
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(2, {}, {})
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert list(tmp_path.glob(".checkpoint-*"))
+    checkpoints.save(3, {}, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"]  # what was left hidden is swept up
     accelerator.free_memory()
 
 

@@ -254,6 +254,53 @@ def test_dry_run_writes_nothing(command, run, tmp_path, caplog):
     assert "dry run" in caplog.text and not (tmp_path / "out").exists()
 
 
+def test_dry_run_of_a_resumed_run_does_take_a_step(command, run, tmp_path, monkeypatch):
+    """It ran for no step at all, and said that a step worked."""
+    run(PROGRAMS[0], command(steps=1))
+    losses = captured_losses(monkeypatch)
+    run(PROGRAMS[0], command(dry_run=True, resume_from_checkpoint="latest"))
+    run(PROGRAMS[0], command(dry_run=True))
+    assert [step for step, _ in losses] == [2, 1]
+    assert [p.name for p in tmp_path.glob("out/checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_changed_learning_rate_is_used_on_resume(command, run, caplog):
+    import logging
+
+    run(PROGRAMS[0], command(steps=1))
+    with caplog.at_level(logging.INFO, "lcm_distill"):
+        run(PROGRAMS[0], command(steps=2, resume_from_checkpoint="latest", learning_rate=0))
+    assert "--learning_rate: 0.0001 → 0.0" in caplog.text
+
+
+def test_a_cast_teacher_does_not_round_the_student(command, run, teacher, monkeypatch):
+    """The student was copied from the teacher after that was cast to half precision."""
+    made = []
+    make = train_lcm_distill_sd_wds.student_from_teacher
+    monkeypatch.setattr(
+        train_lcm_distill_sd_wds,
+        "student_from_teacher",
+        lambda unet, dim: made.append({k: v.clone() for k, v in unet.state_dict().items()}) or make(unet, dim),
+    )
+    run(PROGRAMS[0], command(steps=1, mixed_precision="bf16", cast_teacher_unet=True, learning_rate=0))
+    again = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet", torch_dtype=torch.float32)
+    assert same(made[0], dict(again.state_dict()))
+
+
+@pytest.mark.parametrize("variant", ["fp16", "fp32"])
+def test_weights_of_a_variant_load_or_are_told(variant, command, run, teacher, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(teacher, torch_dtype=torch.float16)
+    pipeline.save_pretrained(tmp_path / "teacher", variant="fp16")
+    options = {"steps": 1, "pretrained_teacher_model": str(tmp_path / "teacher")}
+    if variant == "fp16":
+        run(PROGRAMS[0], command(**options, variant=variant))
+    for wrong in (None, "fp32"):
+        with pytest.raises(UsageError, match="--variant"):
+            run(PROGRAMS[0], command("other", **options, variant=wrong))
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_step(command, run, monkeypatch):
     with pytest.raises(DivergenceError, match="at step 1.*--learning_rate"):
         monkeypatch.setattr(
@@ -271,6 +318,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(command, run, monkeypatch
         ({"resolution": 66}, "--resolution 66"),
         ({"num_ddim_timesteps": 2000}, "--num_ddim_timesteps"),
         ({"report_to": "nothing"}, "--report_to nothing"),
+        ({"num_ddim_timesteps": 3, "validation_inference_steps": 4}, "--validation_inference_steps 4"),
+        ({"resolution": 20}, "--resolution 20"),
+        ({"output_dir": "/dev/null/x"}, "--output_dir /dev/null/x"),
         ({"resume_from_checkpoint": "checkpoint-9"}, "--resume_from_checkpoint"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

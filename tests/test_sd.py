@@ -77,7 +77,7 @@ def test_configs_say_what_is_wrong_before_weights_are_read(teacher, tmp_path):
         for file in (Path(teacher) / part).glob("*.json"):
             shutil.copy(file, copy / part)
     sd.read_configs(str(copy), **CONFIGS)
-    with pytest.raises(UsageError, match=r"--resolution 66 .*64 and 68"):
+    with pytest.raises(UsageError, match=r"--resolution 66 .*64 and 72"):
         sd.read_configs(str(copy), **CONFIGS | {"resolution": 66})
     with pytest.raises(UsageError, match="--num_ddim_timesteps 1001"):
         sd.read_configs(str(copy), **CONFIGS | {"num_ddim_timesteps": 1001})

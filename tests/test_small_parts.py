@@ -11,11 +11,12 @@ from PIL import Image
 from lcm_distill import plan as plan_module
 from lcm_distill.errors import DivergenceError, UsageError, run_program
 from lcm_distill.export import HubUpload, model_card
-from lcm_distill.optim import build_lr_scheduler, build_optimizer
+from lcm_distill.optim import build_lr_scheduler, build_optimizer, keeping_settings
 from lcm_distill.pictures import labelled_grid
 from lcm_distill.plan import plan_training
+from lcm_distill.progress import Progress
 from lcm_distill.randomness import BatchRandom
-from lcm_distill.runtime import parse_trackers, start_accelerator
+from lcm_distill.runtime import check_writable, parse_trackers, start_accelerator
 from lcm_distill.validation import draw, validation_guidance_scale
 
 # --- randomness
@@ -82,6 +83,53 @@ def test_8bit_adam_is_bitsandbytes_and_close_to_adamw():
     assert 0 < (full - eight).norm() < 0.1 * (full - start).norm()
 
 
+def test_an_overflowed_step_is_known_to_be_left_out(monkeypatch):
+    """A fused AdamW leaves an overflowed update out inside its kernel: the step then counted as taken."""
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    Accelerator(cpu=True)
+    parameter = torch.nn.Parameter(torch.ones(4))
+    optimizer = build_optimizer(
+        [parameter], learning_rate=1.0, betas=(0.9, 0.99), weight_decay=0, epsilon=1e-8, fused=False
+    )
+    wrapped = AcceleratedOptimizer(optimizer, scaler=torch.amp.GradScaler("cpu"))
+    for gradient, skipped in ((float("inf"), True), (1.0, False)):
+        wrapped.scaler.scale(torch.ones(1))
+        parameter.grad = torch.full_like(parameter, gradient)
+        wrapped.step()
+        assert wrapped.step_was_skipped == skipped and torch.equal(parameter.detach(), torch.ones(4)) == skipped
+
+
+def test_settings_of_the_flags_outlive_a_checkpoint_s():
+    """A learning rate changed for a resume was announced, then overwritten by the checkpoint's."""
+
+    def make(rate, decay):
+        optimizer = build_optimizer(
+            [torch.nn.Parameter(torch.ones(1))], learning_rate=rate, betas=(0.9, 0.99), weight_decay=decay, epsilon=1e-8
+        )
+        return optimizer, build_lr_scheduler("linear", optimizer, warmup_steps=3, training_steps=10)
+
+    optimizer, scheduler = make(0.3, 0.1)
+    for _ in range(5):
+        optimizer.step()
+        scheduler.step()
+    state = optimizer.state_dict(), scheduler.state_dict()
+    for rate, decay in ((0.3, 0.1), (0.7, 0.0)):
+        again, course = make(rate, decay)
+        with keeping_settings(again, course):
+            again.load_state_dict(state[0])
+            course.load_state_dict(state[1])
+        group = again.param_groups[0]
+        assert group["weight_decay"] == decay and course.last_epoch == 5
+        assert group["lr"] == course.get_last_lr()[0] == pytest.approx(rate * 5 / 7)
+        course.step()
+        assert group["lr"] == pytest.approx(rate * 4 / 7)
+    optimizer, scheduler = make(0.3, 0.1)
+    with pytest.raises(UsageError, match="--lr_scheduler polynomial"):
+        build_lr_scheduler("polynomial", make(1e-8, 0)[0], warmup_steps=0, training_steps=5)
+
+
 def test_learning_rate_warms_up_by_optimizer_steps():
     optimizer = build_optimizer(
         [torch.nn.Parameter(torch.ones(1))], learning_rate=1.0, betas=(0.9, 0.99), weight_decay=0, epsilon=1e-8
@@ -107,16 +155,25 @@ def test_trackers_are_parsed_and_checked():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-def test_fp16_without_a_gpu_is_refused():
+@pytest.mark.parametrize("from_config", [False, True])
+def test_fp16_without_a_gpu_is_refused(from_config, monkeypatch):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if from_config:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(UsageError, match="--mixed_precision fp16 needs a GPU"):
         start_accelerator(
-            output_dir="x", logging_dir="logs", trackers=[], mixed_precision="fp16", gradient_accumulation_steps=1,
-            allow_tf32=False,
+            output_dir="x", logging_dir="logs", trackers=[], gradient_accumulation_steps=1, allow_tf32=False,
+            mixed_precision=None if from_config else "fp16",
         )  # fmt: skip
 
 
 def test_local_rank_reaches_the_launcher_s_variable(monkeypatch):
-    monkeypatch.setattr("lcm_distill.runtime.Accelerator", lambda **_: SimpleNamespace(is_main_process=True))
+    monkeypatch.setattr(
+        "lcm_distill.runtime.Accelerator",
+        lambda **_: SimpleNamespace(is_main_process=True, mixed_precision="no", distributed_type="NO"),
+    )
     options = {"output_dir": "x", "logging_dir": "logs", "trackers": [], "mixed_precision": "no"}
     for before, expected in ((None, "3"), ("1", "1")):
         monkeypatch.setattr("os.environ", {"LOCAL_RANK": before} if before else {})
@@ -134,6 +191,50 @@ def test_errors_for_users_are_messages_with_exit_codes(capsys):
             run_program(main)
         assert stopped.value.code == code
         assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_an_interrupt_says_how_to_go_on(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        run_program(main)
+    assert stopped.value.code == 130 and "--resume_from_checkpoint latest" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_to_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    main = SimpleNamespace(is_main_process=True)
+    with pytest.raises(UsageError, match="--output_dir .*file"):
+        check_writable(main, str(tmp_path / "file"))
+    check_writable(main, str(tmp_path / "new" / "folder"))
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+
+
+def test_gradients_that_never_become_finite_end_the_run():
+    accelerator = SimpleNamespace(device="cpu", is_main_process=False, num_processes=1)
+    progress = Progress(accelerator, total=5, initial=0)
+    progress.add(torch.tensor(1.0), 2)
+    for _ in range(49):
+        progress.skip(3)
+    with pytest.raises(DivergenceError, match="after step 3, 50 times"):
+        progress.skip(3)
+    progress.add(torch.tensor(float("nan")), 2)
+    with pytest.raises(DivergenceError, match="loss is nan"):
+        progress.skip(3)
+
+
+def test_gradients_that_are_not_finite_are_not_checkpointed():
+    """With a finite loss a gradient can still be NaN, and then the weights are."""
+    accelerator = SimpleNamespace(
+        device="cpu", is_main_process=False, num_processes=1, reduce=lambda value, reduction: value
+    )
+    progress = Progress(accelerator, total=5, initial=0)
+    progress.add(torch.tensor(1.0), 2)
+    for norm in (1.0, float("nan"), 2.0):
+        progress.step(torch.tensor(norm))
+    with pytest.raises(DivergenceError, match="grad_norm is nan at step 3"):
+        progress.log(3, SimpleNamespace(get_last_lr=lambda: [1.0]))
 
 
 # --- pictures and validation
@@ -210,14 +311,12 @@ def test_upload_takes_what_users_load_and_survives_a_failure(monkeypatch, tmp_pa
         "validation/step-000002.png",
     ]  # fmt: skip
     private = [
-        "checkpoint-2/optimizer.bin", "checkpoint-2/unet/config.json", "checkpoint-2/run.json", "logs/x/events.1",
+        "logs/wandb/run-1/files/wandb-metadata.json", "logs/x/deep.safetensors", "sub/checkpoint-2/run.json",
+        "abandoned-checkpoint-2/run.json", "checkpoint-2/optimizer.bin", "checkpoint-2/unet/config.json",
+        "checkpoint-2/run.json", "logs/x/events.1",
         ".checkpoint-4.partial/unet/config.json", "wandb/config.yaml",
     ]  # fmt: skip
-    kept = list(
-        filter_repo_objects(
-            files + private, allow_patterns=calls[0]["allow_patterns"], ignore_patterns=calls[0]["ignore_patterns"]
-        )
-    )
+    kept = list(filter_repo_objects(files + private, allow_patterns=calls[0]["allow_patterns"]))
     assert kept == files
 
     def fail(self, **_):

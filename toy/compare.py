@@ -56,13 +56,7 @@ def draw_row(
 
 
 def compare(
-    teacher: str | Path,
-    student: str | Path,
-    *,
-    count: int,
-    guidance_scale: float = 5.0,
-    seed: int = 0,
-    batch: int = 64,
+    teacher: str | Path, student: str | Path, *, count: int, guidance_scale: float = 5.0, seed: int = 0, batch: int = 64
 ) -> list[Row]:
     """The rows of the comparison, each of `count` pictures; prints each as it is done."""
     real, captions = real_pictures(count, seed)

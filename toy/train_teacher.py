@@ -12,6 +12,7 @@ crop with their time ids, so that the ids matter. Same seed and machine: same we
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,11 @@ def build_vae() -> AutoencoderKL:
 
 def build_unet(family: str) -> UNet2DConditionModel:
     common: dict[str, Any] = dict(
-        sample_size=RESOLUTION // 4, block_out_channels=(16, 64, 96), layers_per_block=1, norm_num_groups=8
+        sample_size=RESOLUTION // 4,
+        block_out_channels=(24, 64, 96),
+        layers_per_block=1,
+        norm_num_groups=8,
+        time_embedding_dim=192,
     )
     if family == "sd":
         return UNet2DConditionModel(
@@ -205,17 +210,47 @@ def train_vae(steps: int, batch_size: int, seed: int) -> AutoencoderKL:
         schedule.step()
         _progress("autoencoder", step, steps, float(loss.detach()), start)
     vae.eval().requires_grad_(False)
-    with torch.no_grad():
-        latents = torch.cat([vae.encode(p.float() / 127.5 - 1).latent_dist.sample() for p in pictures.split(250)])
-    vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
+    whiten_latents(vae, pictures)
     return vae
+
+
+@torch.no_grad()
+def whiten_latents(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
+    """Gives the latents of `pictures` zero mean and equal, independent channels, and sets `scaling_factor`.
+
+    The change is linear, so the 1×1 convolutions on both sides of the latent take it up and the autoencoder's
+    copies stay the same. Plain backgrounds make for latents that are flat over the whole picture, and a flat value
+    outlasts noise that is independent from place to place: at unit spread the noisiest timestep still shows the
+    background, which pure noise, where sampling starts, does not. A scaling factor below 1 drowns it.
+    """
+    means = torch.cat([vae.encode(part.float() / 127.5 - 1).latent_dist.mean for part in pictures.split(250)])
+    spreads = torch.cat([vae.encode(part.float() / 127.5 - 1).latent_dist.var for part in pictures.split(250)])
+    columns = means.permute(1, 0, 2, 3).flatten(1).double()
+    center = columns.mean(dim=1)
+    values, vectors = torch.linalg.eigh(torch.cov(columns))
+    whiten = (vectors / values.sqrt()).T
+    channels = len(center)
+    weight, bias = vae.quant_conv.weight[:, :, 0, 0].double(), vae.quant_conv.bias.double()
+    spread = whiten.square() @ spreads.double().mean(dim=(0, 2, 3))
+    vae.quant_conv.weight.copy_(torch.cat([whiten @ weight[:channels], 0 * weight[channels:]])[:, :, None, None])
+    vae.quant_conv.bias.copy_(torch.cat([whiten @ (bias[:channels] - center), spread.log()]))
+    weight = vae.post_quant_conv.weight[:, :, 0, 0].double()
+    vae.post_quant_conv.bias.add_(weight @ center)
+    vae.post_quant_conv.weight.copy_((weight @ torch.linalg.inv(whiten))[:, :, None, None])
+    vae.register_to_config(scaling_factor=0.45)
 
 
 # --- stage 2: U-Net and text encoders -------------------------------------------------------------------------
 
 
 def train_unet(
-    family: str, vae: AutoencoderKL, steps: int, batch_size: int, pictures: int, seed: int
+    family: str,
+    vae: AutoencoderKL,
+    steps: int,
+    batch_size: int,
+    pictures: int,
+    seed: int,
+    after_step: Callable[..., None] | None = None,
 ) -> tuple[UNet2DConditionModel, Conditioner, CLIPTokenizer]:
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
@@ -246,8 +281,9 @@ def train_unet(
         timesteps = torch.randint(schedule.config.num_train_timesteps, (batch_size,))
         noisy = schedule.add_noise(latents, noise, timesteps)
         predicted = unet(noisy, timesteps, **conditioner(tokens, time_ids[chosen])).sample
-        snr = compute_snr(schedule, timesteps)  # min-SNR weighting: a small U-Net learns all noise levels sooner
-        weight = snr.clamp(max=5.0) / snr
+        # Halfway between the losses in the noise and in the picture: at high noise levels, where what the caption says
+        # is decided, an error in the noise grows by sigma / alpha in the picture.
+        weight = compute_snr(schedule, timesteps).rsqrt().clamp(max=12.0)
         loss = (weight * F.mse_loss(predicted, noise, reduction="none").mean(dim=(1, 2, 3))).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -257,6 +293,8 @@ def train_unet(
         average.step(parameters)
         smooth = 0.99 * smooth + 0.01 * float(loss.detach())
         _progress(f"{family} U-Net", step, steps, smooth, start)
+        if after_step is not None:
+            after_step(step + 1, unet, conditioner, average)
     average.copy_to(parameters)
     return unet.eval(), conditioner.eval(), tokenizer
 
@@ -310,8 +348,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, help="default: toy/teachers/FAMILY")
     parser.add_argument("--vae", type=Path, help="folder of an autoencoder to use instead of training one")
     parser.add_argument("--vae_steps", type=int, default=2800)
-    parser.add_argument("--steps", type=int, default=3600, help="U-Net training steps")
-    parser.add_argument("--batch_size", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=6500, help="U-Net training steps")
+    parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--pictures", type=int, default=40_000, help="distinct pictures the U-Net learns from")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
