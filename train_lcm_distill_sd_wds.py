@@ -10,7 +10,7 @@
 The method is Algorithm 1 of arXiv 2310.04378. The result draws in 1 to 8 steps:
 
     unet = UNet2DConditionModel.from_pretrained("lcm-sd15", torch_dtype=torch.float16, variant="fp16")
-    pipe = DiffusionPipeline.from_pretrained(TEACHER, unet=unet, torch_dtype=torch.float16, variant="fp16").to("cuda")
+    pipe = DiffusionPipeline.from_pretrained(TEACHER, unet=unet, torch_dtype=torch.float16).to("cuda")
     pipe.scheduler = LCMScheduler.from_pretrained("lcm-sd15")
     picture = pipe("a castle at dusk", num_inference_steps=4, guidance_scale=8.0).images[0]
 """
@@ -38,14 +38,7 @@ from lcm_distill.plan import announce, plan_training
 from lcm_distill.preflight import inspect_shards
 from lcm_distill.progress import Progress
 from lcm_distill.randomness import BatchRandom
-from lcm_distill.runtime import (
-    check_writable,
-    inference_dtype,
-    parse_trackers,
-    settle_seed,
-    start_accelerator,
-    start_trackers,
-)
+from lcm_distill.runtime import inference_dtype, parse_trackers, settle_seed, start_accelerator, start_trackers
 from lcm_distill.schedule import DDIMSolver, lcm_scheduler
 from lcm_distill.shards import count_samples, expand_shards
 from lcm_distill.stream import ShardStream, make_loader
@@ -85,27 +78,20 @@ def main(argv: list[str] | None = None) -> None:
     )
     design = architecture(configs.unet | {"time_cond_proj_dim": args.unet_time_cond_proj_dim})
     checkpoint, resumed = find_run(
-        args.resume_from_checkpoint,
-        args.output_dir,
-        program=PROGRAM,
-        architecture=design,
-        seed=args.seed,
-        dry_run=args.dry_run,
+        args.resume_from_checkpoint, args.output_dir, PROGRAM, design, seed=args.seed, dry_run=args.dry_run
     )
     sampler = lcm_scheduler(
-        configs.scheduler,
-        args.num_ddim_timesteps,
-        args.timestep_scaling_factor,
-        inference_steps=args.validation_inference_steps,
+        configs.scheduler, args.num_ddim_timesteps, args.timestep_scaling_factor, args.validation_inference_steps
     )
     accelerator = start_accelerator(
         output_dir=args.output_dir,
         logging_dir=args.logging_dir,
-        trackers=[] if args.dry_run else trackers,
+        trackers=trackers,
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         allow_tf32=args.allow_tf32,
         local_rank=args.local_rank,
+        dry_run=args.dry_run,
     )
     preflight = inspect_shards(shards, resolution=args.resolution)
     logger.info("%s", preflight)
@@ -122,11 +108,9 @@ def main(argv: list[str] | None = None) -> None:
         scale_lr=args.scale_lr,
     )
     hub = None
-    if not args.dry_run:
-        check_writable(accelerator, args.output_dir)
-        if args.push_to_hub:
-            hub = open_hub(accelerator, args.hub_model_id, args.hub_token, args.output_dir)
-        start_trackers(accelerator, args.tracker_project_name, flags_to_record)
+    if args.push_to_hub and not args.dry_run:
+        hub = open_hub(accelerator, args.hub_model_id, args.hub_token, args.output_dir)
+    start_trackers(accelerator, args.tracker_project_name, flags_to_record)
 
     # The networks: the frozen parts with the teacher, the student θ, and its slow copy, the target θ⁻.
     dtype = inference_dtype(accelerator)
@@ -199,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     global_step, batches = resumed.get("global_step", 0), resumed.get("batches", 0)
     if checkpoint:
         with keeping_settings(optimizer, lr_scheduler):
-            loader.load_state_dict(checkpoints.load(checkpoint))
+            loader.load_state_dict(checkpoints.load(checkpoint, dry_run=args.dry_run))
     announce(plan, accelerator, student, run, checkpoint=checkpoint, resumed=resumed)
 
     progress = Progress(accelerator, total=plan.steps, initial=global_step)

@@ -79,11 +79,12 @@ class Checkpoints:
         accelerator.wait_for_everyone()
         return final
 
-    def load(self, path: Path) -> dict[str, Any]:
+    def load(self, path: Path, *, dry_run: bool = False) -> dict[str, Any]:
         """Restores networks, optimizer, learning rate and scaler; returns this rank's stream state.
 
         {} for a rank that the checkpoint's run did not have. Checkpoints of later steps belong to a course that is
-        given up: they are set aside as `abandoned-checkpoint-N`. `UsageError` if a part is missing or damaged.
+        given up: they are set aside as `abandoned-checkpoint-N`, but not in a `dry_run`. `UsageError` if a part is
+        missing or damaged.
         """
         rank = self._accelerator.process_index
         try:
@@ -96,7 +97,7 @@ class Checkpoints:
                 f"--resume_from_checkpoint {path} is damaged ({type(error).__name__}: {error}); resume from another."
             ) from None
         self._accelerator.wait_for_everyone()
-        if self._accelerator.is_main_process:
+        if self._accelerator.is_main_process and not dry_run:
             for later in list_checkpoints(self._output_dir):
                 if _step(later) > run["global_step"]:
                     aside = later.with_name(f"abandoned-{later.name}")
@@ -169,9 +170,9 @@ def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> Path
 def find_run(
     resume_from_checkpoint: str | None,
     output_dir: str,
-    *,
     program: str,
     architecture: Mapping[str, Any],
+    *,
     seed: int | None,
     dry_run: bool = False,
 ) -> tuple[Path | None, dict[str, Any]]:

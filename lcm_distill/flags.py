@@ -18,7 +18,8 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that answers a mistake with one line instead of sixty flags."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+        usage = "%(prog)s --pretrained_teacher_model TEACHER --train_shards_path_or_url SHARDS [flags]"
+        super().__init__(usage=usage, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n(--help lists every flag)\n")
@@ -33,8 +34,14 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds the default to a flag's help, unless that says it or there is none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.default in (None, argparse.SUPPRESS) or "(default:" in text or not action.option_strings:
+            return text
+        return f"{text} (default: %(default)s)"
 
 
 def number(

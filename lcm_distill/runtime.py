@@ -45,8 +45,13 @@ def start_accelerator(
     gradient_accumulation_steps: int,
     allow_tf32: bool,
     local_rank: int = -1,
+    dry_run: bool = False,
 ) -> Accelerator:
-    """Accelerate's engine as the run's flags want it, and a logger that speaks on the main process only."""
+    """Accelerate's engine as the run's flags want it, and a logger that speaks on the main process only.
+
+    A `dry_run` has no trackers and writes nothing; for others `output_dir` is made. `UsageError` for a precision
+    that the device does not have, an engine that is not supported, a folder that cannot be written to.
+    """
     if local_rank != -1:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))  # from launchers that pass it as a flag alone
     if torch.cuda.is_available():  # said either way: PyTorch's own default is off for products, on for convolutions
@@ -56,7 +61,7 @@ def start_accelerator(
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=gradient_accumulation_steps,
-        log_with=trackers or None,
+        log_with=None if dry_run or not trackers else trackers,
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=str(Path(output_dir) / logging_dir)),
     )
     # From here on the precision may also come from `accelerate config`.
@@ -69,11 +74,23 @@ def start_accelerator(
             f"`accelerate config` asks for {accelerator.distributed_type.value}, which this program does not do yet; "
             "launch with --multi_gpu, or as one process."
         )
+    if accelerator.is_main_process and not dry_run:
+        check_writable(output_dir)
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", handlers=[_AroundProgressBar()]
     )
     logging.getLogger("lcm_distill").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     return accelerator
+
+
+def check_writable(output_dir: str) -> None:
+    """`UsageError` unless files can be written into `output_dir`, which is made if need be."""
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise UsageError(f"--output_dir {output_dir} cannot be written to ({error}); give another folder.") from None
 
 
 def inference_dtype(accelerator: Accelerator) -> torch.dtype:
@@ -105,18 +122,6 @@ def start_trackers(accelerator: Accelerator, project: str, flags: Mapping[str, A
             f"--report_to: a tracker did not start ({str(error).strip().splitlines()[0]}). Log in to it, choose "
             "another, or set WANDB_MODE=offline for wandb without a connection."
         ) from None
-
-
-def check_writable(accelerator: Accelerator, output_dir: str) -> None:
-    """`UsageError` unless files can be written into `output_dir`, which is made if need be."""
-    if not accelerator.is_main_process:
-        return
-    try:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        raise UsageError(f"--output_dir {output_dir} cannot be written to ({error}); give another folder.") from None
 
 
 class _AroundProgressBar(logging.Handler):

@@ -120,7 +120,6 @@ def lcm_scheduler(
     scheduler_config: Mapping[str, Any],
     num_ddim_timesteps: int = 50,
     timestep_scaling: float = 10.0,
-    *,
     inference_steps: int = 1,
 ) -> LCMScheduler:
     """The sampler of a student: the teacher's schedule with the run's solver grid and timestep scaling.

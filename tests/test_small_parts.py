@@ -172,7 +172,7 @@ def test_fp16_without_a_gpu_is_refused(from_config, monkeypatch):
 def test_local_rank_reaches_the_launcher_s_variable(monkeypatch):
     monkeypatch.setattr(
         "lcm_distill.runtime.Accelerator",
-        lambda **_: SimpleNamespace(is_main_process=True, mixed_precision="no", distributed_type="NO"),
+        lambda **_: SimpleNamespace(is_main_process=False, mixed_precision="no", distributed_type="NO"),
     )
     options = {"output_dir": "x", "logging_dir": "logs", "trackers": [], "mixed_precision": "no"}
     for before, expected in ((None, "3"), ("1", "1")):
@@ -204,10 +204,9 @@ def test_an_interrupt_says_how_to_go_on(capsys):
 
 def test_a_folder_that_cannot_be_written_to_is_told(tmp_path):
     (tmp_path / "file").write_text("")
-    main = SimpleNamespace(is_main_process=True)
     with pytest.raises(UsageError, match="--output_dir .*file"):
-        check_writable(main, str(tmp_path / "file"))
-    check_writable(main, str(tmp_path / "new" / "folder"))
+        check_writable(str(tmp_path / "file"))
+    check_writable(str(tmp_path / "new" / "folder"))
     assert list((tmp_path / "new" / "folder").iterdir()) == []
 
 
