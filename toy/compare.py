@@ -56,7 +56,7 @@ def draw_row(
 
 
 def compare(
-    teacher: str | Path, student: str | Path, *, count: int, guidance_scale: float = 5.0, seed: int = 0, batch: int = 64
+    teacher: str | Path, student: str | Path, *, count: int, guidance_scale: float = 4.0, seed: int = 0, batch: int = 64
 ) -> list[Row]:
     """The rows of the comparison, each of `count` pictures; prints each as it is done."""
     real, captions = real_pictures(count, seed)
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--student", type=Path, required=True, help="output folder of a distillation")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--count", type=int, default=256, help="pictures in each row")
-    parser.add_argument("--guidance_scale", type=float, default=5.0, help="w + 1")
+    parser.add_argument("--guidance_scale", type=float, default=4.0, help="w + 1")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     rows = compare(args.teacher, args.student, count=args.count, guidance_scale=args.guidance_scale, seed=args.seed)

@@ -12,7 +12,7 @@ crop with their time ids, so that the ids matter. Same seed and machine: same we
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -246,18 +246,22 @@ def whiten_latents(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
 def train_unet(
     family: str,
     vae: AutoencoderKL,
-    steps: int,
+    unet: UNet2DConditionModel,
+    conditioner: Conditioner,
+    tokenizer: CLIPTokenizer,
+    *,
+    cycles: Sequence[int],
+    learning_rate: float,
     batch_size: int,
     pictures: int,
     seed: int,
-    after_step: Callable[..., None] | None = None,
-) -> tuple[UNet2DConditionModel, Conditioner, CLIPTokenizer]:
-    torch.manual_seed(seed)
-    tokenizer = build_tokenizer()
-    unet = build_unet(family).to(memory_format=torch.channels_last)
-    conditioner = Conditioner(family, tokenizer)
-    schedule = DDPMScheduler(**_SCHEDULE, clip_sample=False)
+) -> None:
+    """Trains U-Net and text encoders in place on the latents of `pictures` pictures.
 
+    Each of the `cycles` is so many steps of rising and falling learning rate, from the averaged weights of the one
+    before; the first one's peak is `learning_rate`, the later ones' 0.4 of it.
+    """
+    schedule = DDPMScheduler(**_SCHEDULE, clip_sample=False)
     print(f"drawing and encoding {pictures} pictures", flush=True)
     pixels, captions, time_ids = draw_pictures(pictures, seed + 10, varied=family == "sdxl")
     ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -267,36 +271,39 @@ def train_unet(
     mean, log_variance = moments.chunk(2, dim=1)
     spread = torch.exp(0.5 * log_variance.clamp(-30, 20))
 
-    parameters = [*unet.parameters(), *conditioner.parameters()]
-    peak = 2e-3
-    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.05)
-    average = EMAModel(parameters, decay=0.999, use_ema_warmup=True, power=0.75, foreach=True)
-    start, smooth = time.perf_counter(), 1.0
-    for step in range(steps):
-        chosen = torch.randint(len(ids), (batch_size,))
-        latents = (mean[chosen] + spread[chosen] * torch.randn(batch_size, *mean.shape[1:])) * vae.config.scaling_factor
-        tokens = torch.where(torch.rand(batch_size, 1) < 0.1, empty, ids[chosen])
-        noise = torch.randn_like(latents)
-        timesteps = torch.randint(schedule.config.num_train_timesteps, (batch_size,))
-        noisy = schedule.add_noise(latents, noise, timesteps)
-        predicted = unet(noisy, timesteps, **conditioner(tokens, time_ids[chosen])).sample
-        # Halfway between the losses in the noise and in the picture: at high noise levels, where what the caption says
-        # is decided, an error in the noise grows by sigma / alpha in the picture.
-        weight = compute_snr(schedule, timesteps).rsqrt().clamp(max=12.0)
-        loss = (weight * F.mse_loss(predicted, noise, reduction="none").mean(dim=(1, 2, 3))).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        rates.step()
-        average.step(parameters)
-        smooth = 0.99 * smooth + 0.01 * float(loss.detach())
-        _progress(f"{family} U-Net", step, steps, smooth, start)
-        if after_step is not None:
-            after_step(step + 1, unet, conditioner, average)
-    average.copy_to(parameters)
-    return unet.eval(), conditioner.eval(), tokenizer
+    unet.train().to(memory_format=torch.channels_last)
+    parameters = [*unet.parameters(), *conditioner.train().parameters()]
+    for cycle, steps in enumerate(cycles):
+        torch.manual_seed(seed + cycle)
+        peak = learning_rate if cycle == 0 else 0.4 * learning_rate
+        optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.05)
+        average = EMAModel(parameters, decay=0.999, use_ema_warmup=True, power=0.75, foreach=True)
+        start, smooth = time.perf_counter(), 1.0
+        for step in range(steps):
+            chosen = torch.randint(len(ids), (batch_size,))
+            latents = mean[chosen] + spread[chosen] * torch.randn(batch_size, *mean.shape[1:])
+            latents = latents * vae.config.scaling_factor
+            tokens = torch.where(torch.rand(batch_size, 1) < 0.1, empty, ids[chosen])
+            noise = torch.randn_like(latents)
+            timesteps = torch.randint(schedule.config.num_train_timesteps, (batch_size,))
+            noisy = schedule.add_noise(latents, noise, timesteps)
+            predicted = unet(noisy, timesteps, **conditioner(tokens, time_ids[chosen])).sample
+            # Halfway between the losses in the noise and in the picture: at high noise levels, where what the caption
+            # says is decided, an error in the noise grows by sigma / alpha in the picture.
+            weight = compute_snr(schedule, timesteps).rsqrt().clamp(max=12.0)
+            loss = (weight * F.mse_loss(predicted, noise, reduction="none").mean(dim=(1, 2, 3))).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            rates.step()
+            average.step(parameters)
+            smooth = 0.99 * smooth + 0.01 * float(loss.detach())
+            _progress(f"{family} U-Net, cycle {cycle + 1} of {len(cycles)}", step, steps, smooth, start)
+        average.copy_to(parameters)
+    unet.eval()
+    conditioner.eval()
 
 
 def build_pipeline(family: str, vae, unet, conditioner: Conditioner, tokenizer: CLIPTokenizer):
@@ -324,7 +331,7 @@ def build_pipeline(family: str, vae, unet, conditioner: Conditioner, tokenizer: 
     )
 
 
-def teacher_accuracy(pipeline, count: int, steps: int = 50, guidance_scale: float = 5.0, seed: int = 0) -> float:
+def teacher_accuracy(pipeline, count: int, steps: int = 50, guidance_scale: float = 3.0, seed: int = 0) -> float:
     """Caption accuracy of `count` pictures that the teacher draws with DDIM, in [0, 1]."""
     from toy.score import Scorer, caption_accuracy
 
@@ -347,28 +354,51 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("family", choices=["sd", "sdxl"])
     parser.add_argument("--output_dir", type=Path, help="default: toy/teachers/FAMILY")
     parser.add_argument("--vae", type=Path, help="folder of an autoencoder to use instead of training one")
+    parser.add_argument("--init", type=Path, help="folder of a teacher to train further, with its own autoencoder")
     parser.add_argument("--vae_steps", type=int, default=2800)
-    parser.add_argument("--steps", type=int, default=6500, help="U-Net training steps")
+    parser.add_argument("--steps", type=int, nargs="+", default=[6500, 2000], help="U-Net training steps, per cycle")
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="peak of the first cycle")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--pictures", type=int, default=40_000, help="distinct pictures the U-Net learns from")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     output_dir = args.output_dir or TEACHERS / args.family
+    kind = StableDiffusionPipeline if args.family == "sd" else StableDiffusionXLPipeline
 
     started = time.perf_counter()
-    if args.vae:
+    tokenizer = build_tokenizer()
+    torch.manual_seed(args.seed)
+    unet, conditioner = build_unet(args.family), Conditioner(args.family, tokenizer)
+    if args.init:
+        earlier = kind.from_pretrained(args.init, torch_dtype=torch.float32)
+        vae, unet = earlier.vae, earlier.unet
+        for name, _ in conditioner.named_children():
+            setattr(conditioner, name, getattr(earlier, name))
+    elif args.vae:
         vae = AutoencoderKL.from_pretrained(args.vae, torch_dtype=torch.float32)
     else:
         vae = train_vae(args.vae_steps, 16, args.seed)
         vae.save_pretrained(output_dir / "vae")
-    unet, conditioner, tokenizer = train_unet(args.family, vae, args.steps, args.batch_size, args.pictures, args.seed)
+    vae.register_to_config(_name_or_path="")  # no path of this machine belongs into the teacher's config
+    unet.register_to_config(_name_or_path="")
+    train_unet(
+        args.family,
+        vae.requires_grad_(False).eval(),
+        unet,
+        conditioner,
+        tokenizer,
+        cycles=args.steps,
+        learning_rate=args.learning_rate,
+        batch_size=args.batch_size,
+        pictures=args.pictures,
+        seed=args.seed,
+    )
     pipeline = build_pipeline(args.family, vae, unet, conditioner, tokenizer).to(torch.float16)
     pipeline.save_pretrained(output_dir)
     print(f"{output_dir}: trained in {(time.perf_counter() - started) / 60:.0f} minutes")
 
-    kind = StableDiffusionPipeline if args.family == "sd" else StableDiffusionXLPipeline
     accuracy = teacher_accuracy(kind.from_pretrained(output_dir, torch_dtype=torch.float32), 256)
-    print(json.dumps({"caption_accuracy_ddim50": round(accuracy, 4), "guidance_scale": 5.0}))
+    print(json.dumps({"caption_accuracy_ddim50": round(accuracy, 4), "guidance_scale": 3.0}))
 
 
 if __name__ == "__main__":
