@@ -69,7 +69,7 @@ def compare(
     lcm = LCMScheduler.from_pretrained(student)
     networks = {"teacher": (pipeline.unet, ddim), "control": (pipeline.unet, lcm), "student": (unet, lcm)}
     names = {"teacher": "teacher, DDIM", "control": "untrained control", "student": "student"}
-    plan = [("teacher", 50), ("teacher", 4), ("teacher", 2)]
+    plan = [("teacher", 50), ("teacher", 4), ("teacher", 2), ("teacher", 1)]
     plan += [(model, steps) for model in ("control", "student") for steps in (1, 2, 4, 8)]
     rows = []
     for model, steps in plan:
