@@ -1,6 +1,7 @@
 """What the tests share: the toy teacher, toy shards, a quick command line, a program run in this process."""
 
 import importlib
+import logging
 import os
 from pathlib import Path
 
@@ -19,6 +20,15 @@ TEACHERS = {"sd": ROOT / "toy" / "teachers" / "sd"}
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _log_level():
+    """A run sets the level of the package's logger; the next test must not inherit it."""
+    logger = logging.getLogger("lcm_distill")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture(scope="session")
