@@ -20,7 +20,7 @@ import logging
 
 import torch
 
-from lcm_distill import flags, sd
+from lcm_distill import flags, sd, unets
 from lcm_distill.checkpoint import Checkpoints, find_run, public_flags
 from lcm_distill.consistency import (
     ConsistencyFunction,
@@ -39,11 +39,11 @@ from lcm_distill.preflight import inspect_shards
 from lcm_distill.progress import Progress
 from lcm_distill.randomness import BatchRandom
 from lcm_distill.runtime import inference_dtype, parse_trackers, settle_seed, start_accelerator, start_trackers
-from lcm_distill.schedule import DDIMSolver, lcm_scheduler
+from lcm_distill.schedule import DDIMSolver, NoiseSchedule, lcm_scheduler
 from lcm_distill.shards import count_samples, expand_shards
 from lcm_distill.stream import ShardStream, make_loader
-from lcm_distill.unets import architecture, cast, enable_xformers, student_from_teacher, target_from_student
-from lcm_distill.validation import validate, validation_guidance_scale
+from lcm_distill.teacher import Teacher, read_configs
+from lcm_distill.validation import read_prompts, validate, validation_guidance_scale
 
 PROGRAM = "train_lcm_distill_sd_wds"
 logger = logging.getLogger(f"lcm_distill.{PROGRAM}")
@@ -57,7 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flags.add_distillation_flags(parser, w_min=5.0, vae_encode_batch_size=32)
     flags.add_full_student_flags(parser)
     flags.add_speed_flags(parser)
-    flags.add_run_flags(parser)
+    flags.add_run_flags(parser, guidance_default="8, brought into the trained range of w + 1")
     return parser.parse(argv)
 
 
@@ -67,22 +67,24 @@ def main(argv: list[str] | None = None) -> None:
     # What can be wrong with the flags is said here, before anything is loaded.
     trackers = parse_trackers(args.report_to)
     shards = expand_shards(args.train_shards_path_or_url)
-    where = dict(
+    teacher = Teacher(
+        args.pretrained_teacher_model,
         revision=args.teacher_revision,
+        variant=args.variant,
+        config=args.teacher_config,
         vae=args.pretrained_vae_model_name_or_path,
         vae_revision=args.revision,
         cache_dir=args.cache_dir,
     )
-    configs = sd.read_configs(
-        args.pretrained_teacher_model, resolution=args.resolution, num_ddim_timesteps=args.num_ddim_timesteps, **where
-    )
-    design = architecture(configs.unet | {"time_cond_proj_dim": args.unet_time_cond_proj_dim})
+    configs = read_configs(teacher, family="sd", resolution=args.resolution, num_ddim_timesteps=args.num_ddim_timesteps)
+    design = unets.architecture(configs.unet | {"time_cond_proj_dim": args.unet_time_cond_proj_dim})
     checkpoint, resumed = find_run(
         args.resume_from_checkpoint, args.output_dir, PROGRAM, design, seed=args.seed, dry_run=args.dry_run
     )
     sampler = lcm_scheduler(
-        configs.scheduler, args.num_ddim_timesteps, args.timestep_scaling_factor, args.validation_inference_steps
+        configs.scheduler, args.num_ddim_timesteps, args.timestep_scaling_factor, max(args.validation_inference_steps)
     )
+    prompts = read_prompts(args.validation_prompts)
     accelerator = start_accelerator(
         output_dir=args.output_dir,
         logging_dir=args.logging_dir,
@@ -93,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         local_rank=args.local_rank,
         dry_run=args.dry_run,
     )
-    preflight = inspect_shards(shards, resolution=args.resolution)
+    preflight = inspect_shards(shards, resolution=args.resolution, caption_column=args.caption_column)
     logger.info("%s", preflight)
     seed = settle_seed(resumed.get("seed", args.seed))
     flags_to_record = public_flags(vars(args))
@@ -114,15 +116,13 @@ def main(argv: list[str] | None = None) -> None:
 
     # The networks: the frozen parts with the teacher, the student θ, and its slow copy, the target θ⁻.
     dtype = inference_dtype(accelerator)
-    frozen = sd.load_frozen(
-        args.pretrained_teacher_model, device=accelerator.device, dtype=dtype, variant=args.variant, **where
-    )
-    student = student_from_teacher(frozen.unet, args.unet_time_cond_proj_dim).to(accelerator.device)
-    target = target_from_student(student)
+    frozen = sd.load_frozen(teacher, device=accelerator.device, dtype=dtype)
+    student = unets.student_from_teacher(frozen.unet, args.unet_time_cond_proj_dim).to(accelerator.device)
+    target = unets.target_from_student(student)
     teacher_dtype = dtype if args.cast_teacher_unet else torch.float32
-    cast(frozen.unet, teacher_dtype)
+    unets.cast(frozen.unet, teacher_dtype)
     if args.enable_xformers_memory_efficient_attention:
-        enable_xformers(frozen.unet, student, target)
+        unets.enable_xformers(frozen.unet, student, target)
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     optimizer = build_optimizer(
@@ -152,22 +152,24 @@ def main(argv: list[str] | None = None) -> None:
         center_crop=args.center_crop,
         random_flip=args.random_flip,
         proportion_empty_prompts=args.proportion_empty_prompts,
+        caption_column=args.caption_column,
     )
     loader = make_loader(stream, num_workers=args.dataloader_num_workers)
     random = BatchRandom(seed, accelerator.process_index, accelerator.device)
 
     # The objective and the sampler that fits it.
-    schedule = frozen.schedule
+    schedule = NoiseSchedule.from_config(configs.scheduler).to(accelerator.device)
     solver = DDIMSolver(schedule, args.num_ddim_timesteps)
     consistency = ConsistencyFunction(schedule, args.timestep_scaling_factor)
     unconditional = sd.encode_captions(frozen, [""])
+    plain = accelerator.unwrap_model(student)
     pipelines = {
-        "student": sd.build_pipeline(frozen, accelerator.unwrap_model(student), sampler),
+        "student": sd.build_pipeline(frozen, plain, sampler),
         "target": sd.build_pipeline(frozen, target, sampler),
     }
     guidance_scale = validation_guidance_scale(args.validation_guidance_scale, args.w_min, args.w_max)
     drawing = dict(
-        prompts=args.validation_prompts or preflight.captions,
+        prompts=prompts or preflight.captions,
         images_per_prompt=args.num_validation_images,
         inference_steps=args.validation_inference_steps,
         guidance_scale=guidance_scale,
@@ -176,9 +178,8 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     # Resume, or start.
-    checkpoints = Checkpoints(
-        accelerator, args.output_dir, {"unet": student, "unet_target": target}, args.checkpoints_total_limit
-    )
+    parts = {"unet": unets.UNetPart(plain), "unet_target": unets.UNetPart(target)}
+    checkpoints = Checkpoints(accelerator, args.output_dir, parts, args.checkpoints_total_limit)
     run = dict(program=PROGRAM, architecture=design, seed=seed, flags=flags_to_record)
     global_step, batches = resumed.get("global_step", 0), resumed.get("batches", 0)
     if checkpoint:
@@ -267,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     elif accelerator.is_main_process:
         export_full_student(
             args.output_dir,
-            student=accelerator.unwrap_model(student),
+            student=plain,
             target=target,
             scheduler=sampler,
             base_model=args.pretrained_teacher_model,

@@ -1,7 +1,7 @@
 """Checkpoints `checkpoint-N`: everything a run needs to go on exactly where it was.
 
     checkpoint-N/
-      unet/ …                      each trained network, as Diffusers saves it
+      unet/ … or adapter/ …        each trained part: a U-Net as Diffusers saves it, an adapter as PEFT does
       optimizer.bin, …             Accelerate's state: optimizer, learning rate, loss scaler, random state
       stream-RANK.pt               where each rank's data stream stood
       run.json                     step, flags, seed, layout, versions, architecture
@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -32,22 +32,27 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "webdataset", "torchdata")
 
 
+class Part(Protocol):
+    """Something trained that a checkpoint holds, in a folder of its own."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
 class Checkpoints:
     """Writes and restores the checkpoints of one run. Every rank calls every method.
 
-    `networks` are the trained networks by folder name, unwrapped ones for those that Accelerate has not
-    prepared; `limit` is how many checkpoints to keep (None: all).
+    `parts` are what trains, by folder name; `limit` is how many checkpoints to keep (None: all).
     """
 
-    def __init__(
-        self, accelerator: Accelerator, output_dir: str, networks: Mapping[str, torch.nn.Module], limit: int | None
-    ):
+    def __init__(self, accelerator: Accelerator, output_dir: str, parts: Mapping[str, Part], limit: int | None):
         self._accelerator = accelerator
         self._output_dir = Path(output_dir)
-        self._networks = networks
+        self._parts = parts
         self._limit = limit
-        accelerator.register_save_state_pre_hook(self._save_networks)
-        accelerator.register_load_state_pre_hook(self._load_networks)
+        accelerator.register_save_state_pre_hook(self._save_parts)
+        accelerator.register_load_state_pre_hook(self._load_parts)
 
     def save(self, global_step: int, run: Mapping[str, Any], stream_state: Mapping[str, Any]) -> Path:
         """Writes `checkpoint-{global_step}`; `run` goes into run.json, `stream_state` is this rank's own."""
@@ -107,18 +112,16 @@ class Checkpoints:
                     logger.warning("%s is of a course that is given up: renamed to %s", later, aside.name)
         return state
 
-    def _save_networks(self, models: list[Any], weights: list[Any], output_dir: str) -> None:
+    def _save_parts(self, models: list[Any], weights: list[Any], output_dir: str) -> None:
         if self._accelerator.is_main_process:
-            for name, network in self._networks.items():
-                self._accelerator.unwrap_model(network).save_pretrained(Path(output_dir) / name)
+            for name, part in self._parts.items():
+                part.save(Path(output_dir) / name)
         weights.clear()  # Accelerate need not save them again
 
-    def _load_networks(self, models: list[Any], input_dir: str) -> None:
+    def _load_parts(self, models: list[Any], input_dir: str) -> None:
         models.clear()
-        for name, network in self._networks.items():
-            plain = self._accelerator.unwrap_model(network)
-            saved = type(plain).from_pretrained(input_dir, subfolder=name)
-            plain.load_state_dict(saved.state_dict())
+        for name, part in self._parts.items():
+            part.load(Path(input_dir) / name)
 
     def _prune(self, keep: Path) -> None:
         if self._limit is None:
@@ -178,7 +181,7 @@ def find_run(
 ) -> tuple[Path | None, dict[str, Any]]:
     """The checkpoint that `--resume_from_checkpoint` means and its run.json; (None, {}) for a new run.
 
-    `UsageError` unless it is of this `program`, of this U-Net `architecture`, and of this `seed` (None: any); or if
+    `UsageError` unless it is of this `program`, of this `architecture`, and of this `seed` (None: any); or if
     this run would mix its checkpoints with those of another one (a `dry_run` writes none).
     """
     path = find_checkpoint(resume_from_checkpoint, output_dir)
@@ -204,7 +207,7 @@ def find_run(
 def check_resumable(
     path: Path, run: Mapping[str, Any], *, program: str, architecture: Mapping[str, Any], seed: int | None
 ) -> None:
-    """`UsageError` unless the checkpoint is of this program, this U-Net architecture and this seed."""
+    """`UsageError` unless the checkpoint is of this program, this architecture and this seed."""
     where = f"--resume_from_checkpoint {path}"
     if run.get("program") != program:
         raise UsageError(f"{where} was written by {run.get('program')}, not by {program}; resume it with that program.")
@@ -218,7 +221,7 @@ def check_resumable(
     if different:
         raise UsageError(
             f"{where} is of another architecture ({'; '.join(different[:4])}). Give the teacher and the "
-            "--unet_time_cond_proj_dim it was made with, or another --output_dir."
+            "flags that it was made with, or another --output_dir."
         )
     if seed is not None and run["seed"] != seed:
         raise UsageError(f"--seed {seed}: the checkpoint {path} was made with seed {run['seed']}; give that or none.")

@@ -60,6 +60,15 @@ def guidance_embedding(guidance_w: torch.Tensor, embedding_dim: int = 256) -> to
     return torch.nn.functional.pad(embedding, (0, embedding_dim % 2))
 
 
+def draw_guidance(
+    w_min: float, w_max: float, batch: int, generator: torch.Generator, device: torch.device | str
+) -> torch.Tensor | float:
+    """w, uniform in [w_min, w_max], float32 `[batch]`; a plain number, and nothing drawn, when the two are equal."""
+    if w_min == w_max:
+        return w_min
+    return w_min + (w_max - w_min) * torch.rand(batch, generator=generator, device=device)
+
+
 def unet_output(
     unet: torch.nn.Module,
     noisy: torch.Tensor,
@@ -84,19 +93,23 @@ def guided_prediction(
     timesteps: torch.Tensor,
     conditioning: Conditioning,
     unconditional: Conditioning,
-    guidance_w: torch.Tensor,
+    guidance_w: torch.Tensor | float,
     *,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x̂_0 and ε̂ of the guided teacher, float32 `[B, C, H, W]` each, in one pass over a doubled batch.
 
     DDIM's step is linear in (x̂_0, ε̂), so guiding these guides the step: (1 + w)·Ψ(c) − w·Ψ(∅).
-    `unconditional` has the layout of `conditioning`, with a batch of B or of 1.
+    `unconditional` has the layout of `conditioning`, with a batch of B or of 1. `guidance_w` is `[B]` or one number
+    for all; at 0 the unconditional half is left out.
     """
+    if not isinstance(guidance_w, torch.Tensor) and guidance_w == 0:
+        output = unet_output(teacher, noisy, timesteps, conditioning, dtype=dtype)
+        return schedule.predict_sample(output, noisy, timesteps), schedule.predict_noise(output, noisy, timesteps)
     batch = len(noisy)
     noisy2, timesteps2 = torch.cat([noisy, noisy]), torch.cat([timesteps, timesteps])
     output = unet_output(teacher, noisy2, timesteps2, _concatenate(conditioning, unconditional, batch), dtype=dtype)
-    w = per_sample(guidance_w.float(), noisy)
+    w = per_sample(guidance_w.float(), noisy) if isinstance(guidance_w, torch.Tensor) else guidance_w
     guided = []
     for prediction in (schedule.predict_sample, schedule.predict_noise):
         conditional, empty = prediction(output, noisy2, timesteps2).chunk(2)

@@ -9,9 +9,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers import LCMScheduler, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_kohya
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from safetensors.torch import save_file
 
 from lcm_distill.errors import UsageError
+from lcm_distill.lora import STUDENT, TARGET, Lora
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +27,10 @@ UPLOADED = [
     "diffusion_pytorch_model*",
     "unet/*",
     "unet_target/*",
+    "pytorch_lora_weights.safetensors",
+    "kohya_lora_weights.safetensors",
+    "adapter/*",
+    "target/*",
     "validation/*.png",
 ]
 
@@ -60,6 +67,82 @@ def export_full_student(
     ).save(folder / "README.md")
 
 
+def export_lora_student(
+    output_dir: str,
+    *,
+    lora: Lora,
+    pipeline: type,
+    base_model_version: str,
+    scheduler: LCMScheduler,
+    base_model: str,
+    repo_id: str | None,
+    global_step: int,
+    settings: dict[str, Any],
+    tags: list[str],
+) -> None:
+    """Writes the student's LoRA for Diffusers and for ComfyUI and A1111, its PEFT adapter, scheduler and card.
+
+    `pytorch_lora_weights.safetensors` is what `pipe.load_lora_weights(output_dir)` loads, with its alpha;
+    `kohya_lora_weights.safetensors` holds the same weights under kohya's names. Both are float16, as shared LoRAs
+    are; `adapter/` is the float32 adapter. An averaged target's LoRA is in `target/`. `pipeline` is the family's
+    pipeline class, `base_model_version` kohya's name for the family.
+    """
+    folder = Path(output_dir)
+    lora.part(STUDENT).save(folder / "adapter")
+    save_lora(folder, lora, STUDENT, pipeline=pipeline, base_model_version=base_model_version)
+    if lora.average:
+        save_lora(folder / "target", lora, TARGET, pipeline=pipeline, base_model_version=base_model_version)
+    scheduler.save_pretrained(folder)
+    usage = _LORA_USAGE.format(model=repo_id or output_dir, teacher=base_model)
+    model_card(
+        folder,
+        base_model=base_model,
+        usage=usage,
+        settings=settings | {"max_train_steps": global_step},
+        tags=["lora", *tags],
+        note="The guidance of the training is in the weights, so a `guidance_scale` of 1 to 2 is right; above 1, "
+        "negative prompts count. It goes together with a style LoRA through `pipe.set_adapters`, and onto fine-tunes "
+        "of its teacher. `kohya_lora_weights.safetensors` is the same LoRA for ComfyUI and A1111: sampler LCM, "
+        "2 to 8 steps, CFG 1 to 2.",
+    ).save(folder / "README.md")
+
+
+def save_lora(folder: Path, lora: Lora, adapter: str, *, pipeline: type, base_model_version: str) -> None:
+    """One adapter as float16 LoRA files in `folder`: Diffusers' format with alpha, and kohya's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.to(torch.float16).cpu() for name, tensor in lora.state_dict(adapter).items()}
+    # Of the configuration, what every version of PEFT knows: a file made here loads there.
+    known = ("r", "lora_alpha", "lora_dropout", "bias", "target_modules")
+    config = {name: value for name, value in lora.config.to_dict().items() if name in known}
+    config["target_modules"] = sorted(config["target_modules"])
+    pipeline.save_lora_weights(folder, unet_lora_layers=weights, unet_lora_adapter_metadata=config)
+
+    kohya = convert_state_dict_to_kohya({f"unet.{name}": tensor for name, tensor in weights.items()})
+    alpha = torch.tensor(float(lora.config.lora_alpha), dtype=torch.float32)
+    kohya = {name: alpha.clone() if name.endswith(".alpha") else tensor for name, tensor in kohya.items()}
+    save_file(
+        {name: tensor.contiguous() for name, tensor in kohya.items()},
+        folder / "kohya_lora_weights.safetensors",
+        metadata={
+            "format": "pt",
+            "ss_base_model_version": base_model_version,
+            "ss_v2": str(base_model_version.startswith("sd_v2")),
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": str(lora.config.r),
+            "ss_network_alpha": str(float(lora.config.lora_alpha)),
+        },
+    )
+
+
+_LORA_USAGE = """\
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler
+
+pipe = DiffusionPipeline.from_pretrained({teacher!r}, torch_dtype=torch.float16).to("cuda")
+pipe.scheduler = LCMScheduler.from_pretrained({model!r})
+pipe.load_lora_weights({model!r})
+picture = pipe("your prompt", num_inference_steps=4, guidance_scale=1.0).images[0]"""
+
 _FULL_USAGE = """\
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
@@ -70,10 +153,18 @@ pipe.scheduler = LCMScheduler.from_pretrained({model!r})
 picture = pipe("your prompt", num_inference_steps=4, guidance_scale={guidance_scale:g}).images[0]"""
 
 
-def model_card(folder: Path, *, base_model: str, usage: str, settings: Mapping[str, Any], tags: list[str]) -> ModelCard:
+def model_card(
+    folder: Path,
+    *,
+    base_model: str,
+    usage: str,
+    settings: Mapping[str, Any],
+    tags: list[str],
+    note: str = "`guidance_scale` is w + 1, with w the guidance of the LCM paper (arXiv 2310.04378).",
+) -> ModelCard:
     """A card for the model in `folder`: what it is, how to draw with it, what it drew, what it was trained with.
 
-    `base_model` is linked when it is a Hub id; `usage` is Python code.
+    `base_model` is linked when it is a Hub id; `usage` is Python code, `note` what to say below it.
     """
     is_hub_id = not Path(base_model).exists() and base_model.count("/") == 1
     data = ModelCardData(
@@ -91,7 +182,7 @@ def model_card(folder: Path, *, base_model: str, usage: str, settings: Mapping[s
         f"---\n{data.to_yaml()}\n---\n\n# {folder.resolve().name}\n\n"
         f"A latent consistency model distilled from {base}: it draws in 1 to 8 steps.\n\n{shown}"
         f"## Use\n\n```python\n{usage}\n```\n\n"
-        "`guidance_scale` is w + 1, with w the guidance of the LCM paper (arXiv 2310.04378).\n\n"
+        f"{note}\n\n"
         f"## Training\n\n| flag | value |\n|---|---|\n{rows}\n"
     )
 

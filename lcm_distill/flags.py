@@ -83,7 +83,13 @@ def add_model_flags(parser: Parser) -> None:
         "--pretrained_teacher_model",
         type=str,
         required=True,
-        help="the teacher to distil: a Diffusers pipeline folder or a Hub id",
+        help="the teacher to distil: a Diffusers pipeline folder, a Hub id, or a single .safetensors checkpoint",
+    )
+    group.add_argument(
+        "--teacher_config",
+        type=str,
+        default=None,
+        help="for a single-file teacher: the Diffusers folder or Hub id with its configs (default: told from the file)",
     )
     group.add_argument(
         "--pretrained_vae_model_name_or_path",
@@ -110,6 +116,14 @@ def add_data_flags(parser: Parser, *, resolution: int) -> None:
         default=None,
         help="WebDataset shards: a tar, a folder of tars, a pattern such as data/{00000..00099}.tar, "
         "a URL or 'pipe:COMMAND'; several are joined by '::'",
+    )
+    group.add_argument(
+        "--caption_column",
+        type=str,
+        default=None,
+        help="where the captions are: the extension of a file in the samples (txt, blip.txt) or a key of their JSON "
+        "(top_caption, meta.caption); a list there holds several captions, of which each epoch draws one "
+        "(default: .txt, .text or .caption, else the JSON's caption or text)",
     )
     group.add_argument(
         "--resolution",
@@ -226,7 +240,41 @@ def add_full_student_flags(parser: Parser) -> None:
     )
 
 
-def add_speed_flags(parser: Parser) -> None:
+def add_lora_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("student and target")
+    group.add_argument("--lora_rank", type=positive_int, default=64, help="rank of the adapter")
+    group.add_argument(
+        "--lora_alpha", type=positive_int, default=64, help="the adapter's change is scaled by this / --lora_rank"
+    )
+    group.add_argument(
+        "--lora_dropout", type=below_one, default=0.0, help="dropout in front of the adapter, in the student's pass"
+    )
+    group.add_argument(
+        "--lora_target_modules",
+        type=str,
+        default=None,
+        help="modules that get an adapter, joined by commas (default: LCM-LoRA's fourteen kinds: "
+        "attention, feed-forward, convolutions and time embeddings)",
+    )
+    group.add_argument(
+        "--ema_decay",
+        type=fraction,
+        default=0.0,
+        help="decay μ of a target adapter, θ⁻ ← μ·θ⁻ + (1−μ)·θ; 0: the target is the student itself, as LCM-LoRA's",
+    )
+
+
+def add_sdxl_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("SDXL's size conditioning")
+    _switch(
+        group,
+        "--use_fix_crop_and_size",
+        "tell the networks that every picture is --resolution pixels large and uncropped, not its true size and crop",
+    )
+
+
+def add_speed_flags(parser: Parser, *, cast_base: bool = False) -> None:
+    """With `cast_base` (LoRA) the frozen U-Net is in the mixed precision unless told otherwise."""
     group = parser.add_argument_group("precision, speed and memory")
     group.add_argument(
         "--mixed_precision",
@@ -237,7 +285,21 @@ def add_speed_flags(parser: Parser) -> None:
         "schedule, the solver and the loss stay float32",
     )
     _switch(group, "--allow_tf32", "TF32 matrix products and convolutions where float32 is asked for (Ampere or newer)")
-    _switch(group, "--cast_teacher_unet", "keep the teacher U-Net in the mixed precision instead of float32")
+    if cast_base:
+        base = group.add_mutually_exclusive_group()
+        base.add_argument(
+            "--no-cast_teacher_unet",
+            dest="float32_base",
+            action="store_true",
+            help="keep the frozen U-Net in float32: more exact, and twice the memory",
+        )
+        base.add_argument(
+            "--cast_teacher_unet",
+            action="store_true",
+            help="keep the frozen U-Net in the mixed precision; that is how it is without this flag too",
+        )
+    else:
+        _switch(group, "--cast_teacher_unet", "keep the teacher U-Net in the mixed precision instead of float32")
     _switch(
         group,
         "--enable_xformers_memory_efficient_attention",
@@ -249,7 +311,8 @@ def add_speed_flags(parser: Parser) -> None:
     )
 
 
-def add_run_flags(parser: Parser) -> None:
+def add_run_flags(parser: Parser, *, guidance_default: str) -> None:
+    """`guidance_default` says in words what --validation_guidance_scale is when it is not given."""
     group = parser.add_argument_group("output, checkpoints and logging")
     group.add_argument("--output_dir", type=str, default="lcm-xl-distilled", help="everything the run writes goes here")
     group.add_argument("--logging_dir", type=str, default="logs", help="the trackers' folder, inside --output_dir")
@@ -297,17 +360,25 @@ def add_run_flags(parser: Parser) -> None:
         type=str,
         nargs="+",
         default=None,
-        help="what to draw (default: four captions of the first shard)",
+        metavar="PROMPT",
+        help="what to draw: prompts, or .txt files with a prompt on each line (default: four captions of the first "
+        "shard)",
     )
     group.add_argument("--num_validation_images", type=positive_int, default=4, help="pictures per prompt")
     group.add_argument(
-        "--validation_inference_steps", type=positive_int, default=4, help="sampling steps of the pictures"
+        "--validation_inference_steps",
+        type=positive_int,
+        nargs="+",
+        default=[4],
+        metavar="STEPS",
+        help="sampling steps of the pictures; with several numbers, such as 1 2 4, a row of pictures for each "
+        "(default: 4)",
     )
     group.add_argument(
         "--validation_guidance_scale",
         type=non_negative,
         default=None,
-        help="the pipelines' guidance_scale, w + 1 (default: 8, brought into the trained range)",
+        help=f"the pipelines' guidance_scale of the pictures (default: {guidance_default})",
     )
     group = parser.add_argument_group("Hub")
     _switch(group, "--push_to_hub", "upload the finished model to the Hub")

@@ -1,7 +1,9 @@
-"""Pictures to the VAE's latents."""
+"""Pictures to the VAE's latents, and back."""
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 
 
 @torch.no_grad()
@@ -20,6 +22,23 @@ def encode_pixels(
     latents = mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise
     shift = getattr(vae.config, "shift_factor", None)
     return (latents - shift if shift else latents) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: torch.Tensor, batch_size: int) -> list[Image.Image]:
+    """RGB pictures of `latents` `[B, C, H/8, W/8]`, of any floating dtype: what `encode_pixels` does, undone.
+
+    The VAE works in its own dtype even where autocast is on (SDXL's is float32 because it overflows in half
+    precision), on its own device, on at most `batch_size` pictures at once.
+    """
+    shift = getattr(vae.config, "shift_factor", None)
+    latents = latents.to(vae.device).float() / vae.config.scaling_factor
+    latents = (latents + shift if shift else latents).to(vae.dtype)
+    processor, pictures = VaeImageProcessor(), list[Image.Image]()
+    with torch.autocast(vae.device.type, enabled=False):
+        for part in latents.split(batch_size):
+            pictures += processor.postprocess(vae.decode(part).sample, output_type="pil")
+    return pictures
 
 
 def vae_factor(config: dict) -> int:

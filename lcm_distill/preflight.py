@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 from lcm_distill.errors import UsageError
-from lcm_distill.samples import UNREADABLE_SHARD, BadSample, prepare_sample, read_captions, read_json
-from lcm_distill.shards import FLAG, SHARD_NEEDS, RawSample, list_counts, read_shard
+from lcm_distill.samples import UNREADABLE_SHARD, BadSample, caption_reasons, prepare_sample, read_captions, read_json
+from lcm_distill.shards import FLAG, SHARD_NEEDS, RawSample, check_caption_column, list_counts, read_shard
 
 
 @dataclass
@@ -18,6 +18,7 @@ class ShardReport:
 
     shards: int  # how many there are
     resolution: int
+    caption_column: str | None = None  # the only place captions were taken from
     opened: int = 0  # how many were looked into
     seen: int = 0  # samples
     usable: int = 0
@@ -49,22 +50,29 @@ class ShardReport:
 
 
 def inspect_shards(
-    shards: list[str], *, resolution: int, limit: int = 16, max_samples: int | None = 1000, max_shards: int | None = 32
+    shards: list[str],
+    *,
+    resolution: int,
+    caption_column: str | None = None,
+    limit: int = 16,
+    max_samples: int | None = 1000,
+    max_shards: int | None = 32,
 ) -> ShardReport:
     """The preflight: open the first shards, try their first samples, and tell what is there.
 
     Args:
         shards: as `expand_shards` gives them.
         resolution: of the training, to tell which pictures are enlarged.
+        caption_column: as `ShardStream` takes it.
         limit: samples to look at. As long as none of them is usable the search goes on, up to
         max_samples: samples, in up to
         max_shards: shards; None for no bound.
 
     Raises:
-        UsageError: no usable sample in what was looked at; says how many were dropped and why, which files were
-            found, and what a shard needs.
+        UsageError: no usable sample in what was looked at; says how many were dropped and why, which files and JSON
+            keys were found, and what a shard needs. Or a `--caption_column` that may not be read.
     """
-    report = ShardReport(shards=len(shards), resolution=resolution)
+    report = ShardReport(shards=len(shards), resolution=resolution, caption_column=check_caption_column(caption_column))
 
     def done() -> bool:
         enough = report.usable and report.seen >= limit
@@ -73,7 +81,7 @@ def inspect_shards(
     for shard in shards[:max_shards]:
         report.opened += 1
         try:
-            for raw in read_shard(shard, extensions=report.extensions):
+            for raw in read_shard(shard, caption_column=report.caption_column, extensions=report.extensions):
                 _inspect_sample(raw, report)
                 if done():
                     break
@@ -85,10 +93,14 @@ def inspect_shards(
     if report.usable:
         return report
     all_seen = report.opened == report.shards and (max_samples is None or report.seen < max_samples)
-    raise UsageError(
-        f"{FLAG} gives nothing to train on{'' if all_seen else ' as far as this first look went'}: "
-        f"{report}\n{SHARD_NEEDS}"
-    )
+    so_far = "" if all_seen else " as far as this first look went"
+    without = sum(report.dropped[reason] for reason in caption_reasons(report.caption_column))
+    if report.caption_column is not None and without:
+        raise UsageError(
+            f"--caption_column {caption_column} gives nothing to train on{so_far}. Name one of the file extensions or "
+            f"JSON keys that there are, or leave the flag out to look in the usual places: {report}"
+        )
+    raise UsageError(f"{FLAG} gives nothing to train on{so_far}: {report}\n{SHARD_NEEDS}")
 
 
 def _inspect_sample(raw: RawSample, report: ShardReport) -> None:
@@ -103,9 +115,10 @@ def _inspect_sample(raw: RawSample, report: ShardReport) -> None:
             center_crop=True,
             random_flip=False,
             proportion_empty_prompts=0.0,
+            caption_column=report.caption_column,
             draws=np.zeros(5),
         )
-        _, source = read_captions(raw, meta)
+        _, source = read_captions(raw, meta, report.caption_column)
     except BadSample as bad:
         report.dropped[bad.reason] += 1
         return

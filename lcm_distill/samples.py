@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-from lcm_distill.shards import CAPTIONS, PICTURES, RawSample
+from lcm_distill.shards import PICTURES, RawSample, caption_files, json_key
 
 CAPTION_KEYS = ("caption", "text")
 
@@ -31,7 +31,7 @@ UNREADABLE_SHARD = "shard cannot be read, or not to its end"
 
 
 class BadSample(Exception):
-    """This sample cannot be used; `reason` is one of the constants above."""
+    """This sample cannot be used; `reason` is one of the constants above, or one of `caption_reasons`."""
 
     def __init__(self, reason: str):
         super().__init__(reason)
@@ -56,16 +56,43 @@ def read_json(raw: RawSample) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def read_captions(raw: RawSample, meta: dict) -> tuple[list[str], str]:
-    """(the sample's captions, where they come from); empty ones do not count. Raises `BadSample`."""
-    reason = NO_CAPTION
+def caption_reasons(column: str | None) -> tuple[str, str]:
+    """Why a sample without a caption is dropped, and one whose caption is not UTF-8."""
+    if column is None:
+        return NO_CAPTION, CAPTION_NOT_UTF8
+    return f'no caption in "{column}" (--caption_column)', f'caption in "{column}" (--caption_column) is not UTF-8'
+
+
+def _look_up(meta: dict, key: str) -> object:
+    """The value of `key` in a JSON; of the path `a.b` in the object `a`, if no key is spelled so. None for nothing."""
+    if key in meta:
+        return meta[key]
+    value: object = meta
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def read_captions(raw: RawSample, meta: dict, caption_column: str | None = None) -> tuple[list[str], str]:
+    """(the sample's captions, where they come from); empty ones do not count.
+
+    Args:
+        meta: its JSON, by `read_json`.
+        caption_column: as `check_caption_column` gives it: the file with this extension, or, if that has no text,
+            the JSON's key of this name, are the only places to look. None: `CAPTIONS` and `CAPTION_KEYS`, in order.
+
+    Raises:
+        BadSample: there is none.
+    """
+    reason, not_utf8 = caption_reasons(caption_column)
     sources: dict[str, object] = {}
-    for extension in CAPTIONS:
+    for extension in caption_files(caption_column)[:-1]:  # without the JSON
         try:
             sources["." + extension] = raw.files.get(extension, b"").decode("utf-8-sig")
         except UnicodeDecodeError:
-            reason = CAPTION_NOT_UTF8
-    sources |= {f'JSON "{key}"': meta.get(key) for key in CAPTION_KEYS}
+            reason = not_utf8
+    keys = CAPTION_KEYS if caption_column is None else (json_key(caption_column),)
+    sources |= {f'JSON "{key}"': _look_up(meta, key) for key in keys}
     for source, value in sources.items():
         texts = value if isinstance(value, list) else [value]
         # JSON can spell half a surrogate pair, which no tokenizer takes.
@@ -150,11 +177,13 @@ def prepare_sample(
     center_crop: bool,
     random_flip: bool,
     proportion_empty_prompts: float,
+    caption_column: str | None = None,
     draws: np.ndarray,
 ) -> Sample:
     """Decode, resize, crop and flip the picture, and choose the caption.
 
     Args:
+        caption_column: as in `read_captions`.
         draws: float64 [5] in [0, 1): top, left, flip, which caption, empty caption. All are always drawn, so that
             switching one option on changes none of the others.
 
@@ -167,7 +196,7 @@ def prepare_sample(
     if content is None:
         raise BadSample(NO_PICTURE)
     meta = read_json(raw)
-    captions, _ = read_captions(raw, meta)
+    captions, _ = read_captions(raw, meta, caption_column)
     image = decode_picture(content)
     top, left, flip, which, empty = draws.tolist()
     if center_crop:

@@ -30,11 +30,13 @@ FLAG = "--train_shards_path_or_url"
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 PICTURES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("txt", "text", "caption")
-WANTED = frozenset((*PICTURES, *CAPTIONS, "json"))
+
+# What other readers unpickle or run: never read here, not even as the text of a caption.
+CODE_BEARING = frozenset("pyd pkl pickle dill joblib pth pt ckpt bin npy npz ten tb py pyc sh so dll exe".split())
 
 SHARD_NEEDS = (
     "A shard is a tar in which the files of a sample share a name and stand next to each other: 0001.jpg (or .jpeg, "
-    '.png, .webp) with 0001.txt (or .text, .caption, or 0001.json with a "caption" or "text"). '
+    '.png, .webp) with 0001.txt (or .text, .caption, or 0001.json with a "caption" or "text"); --caption_column names another extension or JSON key. '
     "An extension is what follows the first dot of a name: write a_b.jpg, not a.b.jpg. "
     "To make a shard of a folder: tar --sort=name -cf 000.tar -C FOLDER ."
 )
@@ -139,6 +141,54 @@ def list_counts(counts: dict[str, int]) -> str:
     return (", ".join(listed) or "nothing").encode("utf-8", "replace").decode()
 
 
+def check_caption_column(column: str | None) -> str | None:
+    """`--caption_column` as the readers take it, without spaces around it or a dot before it. None stays None.
+
+    The column names a file of the sample by its extension (`txt`, `blip`, `blip.txt`), or a key of its JSON
+    (`top_caption`; `meta.caption` is the key `caption` of the object `meta`). `json.KEY` names the JSON's key only.
+
+    Raises:
+        UsageError: nothing given, or the extension of a picture, of a JSON, or of a file that can hold code.
+    """
+    if column is None:
+        return None
+    cleaned = column.strip().removeprefix(".")
+    instead = "Give the extension of a text file in the samples, such as txt or blip.txt, or a key of their JSON"
+    if not cleaned or cleaned.endswith("."):
+        raise UsageError(f"--caption_column {column!r} names nothing. {instead}.")
+    if _in_json_only(cleaned):
+        return cleaned
+    parts = cleaned.lower().split(".")
+    if CODE_BEARING.intersection(parts):
+        raise UsageError(
+            f"--caption_column {column}: files of that kind can hold code, and are never read. {instead} "
+            f"(written json.{cleaned} if the key is called so)."
+        )
+    if parts[-1] in (*PICTURES, "json"):
+        what = "a whole JSON file" if parts[-1] == "json" else "a picture"
+        raise UsageError(f"--caption_column {column}: that is {what}, not a caption. {instead}, such as caption.")
+    return cleaned
+
+
+def _in_json_only(column: str) -> bool:
+    return column.lower().startswith("json.")
+
+
+def json_key(column: str) -> str:
+    """The key, or the path of keys, that a caption column names in the sample's JSON."""
+    return column[len("json.") :] if _in_json_only(column) else column
+
+
+def caption_files(column: str | None) -> tuple[str, ...]:
+    """The extensions, in lower case, of the files in which a caption may be; `column` as `check_caption_column` gives.
+
+    The JSON always is the last: it also tells the picture's original size.
+    """
+    if column is None:
+        return (*CAPTIONS, "json")
+    return ("json",) if _in_json_only(column) else (column.lower(), "json")
+
+
 @dataclass
 class RawSample:
     """The undecoded files of one sample: extension (lower case) to content."""
@@ -147,10 +197,9 @@ class RawSample:
     files: dict[str, bytes] = field(default_factory=dict)
     duplicate: bool = False  # a name came twice: which caption goes with which picture cannot be known
 
-    @property
-    def complete(self) -> bool:
+    def has_parts(self, caption_column: str | None) -> bool:
         """It has a picture and something to take a caption from."""
-        return any(e in self.files for e in PICTURES) and any(e in self.files for e in (*CAPTIONS, "json"))
+        return any(e in self.files for e in PICTURES) and any(e in self.files for e in caption_files(caption_column))
 
     @property
     def nbytes(self) -> int:
@@ -166,7 +215,7 @@ def _split_name(name: str) -> tuple[str, str]:
     return (key, extension.lower()) if key else ("", "")
 
 
-def _group(files: Iterable[tuple[str, bytes]]) -> Iterator[RawSample]:
+def _group(files: Iterable[tuple[str, bytes]], caption_column: str | None) -> Iterator[RawSample]:
     """Consecutive files of one key make a sample (webdataset's own grouping raises on duplicates or mixes them)."""
     sample = None
     try:
@@ -182,44 +231,52 @@ def _group(files: Iterable[tuple[str, bytes]]) -> Iterator[RawSample]:
                 sample.files[extension] = content
     except Exception:
         # The tar is cut. Its last sample is good if it was whole by then; otherwise it is part of the damage.
-        if sample is not None and sample.complete:
+        if sample is not None and sample.has_parts(caption_column):
             yield sample
         raise
     if sample is not None:
         yield sample
 
 
-def read_shard(shard: str, *, extensions: Counter | None = None) -> Iterator[RawSample]:
+def read_shard(
+    shard: str, *, caption_column: str | None = None, extensions: Counter | None = None
+) -> Iterator[RawSample]:
     """The samples of a shard in file order, undecoded; files that are neither picture, caption nor JSON stay unread.
 
     Args:
         shard: a path, URL or `pipe:` command, as webdataset's `gopen` takes it.
+        caption_column: where the caption is, as `check_caption_column` gives it; None for the usual places.
         extensions: if given, counts the extensions of all files passed, the unread ones too.
 
     Raises:
         Exception: what opener and tar reader raise (many kinds), after the samples that could be read.
     """
+    needed = frozenset((*PICTURES, *caption_files(caption_column)))
 
     def wanted(name: str) -> bool:
         _, extension = _split_name(name)
         if extension and extensions is not None:
             extensions[extension] += 1
-        return extension in WANTED
+        return extension in needed
 
     source = gopen(shard)
     try:
-        yield from _group((f["fname"], f["data"]) for f in tar_file_iterator(source, select_files=wanted))
+        files = ((f["fname"], f["data"]) for f in tar_file_iterator(source, select_files=wanted))
+        yield from _group(files, caption_column)
     finally:
         with contextlib.suppress(OSError):  # the command behind a pipe minds that nobody listens any more
             source.close()
 
 
-def count_samples(shards: list[str]) -> int | None:
+def count_samples(shards: list[str], *, caption_column: str | None = None) -> int | None:
     """How many samples the shards hold, from the tar headers alone; None if a shard is not on a local file system.
 
-    Counts samples with a picture and a caption file or a JSON; whether they decode is not known here. What cannot
-    be read counts as nothing. Takes about a second for 10,000 samples; a compressed tar has to be unpacked for it.
+    Counts samples with a picture and a caption file (that of `--caption_column`, if given) or a JSON; whether they
+    decode, and whether the JSON has a caption, is not known here. What cannot be read counts as nothing. Takes about
+    a second for 10,000 samples; a compressed tar has to be unpacked for it.
     """
+    column = check_caption_column(caption_column)
+    needed = frozenset((*PICTURES, *caption_files(column)))
     total = 0
     for shard in shards:
         path = _local_path(shard)
@@ -228,9 +285,9 @@ def count_samples(shards: list[str]) -> int | None:
         try:
             with tarfile.open(path) as tar:
                 names = (member.name for member in tar if member.isreg())
-                wanted = ((name, b"") for name in names if _split_name(name)[1] in WANTED)
-                for sample in _group(wanted):
-                    total += sample.complete and not sample.duplicate
+                wanted = ((name, b"") for name in names if _split_name(name)[1] in needed)
+                for sample in _group(wanted, column):
+                    total += sample.has_parts(column) and not sample.duplicate
         except Exception as error:  # noqa: BLE001 - as in the stream
             logger.warning("%s cannot be read to its end: %s", shard, error)
     return total

@@ -34,7 +34,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from lcm_distill.errors import UsageError
 from lcm_distill.preflight import inspect_shards
 from lcm_distill.samples import INTERPOLATIONS, UNREADABLE_SHARD, BadSample, Sample, prepare_sample
-from lcm_distill.shards import FLAG, RawSample, list_counts, read_shard
+from lcm_distill.shards import FLAG, RawSample, check_caption_column, list_counts, read_shard
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,8 @@ class ShardStream(IterableDataset):
 
     A batch is a dict of
         pixels: uint8 [batch_size, 3, resolution, resolution], 0 to 255
-        captions: list of str, "" with probability `proportion_empty_prompts`
+        captions: list of str, "" with probability `proportion_empty_prompts`; of a sample's several captions one is
+            drawn, anew in each epoch
         original_sizes: int64 [batch_size, 2], (height, width) by the JSON's original_height and original_width, else
             its height and width, else of the picture itself, in pixels
         crop_top_lefts: int64 [batch_size, 2], (top, left) of the crop in pixels of the resized picture, mirrored
@@ -102,6 +103,8 @@ class ShardStream(IterableDataset):
         center_crop: crop the middle, not a random part.
         random_flip: mirror every other picture.
         proportion_empty_prompts: 0 to 1.
+        caption_column: a file extension or a JSON key, the only place to take captions from (`check_caption_column`);
+            None for the usual ones.
         shuffle_window: samples in a shuffle block; a block also ends at 256 MiB. Each worker holds one in memory.
 
     Raises:
@@ -122,6 +125,7 @@ class ShardStream(IterableDataset):
         center_crop: bool = False,
         random_flip: bool = False,
         proportion_empty_prompts: float = 0.0,
+        caption_column: str | None = None,
         shuffle_window: int = 1000,
     ):
         assert 0 <= rank < world_size, (rank, world_size)
@@ -152,6 +156,7 @@ class ShardStream(IterableDataset):
             "center_crop": center_crop,
             "random_flip": random_flip,
             "proportion_empty_prompts": proportion_empty_prompts,
+            "caption_column": check_caption_column(caption_column),
         }
 
     def __iter__(self) -> "StreamIterator":
@@ -258,6 +263,7 @@ class StreamIterator:
     def _read_epoch(self) -> Iterator[tuple[int, int, int, int, RawSample]]:
         """From the block's start on: (part and sample after this one, shard, number in the shard, the sample)."""
         epoch, start_part, start_sample = self.epoch, self.part, self.sample
+        caption_column = self.stream.prepare_options["caption_column"]
         parts = deal_shards(
             len(self.stream.shards),
             seed=self.stream.seed,
@@ -269,7 +275,7 @@ class StreamIterator:
             shard, low, high = parts[part]
             first, index = start_sample if part == start_part else 0, 0
             try:
-                for raw in read_shard(self.stream.shards[shard]):
+                for raw in read_shard(self.stream.shards[shard], caption_column=caption_column):
                     if index >= first and low <= (index + epoch) % self.consumers < high:
                         yield part, index + 1, shard, index, raw
                     index += 1
@@ -293,7 +299,14 @@ class StreamIterator:
 
     def _look_for_a_usable_sample(self) -> None:
         try:
-            inspect_shards(self.stream.shards, resolution=1, limit=1, max_samples=None, max_shards=None)
+            inspect_shards(
+                self.stream.shards,
+                resolution=1,
+                caption_column=self.stream.prepare_options["caption_column"],
+                limit=1,
+                max_samples=None,
+                max_shards=None,
+            )
         except UsageError as error:
             raise StreamError(str(error)) from None
 

@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,19 @@ def target_from_student(student: UNet2DConditionModel) -> UNet2DConditionModel:
 def cast(network: torch.nn.Module, dtype: torch.dtype) -> None:
     """Casts a frozen network in place, by `nn.Module`'s own cast: Diffusers' warns of modules that are not there."""
     torch.nn.Module.to(network, dtype=dtype)
+
+
+class UNetPart:
+    """A U-Net as a part of a checkpoint, as Diffusers saves it."""
+
+    def __init__(self, unet: UNet2DConditionModel):
+        self._unet = unet
+
+    def save(self, folder: Path) -> None:
+        self._unet.save_pretrained(folder)
+
+    def load(self, folder: Path) -> None:
+        self._unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder).state_dict())
 
 
 def architecture(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from toy.make_shards import make_shards
 
 ROOT = Path(__file__).resolve().parents[1]
-TEACHERS = {"sd": ROOT / "toy" / "teachers" / "sd"}
+TEACHERS = {family: str(ROOT / "toy" / "teachers" / family) for family in ("sd", "sdxl")}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,8 +32,13 @@ def _log_level():
 
 
 @pytest.fixture(scope="session")
+def teachers() -> dict[str, str]:
+    return TEACHERS
+
+
+@pytest.fixture(scope="session")
 def teacher() -> str:
-    return str(TEACHERS["sd"])
+    return TEACHERS["sd"]
 
 
 @pytest.fixture(scope="session")
@@ -45,12 +50,12 @@ def shards(tmp_path_factory) -> str:
 
 
 @pytest.fixture()
-def command(teacher, shards, tmp_path):
-    """The shortest command line of the SD program: `command(steps=2, **more)` as an argument list."""
+def command(shards, tmp_path):
+    """The shortest command line of a program: `command(steps=2, **more)` as an argument list."""
 
-    def build(output="out", steps=2, **more) -> list[str]:
+    def build(output="out", steps=2, *, family="sd", **more) -> list[str]:
         chosen = {
-            "pretrained_teacher_model": teacher,
+            "pretrained_teacher_model": TEACHERS[family],
             "train_shards_path_or_url": shards,
             "output_dir": str(tmp_path / output),
             "resolution": 64,

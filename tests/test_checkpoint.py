@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 
 from lcm_distill.checkpoint import Checkpoints, changed_flags, find_checkpoint, find_run, list_checkpoints, public_flags
 from lcm_distill.errors import UsageError
+from lcm_distill.unets import UNetPart
 
 
 def make(folder, step, **run):
@@ -115,7 +116,7 @@ def test_save_restores_prunes_after_and_leaves_no_partial(tmp_path, monkeypatch)
     unet = tiny_unet()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=0.1)
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    checkpoints = Checkpoints(accelerator, str(tmp_path), {"unet": unet}, limit=2)
+    checkpoints = Checkpoints(accelerator, str(tmp_path), {"unet": UNetPart(unet)}, limit=2)
 
     def step():
         for parameter in unet.parameters():
@@ -161,7 +162,7 @@ def test_save_restores_prunes_after_and_leaves_no_partial(tmp_path, monkeypatch)
 def test_removal_killed_halfway_leaves_no_torn_checkpoint(tmp_path, monkeypatch):
     accelerator = Accelerator(cpu=True)
     unet = accelerator.prepare(tiny_unet())
-    checkpoints = Checkpoints(accelerator, str(tmp_path), {"unet": unet}, limit=1)
+    checkpoints = Checkpoints(accelerator, str(tmp_path), {"unet": UNetPart(unet)}, limit=1)
     checkpoints.save(1, {}, {})
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -177,7 +178,7 @@ def test_removal_killed_halfway_leaves_no_torn_checkpoint(tmp_path, monkeypatch)
 def test_a_save_that_dies_leaves_the_old_checkpoint_as_latest(tmp_path, monkeypatch):
     accelerator = Accelerator(cpu=True)
     unet = accelerator.prepare(tiny_unet())
-    checkpoints = Checkpoints(accelerator, str(tmp_path), {"unet": unet}, limit=1)
+    checkpoints = Checkpoints(accelerator, str(tmp_path), {"unet": UNetPart(unet)}, limit=1)
     checkpoints.save(1, {}, {})
     monkeypatch.setattr("lcm_distill.checkpoint._sync_to_disk", lambda folder: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):

@@ -1,23 +1,17 @@
-"""The Stable Diffusion family: configs, captions and latents against the pipeline's own."""
-
-import json
-import shutil
-from pathlib import Path
+"""The Stable Diffusion family: captions and latents against the pipeline's own."""
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
 from lcm_distill import sd
-from lcm_distill.errors import UsageError
-from lcm_distill.latents import encode_pixels, vae_factor
-
-CONFIGS = {"resolution": 64, "num_ddim_timesteps": 50}
+from lcm_distill.latents import encode_pixels
+from lcm_distill.teacher import Teacher
 
 
 @pytest.fixture(scope="module")
 def frozen(teacher):
-    return sd.load_frozen(teacher, device="cpu", dtype=torch.float32)
+    return sd.load_frozen(Teacher(teacher), device="cpu", dtype=torch.float32)
 
 
 def test_captions_are_encoded_as_the_pipeline_does(teacher, frozen):
@@ -65,40 +59,3 @@ def test_a_shifted_vae_is_shifted(frozen):
 def test_frozen_parts_are_frozen(frozen):
     for network in (frozen.text_encoder, frozen.vae, frozen.unet):
         assert not network.training and not any(p.requires_grad for p in network.parameters())
-
-
-def test_configs_say_what_is_wrong_before_weights_are_read(teacher, tmp_path):
-    """Every message names its flag. The copies below hold no weights: nothing could be loaded from them."""
-    configs = sd.read_configs(teacher, **CONFIGS)
-    assert vae_factor(configs.vae) == 4
-    copy = tmp_path / "teacher"
-    for part in ("unet", "vae", "scheduler"):
-        (copy / part).mkdir(parents=True)
-        for file in (Path(teacher) / part).glob("*.json"):
-            shutil.copy(file, copy / part)
-    sd.read_configs(str(copy), **CONFIGS)
-    with pytest.raises(UsageError, match=r"--resolution 66 .*64 and 72"):
-        sd.read_configs(str(copy), **CONFIGS | {"resolution": 66})
-    with pytest.raises(UsageError, match="--num_ddim_timesteps 1001"):
-        sd.read_configs(str(copy), **CONFIGS | {"num_ddim_timesteps": 1001})
-    with pytest.raises(UsageError, match="--pretrained_teacher_model .*nowhere"):
-        sd.read_configs(str(tmp_path / "nowhere"), **CONFIGS)
-    with pytest.raises(UsageError, match="--pretrained_vae_model_name_or_path .*config.json"):
-        sd.read_configs(str(copy), vae=str(tmp_path), **CONFIGS)
-    unet = json.loads((copy / "unet" / "config.json").read_text())
-    for change, message in (
-        ({"time_cond_proj_dim": 256}, "is an LCM"),
-        ({"addition_embed_type": "text_time"}, "sdxl"),
-        ({"in_channels": 9}, "channels"),
-    ):
-        (copy / "unet" / "config.json").write_text(json.dumps(unet | change))
-        with pytest.raises(UsageError, match=message):
-            sd.read_configs(str(copy), **CONFIGS)
-    shutil.rmtree(copy / "unet")
-    with pytest.raises(UsageError, match="no unet/config.json"):
-        sd.read_configs(str(copy), **CONFIGS)
-
-
-def test_a_hub_teacher_that_cannot_be_had_is_a_message():
-    with pytest.raises(UsageError, match="--pretrained_teacher_model nobody/nothing"):
-        sd.read_configs("nobody/nothing", **CONFIGS)

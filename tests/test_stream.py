@@ -27,7 +27,7 @@ from lcm_distill import stream as stream_module
 from lcm_distill.errors import UsageError
 from lcm_distill.preflight import inspect_shards
 from lcm_distill.samples import decode_picture, resize_and_crop
-from lcm_distill.shards import count_samples, expand_shards
+from lcm_distill.shards import CODE_BEARING, count_samples, expand_shards
 from lcm_distill.stream import DropCounter, ShardStream, StreamIterator, deal_shards, make_loader
 
 REPO = Path(__file__).parents[1]
@@ -512,6 +512,156 @@ def test_one_of_several_captions_is_drawn(tmp_path):
     assert set(counts) == {"one", "two", "three"} and min(counts.values()) > 8
 
 
+COLUMN_FILES = {
+    "txt": "of the txt", "caption": "of the file", "blip": " of blip\n", "blip.txt": "of blip.txt", "empty": " ",
+    "json": json.dumps({
+        "caption": "of the JSON", "empty": "of the JSON's empty", "TOP": "upper case", "top_caption": ["listed"],
+        "meta": {"caption": "nested", "deep": {"er": "deeper"}}, "dot.ted": "spelled with a dot", "dot": {"ted": "no"},
+        "json": {"json": "json in json"}, "pt": "um gato",
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("column", "expected", "source"),
+    [
+        (None, "of the txt", ".txt"),
+        ("txt", "of the txt", ".txt"),
+        ("caption", "of the file", ".caption"),  # a file goes before a key of that name,
+        ("json.caption", "of the JSON", 'JSON "caption"'),  # unless the JSON is named,
+        ("empty", "of the JSON's empty", 'JSON "empty"'),  # or the file has no text
+        (".blip", "of blip", ".blip"),
+        (" BLIP ", "of blip", ".blip"),  # extensions are read in lower case,
+        ("TOP", "upper case", 'JSON "TOP"'),  # keys as they are written
+        ("JSON.TOP", "upper case", 'JSON "TOP"'),
+        ("blip.txt", "of blip.txt", ".blip.txt"),
+        ("top_caption", "listed", 'JSON "top_caption"'),
+        ("meta.caption", "nested", 'JSON "meta.caption"'),
+        ("json.meta.deep.er", "deeper", 'JSON "meta.deep.er"'),
+        ("dot.ted", "spelled with a dot", 'JSON "dot.ted"'),
+        ("json.json.json", "json in json", 'JSON "json.json"'),
+        ("json.pt", "um gato", 'JSON "pt"'),
+    ],
+)
+def test_caption_column_names_the_only_source(tmp_path, column, expected, source):
+    named = [("a.png", noise_picture(0)), *((f"a.{extension}", content) for extension, content in COLUMN_FILES.items())]
+    shards = [write_tar(tmp_path / "0.tar", named)]
+    (batch,) = take(iter(make_stream(shards, caption_column=column)), 1)
+    assert batch["captions"] == [expected] and not batch["dropped"]
+    assert inspect_shards(shards, resolution=16, caption_column=column).caption_sources == {source: 1}
+
+
+@pytest.mark.parametrize("column", ["blip", "top", "json.top", "meta.top"])
+def test_samples_without_the_caption_column_are_dropped_by_its_name(tmp_path, column):
+    """Other captions do not stand in for it, and neither does what is no text."""
+    key = column.rpartition(".")[2]
+    files = [("none.txt", "another caption"), ("empty.blip", " \n"), ("empty.json", json.dumps({key: "", "meta": {}}))]
+    files += [("number.json", json.dumps({key: 3, "meta": {key: {"x": "y"}}})), ("broken.json", "{")]
+    files += [("meta.json", json.dumps({"meta": "text", "caption": "another"}))]
+    names = sorted({name.partition(".")[0] for name, _ in files})
+    files = [file for name in names for file in [(f"{name}.png", GOOD), *(f for f in files if f[0].startswith(name))]]
+    good = [("z.png", GOOD), ("z.blip", "good"), ("z.json", json.dumps({"top": "good", "meta": {"top": "good"}}))]
+    stream = make_stream([write_tar(tmp_path / "0.tar", files + good)], shuffle_window=1, caption_column=column)
+    (batch,) = take(iter(stream), 1)
+    assert batch["captions"] == ["good"]
+    assert batch["dropped"] == {f'no caption in "{column}" (--caption_column)': 5}
+
+
+def test_a_caption_column_that_is_not_utf8_is_told_by_its_name(tmp_path):
+    files = [("a.png", GOOD), ("a.blip", b"\xff\xfe\xfd"), ("a.txt", "another caption")]
+    shards = [write_tar(tmp_path / "0.tar", files)]
+    with pytest.raises(UsageError, match=r'(?s)^--caption_column blip .*1 x caption in "blip" .* is not UTF-8'):
+        inspect_shards(shards, resolution=16, caption_column="blip")
+
+
+@pytest.mark.parametrize("column", [*sorted(CODE_BEARING), ".PKL", "blip.pickle", "pt.txt", "meta.npy"])
+def test_a_caption_column_that_can_hold_code_is_refused(tmp_path, column):
+    """Nothing is made of such a file but text; still, it is not even opened."""
+    touched = tmp_path / "touched"
+    shards = [write_tar(tmp_path / "0.tar", [("a.png", GOOD), (f"a.{column}", pickle.dumps(TouchesFile(touched)))])]
+    for refused in (
+        lambda: make_stream(shards, caption_column=column),
+        lambda: inspect_shards(shards, resolution=16, caption_column=column),
+        lambda: count_samples(shards, caption_column=column),
+    ):
+        with pytest.raises(UsageError, match=f"--caption_column {re.escape(column)}: .*can hold code.* json"):
+            refused()
+    assert not touched.exists()
+
+
+def test_a_pickle_under_a_harmless_name_is_only_text(tmp_path):
+    touched = tmp_path / "touched"
+    payload = pickle.dumps(TouchesFile(touched), protocol=0)  # protocol 0 is ASCII
+    shards = [write_tar(tmp_path / "0.tar", [("a.png", GOOD), ("a.blip", payload)])]
+    (batch,) = take(iter(make_stream(shards, caption_column="blip")), 1)
+    assert batch["captions"] == [payload.decode().strip()]
+    assert not touched.exists()
+
+
+@pytest.mark.parametrize("column", ["", "  ", ".", "json.", "blip.", "json", ".JSON", "blip.json", "jpg", "crop.png"])
+def test_a_caption_column_without_a_caption_is_refused(column):
+    with pytest.raises(UsageError, match=r"^--caption_column .*Give the extension of a text file"):
+        make_stream(["0.tar"], caption_column=column)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_caption_column_that_no_sample_has_lists_what_there_is(tmp_path, workers):
+    """The same words from preflight and stream: the flag, and the extensions and keys to choose from."""
+    files = [("a.png", GOOD), ("a.txt", "x"), ("a.json", '{"caption": "x", "url": 1}'), ("a.blip2", "x")]
+    shards = [write_tar(tmp_path / "0.tar", files + [("b.png", GOOD), ("b.txt", "x")])]
+    with pytest.raises(UsageError) as preflight:
+        inspect_shards(shards, resolution=16, caption_column="blip")
+    message = str(preflight.value)
+    assert message.startswith("--caption_column blip gives nothing to train on. Name one of the file extensions")
+    assert "file extensions: 2 x png, 2 x txt, 1 x blip2, 1 x json" in message
+    assert "JSON keys:       1 x caption, 1 x url" in message
+    assert 'dropped:         2 x no caption in "blip" (--caption_column)' in message
+    loader = make_loader(make_stream(shards, caption_column="blip"), workers)
+    with pytest.raises(UsageError) as stream:
+        next(iter(loader))
+    loader.close()
+    assert str(stream.value) == message
+
+
+def test_without_captions_the_preflight_names_the_flag_that_helps(tmp_path):
+    shards = [write_tar(tmp_path / "0.tar", [("a.png", GOOD), ("a.blip", "x")])]
+    with pytest.raises(UsageError, match=r"(?s)^--train_shards.*1 x blip.*--caption_column"):
+        inspect_shards(shards, resolution=16)
+
+
+def test_a_bad_picture_is_not_blamed_on_the_caption_column(tmp_path):
+    shards = [write_tar(tmp_path / "0.tar", [("a.png", b"?"), ("a.blip", "x")])]
+    with pytest.raises(UsageError, match="^--train_shards_path_or_url gives nothing"):
+        inspect_shards(shards, resolution=16, caption_column="blip")
+
+
+def test_files_that_are_not_the_caption_column_do_not_matter(tmp_path):
+    """Two files of one name drop a sample, but not when none of them is read."""
+    shards = [write_tar(tmp_path / "0.tar", [("a.png", GOOD), ("a.txt", "x"), ("a.txt", "y"), ("a.blip", "good")])]
+    assert captions(take(iter(make_stream(shards, caption_column="blip")), 1)) == ["good"]
+    assert count_samples(shards, caption_column="blip") == 1 and count_samples(shards) == 0
+
+
+@pytest.mark.parametrize("column", [None, "caption", "json.caption", "meta.captions"])
+def test_each_epoch_draws_one_of_several_captions(tmp_path, column):
+    """From (seed, epoch, sample) alone, each as often as the others, and never the empty one."""
+    texts = ["one", "", "two", "  ", None, "three"]
+    meta = json.dumps({"caption": texts, "meta": {"captions": texts}})
+    files = [file for i in range(8) for file in ((f"{i}.png", GOOD), (f"{i}.json", meta))]
+    shards = [write_tar(tmp_path / "0.tar", files)]
+
+    def draw(epochs=12, **options):
+        (consumer,) = read_epochs(shards, epochs=epochs, shuffle_window=1, caption_column=column, **options).values()
+        return [captions(epoch) for epoch in consumer]
+
+    epochs = draw()
+    assert len({tuple(epoch) for epoch in epochs}) == 12
+    assert len({caption for epoch in epochs for caption in epoch[:1]}) == 3  # the first sample's own, epoch by epoch
+    counts = Counter(caption for epoch in epochs for caption in epoch)
+    assert set(counts) == {"one", "two", "three"} and min(counts.values()) > 16  # 32 expected, 3.5 deviations
+    assert epochs[:2] == draw(2) != draw(2, seed=1)
+
+
 @pytest.mark.parametrize("proportion", [0.0, 0.5, 1.0])
 def test_proportion_of_empty_prompts(tmp_path, proportion):
     batches = take(iter(make_stream(write_shards(tmp_path, [20]), proportion_empty_prompts=proportion)), 400)
@@ -758,6 +908,7 @@ def test_what_is_wrong_with_the_shards_is_told(tmp_path, spec, words):
         ({"shuffle_window": 0}, "--shuffle_window"),
         ({"proportion_empty_prompts": 1.5}, "--proportion_empty_prompts"),
         ({"interpolation": "spline"}, "--interpolation_type"),
+        ({"caption_column": "pkl"}, "--caption_column"),
     ],
 )
 def test_arguments_out_of_range_name_their_flag(option, flag):
@@ -788,6 +939,11 @@ def test_count_samples(tmp_path):
     assert count_samples([*shards, str(tmp_path / "broken.tar")]) == 11
     assert count_samples([*shards, "https://host/0.tar"]) is None
     assert count_samples([f"pipe:cat {shards[0]}"]) is None
+    columns = [(f"{i}.{e}", GOOD) for i in range(3) for e in ("png", "txt", "blip.txt")[: i + 1]] + [("3.json", "{}")]
+    columns += [("4.png", GOOD), ("4.json", "{}")]
+    other = [write_tar(tmp_path / "columns.tar", columns)]
+    counts = {column: count_samples(other, caption_column=column) for column in (None, "txt", "blip.txt", "json.x")}
+    assert counts == {None: 3, "txt": 3, "blip.txt": 2, "json.x": 1}
 
 
 def test_inspect_reports_what_is_there(tmp_path):

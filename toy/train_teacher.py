@@ -107,8 +107,8 @@ def build_unet(family: str) -> UNet2DConditionModel:
         )
     return UNet2DConditionModel(
         **common,
-        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=128,
         attention_head_dim=(2, 4, 4),
         transformer_layers_per_block=(1, 1, 2),

@@ -1,0 +1,169 @@
+"""The LoRA student of arXiv 2311.05556: one U-Net, which is the teacher while its adapter is off.
+
+    lora = Lora(unet, rank=64, alpha=64)      unet(x) is the student
+    with lora.off(): unet(x)                  the teacher
+    with lora.target(): unet(x)               the target: the student, or a moving average of its adapter
+
+What trains is the adapter, in float32; the U-Net under it may be in a lower precision.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+
+from lcm_distill.errors import UsageError
+
+# LCM-LoRA's: attention, feed-forward, convolutions and the time embeddings of the residual blocks.
+TARGET_MODULES = (
+    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
+    "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+)  # fmt: skip
+
+STUDENT, TARGET = "student", "target"  # the adapters' names inside the U-Net
+
+
+def parse_target_modules(text: str | None, unet_config: Mapping[str, Any]) -> list[str]:
+    """`--lora_target_modules` as a list: module names joined by commas, those of LCM-LoRA if None.
+
+    A name stands for every module of a U-Net of `unet_config` whose path ends in it. `UsageError` unless each names
+    linear layers or convolutions; the weights need not be loaded for that.
+    """
+    if text is None:
+        return list(TARGET_MODULES)
+    chosen = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(dict(unet_config))
+    for name in chosen:
+        named = [m for path, m in unet.named_modules() if path == name or path.endswith(f".{name}")]
+        if not named or not all(isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) for module in named):
+            raise UsageError(
+                f"--lora_target_modules {name}: the teacher's U-Net has no linear layer or convolution of that name; "
+                f"the usual ones are {','.join(TARGET_MODULES)}."
+            )
+    if not chosen:
+        raise UsageError("--lora_target_modules names no module; leave it out for those of LCM-LoRA.")
+    return chosen
+
+
+class Lora:
+    """An adapter put into `unet`, in place; freezes the U-Net's own weights.
+
+    Fresh, it changes nothing: its second factor is zero. The first comes from torch's global generator. With
+    `average`, a second adapter of the same weights is the target; `dropout` is the adapter's, 0 to 1, and acts in
+    the student's pass alone.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        target_modules: list[str] | None = None,
+        average: bool = False,
+    ):
+        self.unet = unet
+        self.config = LoraConfig(
+            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules or list(TARGET_MODULES)
+        )
+        unet.requires_grad_(False)
+        unet.train()
+        unet.add_adapter(self.config, adapter_name=STUDENT)
+        for parameter in self.parameters():
+            parameter.data = parameter.data.float()
+        if average:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # PEFT asks whether two adapters are meant
+                unet.add_adapter(self.config, adapter_name=TARGET)
+            for parameter, source in zip(self.parameters(TARGET), self.parameters(), strict=True):
+                parameter.data = source.detach().clone()
+                parameter.requires_grad_(False)
+        self.average = average
+        self._layers = [module for module in unet.modules() if isinstance(module, LoraLayer)]
+        self._dropouts = [module for module in unet.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
+        unet.set_adapter(STUDENT)
+
+    def parameters(self, adapter: str = STUDENT) -> list[torch.nn.Parameter]:
+        """The weights of one adapter, always in the same order."""
+        return [p for name, p in self.unet.named_parameters() if "lora_" in name and f".{adapter}." in name]
+
+    # PEFT's own switches also turn the gradients of all adapters off and on, for the hundreds of layers, at each pass.
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside, the U-Net is the teacher: no adapter, no dropout."""
+        with self._without_dropout():
+            for layer in self._layers:
+                layer._disable_adapters = True
+            try:
+                yield
+            finally:
+                for layer in self._layers:
+                    layer._disable_adapters = False
+
+    @contextlib.contextmanager
+    def target(self) -> Iterator[None]:
+        """Inside, the U-Net is the target: with the averaged adapter if there is one, and without dropout."""
+        with self._without_dropout():
+            self._activate(TARGET if self.average else STUDENT)
+            try:
+                yield
+            finally:
+                self._activate(STUDENT)
+
+    def _activate(self, adapter: str) -> None:
+        if self.average:
+            for layer in self._layers:
+                layer._active_adapter = [adapter]
+
+    @contextlib.contextmanager
+    def _without_dropout(self) -> Iterator[None]:
+        modes = [module.training for module in self._dropouts]
+        for module in self._dropouts:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, mode in zip(self._dropouts, modes, strict=True):
+                module.training = mode
+
+    def state_dict(self, adapter: str = STUDENT) -> dict[str, torch.Tensor]:
+        """One adapter's weights under PEFT's names, without the adapter's name: `down_blocks.0….lora_A.weight`."""
+        return get_peft_model_state_dict(self.unet, adapter_name=adapter)
+
+    def part(self, adapter: str = STUDENT) -> "AdapterPart":
+        """One adapter as a part of a checkpoint."""
+        return AdapterPart(self, adapter)
+
+
+class AdapterPart:
+    """An adapter on the disk in PEFT's layout: `PeftModel.from_pretrained(unet, folder)` loads it."""
+
+    _PREFIX = "base_model.model."
+    _FILE = "adapter_model.safetensors"
+
+    def __init__(self, lora: Lora, adapter: str):
+        self._lora, self._adapter = lora, adapter
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {self._PREFIX + name: tensor for name, tensor in self._lora.state_dict(self._adapter).items()}
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / self._FILE)
+        self._lora.config.save_pretrained(str(folder))
+
+    def load(self, folder: Path) -> None:
+        weights = load_file(folder / self._FILE)
+        weights = {name.removeprefix(self._PREFIX): tensor for name, tensor in weights.items()}
+        expected = self._lora.state_dict(self._adapter)
+        if weights.keys() != expected.keys():
+            raise ValueError(f"{folder}: the adapter's modules are not those of this run")
+        set_peft_model_state_dict(self._lora.unet, weights, adapter_name=self._adapter)

@@ -1,0 +1,263 @@
+"""The teacher as its user has it: a Diffusers folder, a Hub id, or a single-file checkpoint."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import (
+    SingleFileComponentError,
+    create_diffusers_clip_model_from_ldm,
+    fetch_diffusers_config,
+)
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+
+from lcm_distill.errors import UsageError
+from lcm_distill.latents import vae_factor
+from lcm_distill.schedule import NoiseSchedule
+from lcm_distill.unets import check_teacher_config
+
+FLAG = "--pretrained_teacher_model"
+VAE_FLAG = "--pretrained_vae_model_name_or_path"
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+# Where the original programs' layout keeps each part. The optimizer's average, "model_ema.", is not read.
+_ORIGINAL = {
+    "unet": ("model.diffusion_model.",),
+    "vae": ("first_stage_model.", "vae."),
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
+    "text_encoder_2": ("conditioner.embedders.1.",),
+}
+
+
+@dataclasses.dataclass
+class TeacherConfigs:
+    """The teacher's configs, read before any weights are."""
+
+    unet: dict[str, Any]
+    vae: dict[str, Any]
+    scheduler: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """Where the parts that do not train come from, as the flags say it; nothing is read yet.
+
+    `model` is a Diffusers pipeline folder, a Hub id (of `revision`), or a `.safetensors` file with all parts in the
+    layout of the original programs. Such a file holds no configs: they are those of `config`, a folder or Hub id,
+    or else of the model on the Hub that Diffusers takes the file for. `variant` names weight files ("fp16"). `vae`
+    is a separate autoencoder, folder or Hub id, of `vae_revision`.
+    """
+
+    model: str
+    revision: str | None = None
+    variant: str | None = None
+    config: str | None = None
+    vae: str | None = None
+    vae_revision: str | None = None
+    cache_dir: str | None = None
+
+    @property
+    def is_single_file(self) -> bool:
+        return self.model.endswith(".safetensors")
+
+    @functools.cached_property
+    def config_source(self) -> str:
+        """The folder or Hub id that holds the configs. `UsageError` if a single file cannot be read."""
+        if self.model.endswith(_PICKLES):
+            raise UsageError(
+                f"{FLAG} {self.model}: only .safetensors files are read, since a pickled one can run any program; "
+                "look for the model as .safetensors, or convert it."
+            )
+        if not self.is_single_file:
+            if self.config:
+                raise UsageError(f"--teacher_config is for a single-file teacher; {FLAG} {self.model} has its own.")
+            return self.model
+        if not Path(self.model).is_file():
+            raise UsageError(f"{FLAG} {self.model}: no such file.")
+        if self.variant or self.revision:
+            raise UsageError(f"{FLAG} {self.model} is a single file: leave out --variant and --teacher_revision.")
+        try:
+            with safe_open(self.model, "pt") as file:
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"{FLAG} {self.model}: not a whole .safetensors file. ({_brief(error)})") from None
+        if self.config:
+            return self.config
+        # Diffusers tells models apart by a few names and shapes: no weights need to be read.
+        outline = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        return str(fetch_diffusers_config(outline)["pretrained_model_name_or_path"])
+
+    def read_config(self, kind: Any, subfolder: str | None) -> dict[str, Any]:
+        """The config of one part, a Diffusers class; `UsageError` if there is none."""
+        source = self.config_source
+        try:
+            return _config(
+                kind,
+                source,
+                "--teacher_config" if self.config else FLAG,
+                subfolder=subfolder,
+                revision=self.revision,
+                cache_dir=self.cache_dir,
+            )
+        except UsageError as error:
+            if not self.is_single_file or self.config:
+                raise
+            raise UsageError(
+                f"{FLAG} {self.model} is a single file, which has no configs, and those of {source}, the model that "
+                f"it looks like, could not be had. Name a Diffusers folder or Hub id that has them as "
+                f"--teacher_config. ({error})"
+            ) from None
+
+    def read_vae_config(self) -> dict[str, Any]:
+        if self.vae is None:
+            return self.read_config(AutoencoderKL, "vae")
+        return _config(AutoencoderKL, self.vae, VAE_FLAG, revision=self.vae_revision, cache_dir=self.cache_dir)
+
+    def load(self, parts: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
+        """The `parts`, Diffusers' or Transformers' class by name; networks in their dtype, without gradients.
+
+        `UsageError` if weights are not there, or are not those of the configs.
+        """
+        own = {name: kind for name, kind in parts.items() if name != "vae" or self.vae is None}
+        loaded = self._load_single_file(own, dtypes) if self.is_single_file else self._load_folder(own, dtypes)
+        if self.vae is not None:
+            try:
+                loaded["vae"] = AutoencoderKL.from_pretrained(
+                    self.vae, torch_dtype=dtypes["vae"], revision=self.vae_revision, cache_dir=self.cache_dir
+                )
+            except (OSError, ValueError, RuntimeError) as error:
+                raise UsageError(f"{VAE_FLAG} {self.vae}: its weights cannot be loaded. ({_brief(error)})") from None
+        for name, part in loaded.items():
+            if isinstance(part, torch.nn.Module):
+                part.requires_grad_(False).eval()
+                torch.nn.Module.to(part, dtype=dtypes[name])  # Diffusers' own cast warns of modules that are not there
+        return loaded
+
+    def _load_folder(self, parts: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
+        hub: dict[str, Any] = dict(revision=self.revision, cache_dir=self.cache_dir)
+        loaded = {}
+        try:
+            for name, kind in parts.items():
+                if name not in dtypes:
+                    loaded[name] = kind.from_pretrained(self.model, subfolder=name, **hub)
+                else:
+                    # The libraries differ in the name of the argument.
+                    dtype = {"torch_dtype" if hasattr(kind, "load_config") else "dtype": dtypes[name]}
+                    loaded[name] = kind.from_pretrained(
+                        self.model, subfolder=name, variant=self.variant, **dtype, **hub
+                    )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UsageError(
+                f"{FLAG} {self.model}: its weights cannot be loaded"
+                f"{'' if self.variant is None else f' in the variant {self.variant}'}; where a model has only "
+                "half-precision files, pass --variant fp16, where it has none, leave --variant out. "
+                f"({_brief(error)})"
+            ) from None
+        return loaded
+
+    def _load_single_file(self, parts: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
+        """Part by part: a pipeline's `from_single_file` wants them all, and tells two text encoders apart by width."""
+        source = self.config_source
+        loaded = {}
+        try:
+            # Only a pipeline's `from_single_file` heeds cache_dir for the configs.
+            configs = source if Path(source).is_dir() else self._download_configs(source, parts)
+            with safe_open(self.model, "pt") as file:
+                for name, kind in parts.items():
+                    if name not in dtypes:
+                        loaded[name] = kind.from_pretrained(configs, subfolder=name)
+                        continue
+                    weights = {key: file.get_tensor(key) for key in file.keys() if key.startswith(_ORIGINAL[name])}
+                    if not weights:
+                        remedy = f"name one as {VAE_FLAG}" if name == "vae" else "look for a file with all parts"
+                        raise UsageError(f"{FLAG} {self.model}: there is no {name} in it; {remedy}.")
+                    loaded[name] = _from_original_layout(kind, weights, configs, name, dtypes[name])
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(
+                f"{FLAG} {self.model}: its weights are not those of a model with the configs of {source}; name a "
+                f"Diffusers folder or Hub id that has its own configs as --teacher_config. ({_brief(error)})"
+            ) from None
+        return loaded
+
+    def _download_configs(self, source: str, parts: Mapping[str, Any]) -> str:
+        patterns = [f"{name}/{files}" for name in parts for files in ("*.json", "*.txt")]
+        return snapshot_download(source, cache_dir=self.cache_dir, allow_patterns=patterns)
+
+
+def _from_original_layout(
+    kind: Any, weights: dict[str, torch.Tensor], configs: str, name: str, dtype: torch.dtype
+) -> torch.nn.Module:
+    """A network of class `kind` from its `weights` in the original layout; `ValueError` unless they all fit."""
+    if hasattr(kind, "from_single_file"):
+        part = kind.from_single_file(weights, config=configs, subfolder=name, torch_dtype=dtype)
+    else:
+        part = create_diffusers_clip_model_from_ldm(
+            kind, checkpoint=weights, config=configs, subfolder=name, torch_dtype=dtype
+        )
+    state = part.state_dict()
+    missing = [key for key, tensor in state.items() if tensor.is_meta]
+    if missing:
+        raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}")
+    if kind is UNet2DConditionModel and len(weights) != len(state):  # its layouts have the same tensors
+        raise ValueError(f"{name} has {len(weights)} tensors in the file, {len(state)} by its config")
+    return part
+
+
+def read_configs(teacher: Teacher, *, family: str, resolution: int, num_ddim_timesteps: int) -> TeacherConfigs:
+    """Reads the configs of `teacher` and checks that a program of `family`, "sd" or "sdxl", can use them.
+
+    Errors, all `UsageError`: no such model, another family, a resolution that the VAE's factor does not divide,
+    a solver grid finer than the training's timesteps.
+    """
+    unet = teacher.read_config(UNet2DConditionModel, "unet")
+    check_teacher_config(unet, family=family)
+    scheduler = teacher.read_config(DDPMScheduler, "scheduler")
+    vae = teacher.read_vae_config()
+    factor = math.lcm(8, vae_factor(vae))  # the pipelines ask for a multiple of 8 whatever the VAE
+    if resolution % factor:
+        raise UsageError(
+            f"--resolution {resolution} is not a multiple of {factor}, as the VAE and the pipelines need; "
+            f"the nearest that are: {resolution // factor * factor or factor} and {-(-resolution // factor) * factor}."
+        )
+    if vae.get("latent_channels", 4) != unet["in_channels"]:
+        raise UsageError(
+            f"{VAE_FLAG}: its latents have {vae.get('latent_channels', 4)} channels, "
+            f"the teacher's U-Net takes {unet['in_channels']}."
+        )
+    train_timesteps = scheduler.get("num_train_timesteps", 1000)
+    if num_ddim_timesteps > train_timesteps:
+        raise UsageError(
+            f"--num_ddim_timesteps {num_ddim_timesteps} is above the teacher's {train_timesteps} training timesteps."
+        )
+    NoiseSchedule.from_config(scheduler)  # an unknown prediction type is known now
+    return TeacherConfigs(unet=unet, vae=vae, scheduler=scheduler)
+
+
+def _config(kind: Any, model: str, flag: str, *, subfolder: str | None = None, **where: Any) -> dict[str, Any]:
+    """A model's config as a dict; `UsageError` naming `flag` if there is none."""
+    file = str(Path(subfolder or ".") / kind.config_name)
+    if Path(model).exists():
+        if not (Path(model) / file).is_file():
+            raise UsageError(
+                f"{flag} {model}: there is no {file} in it; give a Diffusers pipeline folder, which has {file}."
+            )
+    elif model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise UsageError(f"{flag} {model}: no such folder; give a Diffusers pipeline folder or a Hub id.")
+    try:
+        return dict(kind.load_config(model, subfolder=subfolder, **where))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{flag} {model}: neither a folder here nor a model that the Hub gave us; check the name, the revision "
+            f"and the connection (a single-file teacher takes --teacher_config). ({_brief(error)})"
+        ) from None
+
+
+def _brief(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"

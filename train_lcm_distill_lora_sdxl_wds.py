@@ -1,0 +1,293 @@
+#!/usr/bin/env python
+"""Distil a Stable Diffusion XL teacher (SSD-1B too) into an LCM-LoRA: an adapter for 1 to 8 steps.
+
+    accelerate launch train_lcm_distill_lora_sdxl_wds.py \\
+        --pretrained_teacher_model stabilityai/stable-diffusion-xl-base-1.0 \\
+        --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix \\
+        --train_shards_path_or_url "data/{00000..00099}.tar" --output_dir lcm-lora-sdxl \\
+        --mixed_precision bf16 --learning_rate 1e-4 --loss_type huber --max_train_steps 4000 \\
+        --train_batch_size 12 --gradient_checkpointing --lora_rank 64 --resume_from_checkpoint latest
+
+The method is that of arXiv 2311.05556. The result draws in 1 to 8 steps, on the teacher and its fine-tunes:
+
+    pipe = DiffusionPipeline.from_pretrained(TEACHER, torch_dtype=torch.float16).to("cuda")
+    pipe.scheduler = LCMScheduler.from_pretrained("lcm-lora-sdxl")
+    pipe.load_lora_weights("lcm-lora-sdxl")
+    picture = pipe("a castle at dusk", num_inference_steps=4, guidance_scale=1.0).images[0]
+"""
+
+import argparse
+import logging
+
+import torch
+
+from lcm_distill import flags, sdxl, unets
+from lcm_distill.checkpoint import Checkpoints, find_run, public_flags
+from lcm_distill.consistency import ConsistencyFunction, consistency_loss, draw_guidance, guided_prediction, unet_output
+from lcm_distill.ema import update_ema
+from lcm_distill.errors import run_program
+from lcm_distill.export import export_lora_student, open_hub
+from lcm_distill.latents import encode_pixels
+from lcm_distill.lora import TARGET, Lora, parse_target_modules
+from lcm_distill.optim import build_lr_scheduler, build_optimizer, keeping_settings
+from lcm_distill.plan import announce, plan_training
+from lcm_distill.preflight import inspect_shards
+from lcm_distill.progress import Progress
+from lcm_distill.randomness import BatchRandom
+from lcm_distill.runtime import inference_dtype, parse_trackers, settle_seed, start_accelerator, start_trackers
+from lcm_distill.schedule import DDIMSolver, NoiseSchedule, lcm_scheduler
+from lcm_distill.shards import count_samples, expand_shards
+from lcm_distill.stream import ShardStream, make_loader
+from lcm_distill.teacher import Teacher, read_configs
+from lcm_distill.validation import read_prompts, validate
+
+PROGRAM = "train_lcm_distill_lora_sdxl_wds"
+logger = logging.getLogger(f"lcm_distill.{PROGRAM}")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = flags.Parser(__doc__)
+    flags.add_model_flags(parser)
+    flags.add_data_flags(parser, resolution=1024)
+    flags.add_training_flags(parser)
+    flags.add_distillation_flags(parser, w_min=3.0, vae_encode_batch_size=8)
+    flags.add_sdxl_flags(parser)
+    flags.add_lora_flags(parser)
+    flags.add_speed_flags(parser, cast_base=True)
+    flags.add_run_flags(parser, guidance_default="1; the guidance of the training is in the LoRA")
+    return parser.parse(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+
+    # What can be wrong with the flags is said here, before anything is loaded.
+    trackers = parse_trackers(args.report_to)
+    shards = expand_shards(args.train_shards_path_or_url)
+    teacher = Teacher(
+        args.pretrained_teacher_model,
+        revision=args.teacher_revision,
+        variant=args.variant,
+        config=args.teacher_config,
+        vae=args.pretrained_vae_model_name_or_path,
+        vae_revision=args.revision,
+        cache_dir=args.cache_dir,
+    )
+    configs = read_configs(
+        teacher, family="sdxl", resolution=args.resolution, num_ddim_timesteps=args.num_ddim_timesteps
+    )
+    target_modules = parse_target_modules(args.lora_target_modules, configs.unet)
+    adapter = dict(
+        rank=args.lora_rank, alpha=args.lora_alpha, target_modules=target_modules, average=args.ema_decay > 0
+    )
+    design = unets.architecture(configs.unet) | adapter
+    checkpoint, resumed = find_run(
+        args.resume_from_checkpoint, args.output_dir, PROGRAM, design, seed=args.seed, dry_run=args.dry_run
+    )
+    sampler = lcm_scheduler(
+        configs.scheduler, args.num_ddim_timesteps, args.timestep_scaling_factor, max(args.validation_inference_steps)
+    )
+    prompts = read_prompts(args.validation_prompts)
+    accelerator = start_accelerator(
+        output_dir=args.output_dir,
+        logging_dir=args.logging_dir,
+        trackers=trackers,
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        allow_tf32=args.allow_tf32,
+        local_rank=args.local_rank,
+        dry_run=args.dry_run,
+    )
+    preflight = inspect_shards(shards, resolution=args.resolution, caption_column=args.caption_column)
+    logger.info("%s", preflight)
+    seed = settle_seed(resumed.get("seed", args.seed))
+    flags_to_record = public_flags(vars(args))
+    plan = plan_training(
+        max_steps=resumed.get("global_step", 0) + 1 if args.dry_run else args.max_train_steps,
+        epochs=args.num_train_epochs,
+        count_samples=lambda: args.max_train_samples or count_samples(shards),
+        batch_size=args.train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        processes=accelerator.num_processes,
+        learning_rate=args.learning_rate,
+        scale_lr=args.scale_lr,
+    )
+    hub = None
+    if args.push_to_hub and not args.dry_run:
+        hub = open_hub(accelerator, args.hub_model_id, args.hub_token, args.output_dir)
+    start_trackers(accelerator, args.tracker_project_name, flags_to_record)
+
+    # The networks: one U-Net, which is the teacher while its adapter is off; the adapter is the student θ.
+    dtype = inference_dtype(accelerator)
+    base_dtype = torch.float32 if args.float32_base else dtype
+    frozen = sdxl.load_frozen(teacher, device=accelerator.device, dtype=dtype, unet_dtype=base_dtype)
+    unet = frozen.unet
+    lora = Lora(unet, dropout=args.lora_dropout, **adapter)
+    if args.enable_xformers_memory_efficient_attention:
+        unets.enable_xformers(unet)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    optimizer = build_optimizer(
+        lora.parameters(),
+        learning_rate=plan.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        epsilon=args.adam_epsilon,
+        use_8bit=args.use_8bit_adam,
+        fused=accelerator.mixed_precision != "fp16",
+    )
+    lr_scheduler = build_lr_scheduler(
+        args.lr_scheduler, optimizer, warmup_steps=args.lr_warmup_steps, training_steps=plan.steps
+    )
+    student, optimizer = accelerator.prepare(unet, optimizer)
+    accelerator.register_for_checkpointing(lr_scheduler)
+
+    # The data and the random draws.
+    stream = ShardStream(
+        shards=shards,
+        batch_size=args.train_batch_size,
+        resolution=args.resolution,
+        seed=seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        interpolation=args.interpolation_type,
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        proportion_empty_prompts=args.proportion_empty_prompts,
+        caption_column=args.caption_column,
+    )
+    loader = make_loader(stream, num_workers=args.dataloader_num_workers)
+    random = BatchRandom(seed, accelerator.process_index, accelerator.device)
+
+    # The objective and the sampler that fits it.
+    schedule = NoiseSchedule.from_config(configs.scheduler).to(accelerator.device)
+    solver = DDIMSolver(schedule, args.num_ddim_timesteps)
+    consistency = ConsistencyFunction(schedule, args.timestep_scaling_factor)
+    empty = sdxl.encode_captions(frozen, [""])
+    pipelines = {"student": sdxl.build_pipeline(frozen, unet, sampler)}
+    if lora.average:
+        pipelines["target"] = pipelines["student"]
+    drawing = dict(
+        prompts=prompts or preflight.captions,
+        images_per_prompt=args.num_validation_images,
+        inference_steps=args.validation_inference_steps,
+        guidance_scale=1.0 if args.validation_guidance_scale is None else args.validation_guidance_scale,
+        resolution=args.resolution,
+        seed=seed,
+        within={"target": lora.target},
+    )
+
+    # Resume, or start.
+    parts = {"adapter": lora.part()} | ({"adapter_target": lora.part(TARGET)} if lora.average else {})
+    checkpoints = Checkpoints(accelerator, args.output_dir, parts, args.checkpoints_total_limit)
+    run = dict(program=PROGRAM, architecture=design, seed=seed, flags=flags_to_record)
+    global_step, batches = resumed.get("global_step", 0), resumed.get("batches", 0)
+    if checkpoint:
+        with keeping_settings(optimizer, lr_scheduler):
+            loader.load_state_dict(checkpoints.load(checkpoint, dry_run=args.dry_run))
+    announce(plan, accelerator, student, run, checkpoint=checkpoint, resumed=resumed)
+
+    progress = Progress(accelerator, total=plan.steps, initial=global_step)
+    data = progress.batches(loader)
+    while global_step < plan.steps:
+        with accelerator.accumulate(student):
+            # 1 batch → latents z, conditioning c
+            batch = next(data)
+            generator = random.at(batches)
+            latents = encode_pixels(frozen.vae, batch["pixels"], args.vae_encode_batch_size, generator)
+            time_ids = sdxl.time_ids(
+                batch["original_sizes"], batch["crop_top_lefts"], args.resolution, fixed=args.use_fix_crop_and_size
+            )
+            conditioning = sdxl.with_time_ids(sdxl.encode_captions(frozen, batch["captions"]), time_ids)
+            unconditional = sdxl.with_time_ids(empty, time_ids)
+            size, device = len(latents), latents.device
+
+            # 2 draw n, noise, w
+            index = torch.randint(len(solver), (size,), generator=generator, device=device)
+            noise = torch.randn(latents.shape, generator=generator, device=device)
+            w = draw_guidance(args.w_min, args.w_max, size, generator, device)
+            start, end = solver.timesteps[index], solver.previous_timesteps[index]
+
+            # 3 z_{n+k}
+            noisy = schedule.add_noise(latents, noise, start)
+
+            # 4 student f_θ(z_{n+k}, c, t_{n+k})
+            with accelerator.autocast():
+                output = unet_output(student, noisy, start, conditioning, dtype=base_dtype)
+            prediction = consistency(output, noisy, start)
+
+            # 5 teacher with guidance, one solver step: ẑ_n
+            with torch.no_grad(), accelerator.autocast(), lora.off():
+                clean, epsilon = guided_prediction(
+                    unet, schedule, noisy, start, conditioning, unconditional, w, dtype=base_dtype
+                )
+            previous = solver.step(clean, epsilon, index)
+
+            # 6 target f_θ⁻(ẑ_n, c, t_n)
+            with torch.no_grad(), accelerator.autocast(), lora.target():
+                output = unet_output(unet, previous, end, conditioning, dtype=base_dtype)
+            goal = consistency(output, previous, end)
+
+            # 7 loss
+            loss = consistency_loss(prediction, goal, args.loss_type, args.huber_c)
+            progress.add(loss, size)
+
+            # 8 backward, clip, step
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(lora.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            batches += 1
+        if not accelerator.sync_gradients:
+            continue
+        if accelerator.optimizer_step_was_skipped:
+            progress.skip(global_step)
+            continue
+
+        # A real step: EMA, log, checkpoint, validate
+        lr_scheduler.step()
+        if lora.average:
+            update_ema(lora.parameters(TARGET), lora.parameters(), args.ema_decay)
+        global_step += 1
+        progress.step(grad_norm)
+        last = global_step == plan.steps
+        save = last or global_step % args.checkpointing_steps == 0
+        if save or global_step % args.logging_steps == 0:
+            progress.log(global_step, lr_scheduler)
+        if args.dry_run:
+            continue
+        if save:
+            with progress.paused():
+                checkpoints.save(global_step, run | {"batches": batches}, loader.state_dict())
+        if last or global_step % args.validation_steps == 0:
+            with progress.paused():
+                validate(accelerator, pipelines, output_dir=args.output_dir, global_step=global_step, **drawing)
+    progress.close()
+
+    # Export.
+    if args.dry_run:
+        validate(accelerator, pipelines, output_dir=None, global_step=global_step, **drawing)
+        logger.info("dry run: shards, models, a training step and a drawing all work; nothing was written")
+    elif accelerator.is_main_process:
+        export_lora_student(
+            args.output_dir,
+            lora=lora,
+            pipeline=sdxl.PIPELINE,
+            base_model_version=sdxl.BASE_MODEL_VERSION,
+            scheduler=sampler,
+            base_model=args.pretrained_teacher_model,
+            repo_id=hub.repo_id if hub else None,
+            global_step=global_step,
+            settings=flags_to_record,
+            tags=["stable-diffusion-xl"],
+        )
+        logger.info("the LoRA is in %s", args.output_dir)
+        if hub:
+            hub.push(f"LCM-LoRA distilled for {global_step} steps")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_program(main)
