@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     plan = plan_training(
         max_steps=resumed.get("global_step", 0) + 1 if args.dry_run else args.max_train_steps,
         epochs=args.num_train_epochs,
-        count_samples=lambda: args.max_train_samples or count_samples(shards),
+        count_samples=lambda: args.max_train_samples or count_samples(shards, caption_column=args.caption_column),
         batch_size=args.train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         processes=accelerator.num_processes,

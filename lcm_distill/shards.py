@@ -36,7 +36,8 @@ CODE_BEARING = frozenset("pyd pkl pickle dill joblib pth pt ckpt bin npy npz ten
 
 SHARD_NEEDS = (
     "A shard is a tar in which the files of a sample share a name and stand next to each other: 0001.jpg (or .jpeg, "
-    '.png, .webp) with 0001.txt (or .text, .caption, or 0001.json with a "caption" or "text"); --caption_column names another extension or JSON key. '
+    '.png, .webp) with 0001.txt (or .text, .caption, or 0001.json with a "caption" or "text"); '
+    "--caption_column names another extension or JSON key. "
     "An extension is what follows the first dot of a name: write a_b.jpg, not a.b.jpg. "
     "To make a shard of a folder: tar --sort=name -cf 000.tar -C FOLDER ."
 )

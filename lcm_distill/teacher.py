@@ -88,6 +88,11 @@ class Teacher:
             raise UsageError(f"{FLAG} {self.model}: not a whole .safetensors file. ({_brief(error)})") from None
         if self.config:
             return self.config
+        if "v_pred" in shapes:  # the mark that such fine-tunes carry; no model on the Hub has their configs
+            raise UsageError(
+                f"{FLAG} {self.model} predicts v{' and ends at zero SNR' if 'ztsnr' in shapes else ''}: name a "
+                "Diffusers folder or Hub id whose scheduler config says so as --teacher_config."
+            )
         # Diffusers tells models apart by a few names and shapes: no weights need to be read.
         outline = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         return str(fetch_diffusers_config(outline)["pretrained_model_name_or_path"])
@@ -177,9 +182,9 @@ class Teacher:
                         remedy = f"name one as {VAE_FLAG}" if name == "vae" else "look for a file with all parts"
                         raise UsageError(f"{FLAG} {self.model}: there is no {name} in it; {remedy}.")
                     loaded[name] = _from_original_layout(kind, weights, configs, name, dtypes[name])
+        except UsageError:
+            raise
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
-            if isinstance(error, UsageError):
-                raise
             raise UsageError(
                 f"{FLAG} {self.model}: its weights are not those of a model with the configs of {source}; name a "
                 f"Diffusers folder or Hub id that has its own configs as --teacher_config. ({_brief(error)})"
@@ -195,8 +200,8 @@ def _from_original_layout(
     kind: Any, weights: dict[str, torch.Tensor], configs: str, name: str, dtype: torch.dtype
 ) -> torch.nn.Module:
     """A network of class `kind` from its `weights` in the original layout; `ValueError` unless they all fit."""
-    if hasattr(kind, "from_single_file"):
-        part = kind.from_single_file(weights, config=configs, subfolder=name, torch_dtype=dtype)
+    if hasattr(kind, "from_single_file"):  # in float32: given a dtype, it warns of modules that are not there
+        part = kind.from_single_file(weights, config=configs, subfolder=name)
     else:
         part = create_diffusers_clip_model_from_ldm(
             kind, checkpoint=weights, config=configs, subfolder=name, torch_dtype=dtype
@@ -255,7 +260,7 @@ def _config(kind: Any, model: str, flag: str, *, subfolder: str | None = None, *
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{flag} {model}: neither a folder here nor a model that the Hub gave us; check the name, the revision "
-            f"and the connection (a single-file teacher takes --teacher_config). ({_brief(error)})"
+            f"and the connection. ({_brief(error)})"
         ) from None
 
 

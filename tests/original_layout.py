@@ -1,4 +1,4 @@
-"""A Diffusers pipeline's weights by the names of the original programs (LDM, SGM), as single-file checkpoints have them."""
+"""A Diffusers pipeline's weights by the names of the original programs (LDM, SGM), as single files have them."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ Weights = dict[str, torch.Tensor]
 
 
 def save_single_file(pipeline: Any, path: str) -> Weights:
-    """Writes the networks of `pipeline`, Stable Diffusion or SDXL, into one .safetensors file; returns what is in it."""
+    """Writes the networks of `pipeline`, Stable Diffusion or SDXL, into one .safetensors file; returns its content."""
     weights = _prefixed("model.diffusion_model.", unet(pipeline.unet.state_dict(), pipeline.unet.config))
     weights |= _prefixed("first_stage_model.", vae(pipeline.vae.state_dict(), pipeline.vae.config))
     text = clip(pipeline.text_encoder.state_dict())

@@ -7,12 +7,20 @@ from pathlib import Path
 
 import pytest
 
-import train_lcm_distill_sd_wds as sd_program
+import train_lcm_distill_lora_sd_wds
+import train_lcm_distill_lora_sdxl_wds
+import train_lcm_distill_sd_wds
+import train_lcm_distill_sdxl_wds
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = {"sd": sd_program}
+PROGRAMS = {
+    "sd": train_lcm_distill_sd_wds,
+    "sdxl": train_lcm_distill_sdxl_wds,
+    "lora_sd": train_lcm_distill_lora_sd_wds,
+    "lora_sdxl": train_lcm_distill_lora_sdxl_wds,
+}
 
-# Name → (type, default) in the SD program, as public command lines expect them.
+# Name → (type, default), as public command lines expect them: first those of the SD program.
 SD_FLAGS = {
     "pretrained_vae_model_name_or_path": (str, None), "teacher_revision": (str, None), "revision": (str, None),
     "output_dir": (str, "lcm-xl-distilled"), "cache_dir": (str, None), "seed": (int, None),
@@ -35,33 +43,54 @@ SD_FLAGS = {
     "hub_model_id": (str, None), "tracker_project_name": (str, "text2image-fine-tune"),
 }  # fmt: skip
 
-# The launch command of Diffusers' guide for this program, every flag of it.
-PUBLIC_COMMAND = """
-    --pretrained_teacher_model=runwayml/stable-diffusion-v1-5 --output_dir=out --mixed_precision=fp16 --resolution=512
-    --learning_rate=1e-6 --loss_type=huber --ema_decay=0.95 --adam_weight_decay=0.0 --max_train_steps=1000
+_SDXL = {"resolution": (int, 1024), "w_min": (float, 3.0), "vae_encode_batch_size": (int, 8)}
+_SDXL |= {"use_fix_crop_and_size": (bool, False)}
+_FULL_ONLY = ("unet_time_cond_proj_dim", "ema_decay")
+_LORA = {name: value for name, value in SD_FLAGS.items() if name not in _FULL_ONLY} | {
+    "lora_rank": (int, 64), "lora_alpha": (int, 64), "lora_dropout": (float, 0.0), "lora_target_modules": (str, None),
+}  # fmt: skip
+FLAGS = {"sd": SD_FLAGS, "sdxl": SD_FLAGS | _SDXL, "lora_sd": _LORA, "lora_sdxl": _LORA | _SDXL}
+EACH_FLAG = [(program, name) for program, flags in FLAGS.items() for name in flags]
+
+# The launch commands of Diffusers' two guides, every flag of them.
+_SHARED = """
+    --output_dir=out --mixed_precision=fp16 --loss_type=huber --adam_weight_decay=0.0 --max_train_steps=1000
     --max_train_samples=4000000 --dataloader_num_workers=8
     --train_shards_path_or_url="pipe:curl -L -s https://host/data/{00000..01099}.tar?download=true"
     --validation_steps=200 --checkpointing_steps=200 --checkpoints_total_limit=10 --train_batch_size=12
     --gradient_checkpointing --enable_xformers_memory_efficient_attention --gradient_accumulation_steps=1
     --use_8bit_adam --resume_from_checkpoint=latest --report_to=wandb --seed=453645634 --push_to_hub
 """
+_TEACHER = {
+    "sd": "--pretrained_teacher_model=runwayml/stable-diffusion-v1-5 --resolution=512 ",
+    "sdxl": "--pretrained_teacher_model=stabilityai/stable-diffusion-xl-base-1.0 --resolution=1024 "
+    "--pretrained_vae_model_name_or_path=madebyollin/sdxl-vae-fp16-fix --use_fix_crop_and_size ",
+}
+PUBLIC_COMMANDS = {
+    "sd": _TEACHER["sd"] + "--learning_rate=1e-6 --ema_decay=0.95" + _SHARED,
+    "sdxl": _TEACHER["sdxl"] + "--learning_rate=1e-6 --ema_decay=0.95" + _SHARED,
+    "lora_sd": _TEACHER["sd"] + "--learning_rate=1e-4 --lora_rank=64" + _SHARED,
+    "lora_sdxl": _TEACHER["sdxl"] + "--learning_rate=1e-4 --lora_rank=64" + _SHARED,
+}
 
 
-def parse(*argv):
-    return sd_program.parse_args(["--pretrained_teacher_model", "teacher", *argv])
+def parse(*argv, program="sd"):
+    return PROGRAMS[program].parse_args(["--pretrained_teacher_model", "teacher", *argv])
 
 
-def test_every_public_flag_has_its_default():
-    args = vars(parse())
-    assert {name: args[name] for name in SD_FLAGS} == {name: default for name, (_, default) in SD_FLAGS.items()}
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_public_flag_has_its_default(program):
+    args = vars(parse(program=program))
+    expected = {name: default for name, (_, default) in FLAGS[program].items()}
+    assert {name: args[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("name", SD_FLAGS)
-def test_every_public_flag_takes_its_type(name):
-    kind, default = SD_FLAGS[name]
+@pytest.mark.parametrize("program, name", EACH_FLAG)
+def test_every_public_flag_takes_its_type(program, name):
+    kind, default = FLAGS[program][name]
     if kind is bool:
-        assert vars(parse(f"--{name}"))[name] is True
-        assert vars(parse(f"--no-{name}"))[name] is False
+        assert vars(parse(f"--{name}", program=program))[name] is True
+        assert vars(parse(f"--no-{name}", program=program))[name] is False
         return
     choices = {
         "loss_type": "huber",
@@ -71,18 +100,27 @@ def test_every_public_flag_takes_its_type(name):
     }
     text = choices.get(name, {int: "7", float: "0.5", str: "x"}[kind])
     other = ["--w_min", "0"] if name == "w_max" else []
-    assert vars(parse(f"--{name}", text, *other))[name] == kind(text)
+    assert vars(parse(f"--{name}", text, *other, program=program))[name] == kind(text)
 
 
-def test_teacher_is_required(capsys):
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_teacher_is_required(program, capsys):
     with pytest.raises(SystemExit):
-        sd_program.parse_args([])
+        PROGRAMS[program].parse_args([])
     assert "--pretrained_teacher_model" in capsys.readouterr().err
 
 
-def test_public_command_line_parses():
-    args = sd_program.parse_args(shlex.split(PUBLIC_COMMAND))
-    assert args.ema_decay == 0.95 and args.loss_type == "huber" and args.use_8bit_adam
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_public_command_line_parses(program):
+    args = PROGRAMS[program].parse_args(shlex.split(PUBLIC_COMMANDS[program]))
+    assert args.loss_type == "huber" and args.use_8bit_adam and args.train_batch_size == 12
+
+
+def test_casting_the_base_of_a_lora_is_said_once(capsys):
+    with pytest.raises(SystemExit):
+        parse("--cast_teacher_unet", "--no-cast_teacher_unet", program="lora_sd")
+    assert "not allowed with" in capsys.readouterr().err
+    assert parse("--no-cast_teacher_unet", program="lora_sd").float32_base
 
 
 @pytest.mark.parametrize(
@@ -102,6 +140,8 @@ def test_values_out_of_range_are_refused_in_one_line_that_names_the_flag(argv, c
 def test_no_flag_is_declared_and_unread(program):
     """Six flags of the public programs do nothing: cache_dir, center_crop, random_flip, scale_lr, …"""
     declared = set(vars(program.parse_args(["--pretrained_teacher_model", "x"])))
+    if "float32_base" in declared:  # where the base is cast anyway, the flag only rules out its contrary
+        declared.remove("cast_teacher_unet")
     read = set(re.findall(r"\bargs\.(\w+)", Path(program.__file__).read_text()))
     read |= set(re.findall(r"\bargs\.(\w+)", (ROOT / "lcm_distill" / "flags.py").read_text()))
     assert declared == read & declared, f"declared and unread: {sorted(declared - read)}"

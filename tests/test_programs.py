@@ -1,5 +1,7 @@
 """The programs from command line to reloaded picture, on the toy teachers."""
 
+import gc
+import io
 import json
 import math
 import os
@@ -7,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +17,33 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
-from transformers import CLIPTextModel
 
 import train_lcm_distill_sd_wds
+from lcm_distill import sd, sdxl, unets
 from lcm_distill.errors import DivergenceError, UsageError
+from toy.make_shards import make_shards
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = ["train_lcm_distill_sd_wds"]
+PROGRAMS = [f"train_lcm_distill_{kind}_wds" for kind in ("sd", "sdxl", "lora_sd", "lora_sdxl")]
+LORA_PROGRAMS = [program for program in PROGRAMS if "lora" in program]
+FULL_PROGRAMS = [program for program in PROGRAMS if "lora" not in program]
+SDXL_PROGRAMS = [program for program in PROGRAMS if "sdxl" in program]
 PROMPT = "a small red circle on a black background"
 
 
 def weights(path) -> dict[str, torch.Tensor]:
     return load_file(Path(path) / "diffusion_pytorch_model.safetensors")
+
+
+def family(program: str) -> str:
+    return "sdxl" if "sdxl" in program else "sd"
+
+
+def result(out) -> dict[str, torch.Tensor]:
+    """Everything that a run trained: the weights of all U-Nets and adapters in its folder, its checkpoints aside."""
+    files = [f for f in Path(out).rglob("*.safetensors") if not any(p.name.startswith("checkpoint") for p in f.parents)]
+    assert files
+    return {f"{file.relative_to(out)}:{name}": w for file in files for name, w in load_file(file).items()}
 
 
 def same(a: dict, b: dict) -> bool:
@@ -49,19 +67,49 @@ def captured_losses(monkeypatch) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_run_trains_exports_and_its_export_draws(program, command, run, tmp_path, teacher, monkeypatch):
+def test_a_run_trains_exports_and_its_export_draws(program, command, run, tmp_path, teachers, monkeypatch):
+    module, teacher, is_lora = {"sd": sd, "sdxl": sdxl}[family(program)], teachers[family(program)], "lora" in program
     frozen: dict = {}
-    load = train_lcm_distill_sd_wds.sd.load_frozen
-    monkeypatch.setattr(
-        train_lcm_distill_sd_wds.sd, "load_frozen", lambda *a, **k: frozen.setdefault("it", load(*a, **k))
-    )
+    load = module.load_frozen
+    monkeypatch.setattr(module, "load_frozen", lambda *a, **k: frozen.setdefault("it", load(*a, **k)))
+    options = {"lora_rank": 4} if is_lora else {}
     run(program, command(
-        steps=3, learning_rate=1e-3, loss_type="huber", random_flip=True, validation_steps=2,
-        report_to="tensorboard,wandb", validation_inference_steps=2, lr_scheduler="cosine", ema_decay=0.9, huber_c=0.01,
+        steps=3, family=family(program), learning_rate=1e-3, loss_type="huber", random_flip=True, validation_steps=2,
+        report_to="tensorboard,wandb", validation_inference_steps=[1, 2], lr_scheduler="cosine", ema_decay=0.9,
+        huber_c=0.01, **options,
     ))  # fmt: skip
     out = tmp_path / "out"
 
-    # What trains has moved, the target behind the student, and what is frozen is bitwise what it was.
+    # What is frozen is bitwise what it was.
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2")[: 4 if module is sdxl else 3]:
+        network = getattr(frozen["it"], name)
+        folder = Path(teacher) / name
+        before = load_file(next(folder.glob("*.safetensors")))
+        after = {k.replace(".base_layer", ""): w for k, w in network.state_dict().items() if "lora_" not in k}
+        assert before.keys() <= after.keys() and all(torch.equal(after[k], before[k].float()) for k in before), name
+
+    # What trains has moved, the target behind the student; the export loads in one line and draws.
+    check = check_lora_export if is_lora else check_full_export
+    check(out, teacher)
+
+    # Pictures, trackers, card, checkpoint.
+    assert sorted(p.name for p in (out / "validation").iterdir()) == ["step-000002.png", "step-000003.png"]
+    assert list((out / "logs").rglob("events.out.tfevents.*")) and list((out / "logs").rglob("*.wandb"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(out / "logs" / "text2image-fine-tune"))
+    reader.Reload()
+    rows = {f"validation/{network}_{n}" for network in ("student", "target") for n in ("1_step", "2_steps")}
+    assert rows == set(reader.Tags()["images"])
+    assert {"loss", "lr", "samples_per_second", "data_wait"} <= set(reader.Tags()["scalars"])
+    media = list((out / "logs").rglob("media/images/**/*.png"))
+    assert len(media) == 8  # wandb: student and target in 1 and 2 steps, twice
+    card = (out / "README.md").read_text()
+    assert "LCMScheduler" in card and "validation/step-000003.png" in card
+    assert (out / "checkpoint-3" / "run.json").exists()
+
+
+def check_full_export(out: Path, teacher: str) -> None:
     before = load_file(Path(teacher) / "unet" / "diffusion_pytorch_model.safetensors")
     student, target = weights(out / "unet"), weights(out / "unet_target")
     moved = [k for k in before if not torch.equal(student[k], before[k].float())]
@@ -72,14 +120,6 @@ def test_a_run_trains_exports_and_its_export_draws(program, command, run, tmp_pa
         n: sum((w[k] - before[k].float()).norm() ** 2 for k in before) for n, w in (("s", student), ("t", target))
     }
     assert distance["t"] < distance["s"]
-    parts = frozen["it"]
-    for network, kind, folder in (
-        (parts.unet, UNet2DConditionModel, "unet"),
-        (parts.vae, AutoencoderKL, "vae"),
-        (parts.text_encoder, CLIPTextModel, "text_encoder"),
-    ):
-        again = kind.from_pretrained(teacher, subfolder=folder, torch_dtype=torch.float32)
-        assert same(dict(network.state_dict()), dict(again.state_dict())), folder
 
     # The two-line load, in half and in full precision, with guidance 1, 4 and 8.
     half = UNet2DConditionModel.from_pretrained(out, torch_dtype=torch.float16, variant="fp16")
@@ -87,31 +127,37 @@ def test_a_run_trains_exports_and_its_export_draws(program, command, run, tmp_pa
     unet = UNet2DConditionModel.from_pretrained(out)
     assert same(dict(unet.state_dict()), student)
     pipeline = DiffusionPipeline.from_pretrained(teacher, unet=unet, torch_dtype=torch.float32)
-    pipeline.scheduler = LCMScheduler.from_pretrained(out)
-    pipeline.set_progress_bar_config(disable=True)
-    pictures = []
-    for scale in (1.0, 4.0, 8.0):
-        generator = torch.Generator().manual_seed(0)
-        picture = pipeline(PROMPT, num_inference_steps=4, guidance_scale=scale, generator=generator).images[0]
-        assert picture.size == (64, 64)
-        pictures.append(np.asarray(picture).astype(int))
+    pictures = [drawn(pipeline, out, guidance_scale=scale) for scale in (1.0, 4.0, 8.0)]
     assert np.abs(pictures[0] - pictures[2]).max() > 0  # guidance does something
 
-    # Pictures, trackers, card, checkpoint.
-    assert sorted(p.name for p in (out / "validation").iterdir()) == ["step-000002.png", "step-000003.png"]
-    events = list((out / "logs").rglob("events.out.tfevents.*"))
-    assert events and list((out / "logs").rglob("*.wandb"))
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    reader = EventAccumulator(str(out / "logs" / "text2image-fine-tune"))
-    reader.Reload()
-    assert {"validation/student", "validation/target"} <= set(reader.Tags()["images"])
-    assert {"loss", "lr", "samples_per_second", "data_wait"} <= set(reader.Tags()["scalars"])
-    media = list((out / "logs").rglob("media/images/**/*.png"))
-    assert len(media) == 4  # wandb: student and target, twice
-    card = (out / "README.md").read_text()
-    assert "LCMScheduler" in card and "validation/step-000003.png" in card
-    assert (out / "checkpoint-3" / "run.json").exists()
+def check_lora_export(out: Path, teacher: str) -> None:
+    student, target = load_file(out / "adapter" / "adapter_model.safetensors"), {}
+    half = load_file(out / "pytorch_lora_weights.safetensors")
+    averaged = load_file(out / "target" / "pytorch_lora_weights.safetensors")
+    for name, weight in student.items():
+        short = "unet." + name.removeprefix("base_model.model.")
+        assert weight.dtype == torch.float32 and torch.equal(weight.half(), half[short])
+        target[name] = averaged[short]
+    second = [name for name in student if "lora_B" in name]  # zero at the start
+    assert sum(bool(student[name].abs().max() > 0) for name in second) > 0.9 * len(second)
+    norm = {n: sum(w[k].float().norm() ** 2 for k in second) for n, w in (("s", student), ("t", target))}
+    assert 0 < norm["t"] < norm["s"]
+
+    pipeline = DiffusionPipeline.from_pretrained(teacher, torch_dtype=torch.float32)
+    before = drawn(pipeline, out, guidance_scale=1.0)
+    pipeline.load_lora_weights(out)
+    pictures = [before] + [drawn(pipeline, out, guidance_scale=scale) for scale in (1.0, 1.5)]
+    assert np.abs(pictures[0] - pictures[1]).max() > 0 and np.abs(pictures[1] - pictures[2]).max() > 0
+
+
+def drawn(pipeline, out: Path, **options) -> np.ndarray:
+    pipeline.scheduler = LCMScheduler.from_pretrained(out)
+    pipeline.set_progress_bar_config(disable=True)
+    options |= {"generator": torch.Generator().manual_seed(0), "height": 64, "width": 64}
+    picture = pipeline(PROMPT, num_inference_steps=4, **options).images[0]
+    assert picture.size == (64, 64)
+    return np.asarray(picture).astype(int)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -121,7 +167,9 @@ def test_two_plus_two_resumed_steps_equal_four(program, workers, command, run, t
     losses = captured_losses(monkeypatch)
     options = {"dataloader_num_workers": workers, "gradient_accumulation_steps": 2, "learning_rate": 1e-3,
                "lr_scheduler": "linear", "lr_warmup_steps": 1, "checkpointing_steps": 2,
-               "random_flip": True}  # fmt: skip
+               "random_flip": True, "family": family(program), "ema_decay": 0.9}  # fmt: skip
+    if program in LORA_PROGRAMS:
+        options |= {"lora_rank": 4, "lora_dropout": 0.1}
     run(program, command("whole", steps=4, **options))
     whole = list(losses)
     losses.clear()
@@ -140,8 +188,135 @@ def test_two_plus_two_resumed_steps_equal_four(program, workers, command, run, t
     monkeypatch.setattr(Checkpoints, "save", save)
     run(program, command("halves", steps=4, resume_from_checkpoint="latest", **options | {"seed": None}))
     assert losses == whole and [s for s, _ in whole] == [1, 2, 3, 4]
-    for part in ("unet", "unet_target"):
-        assert same(weights(tmp_path / "whole" / part), weights(tmp_path / "halves" / part))
+    assert same(result(tmp_path / "whole"), result(tmp_path / "halves"))
+
+
+@pytest.mark.parametrize("program", LORA_PROGRAMS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora_rank": 2, "lora_alpha": 4, "lora_dropout": 0.5, "lora_target_modules": "to_q,to_v"},
+        {"mixed_precision": "bf16", "gradient_checkpointing": True, "use_8bit_adam": True},
+        {"mixed_precision": "bf16", "no-cast_teacher_unet": True, "ema_decay": 0.5},
+        {"w_min": 7.5, "w_max": 7.5, "proportion_empty_prompts": 1},
+        {"w_min": 0, "w_max": 0, "num_ddim_timesteps": 48, "vae_encode_batch_size": 1},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_lora_options_run(program, options, command, run, tmp_path, monkeypatch):
+    losses = captured_losses(monkeypatch)
+    run(program, command(family=family(program), learning_rate=1e-3, **options))
+    assert len(losses) == 2 and all(math.isfinite(loss) for _, loss in losses)
+    adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert {w.dtype for w in adapter.values()} == {torch.float32}
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == options.get("lora_rank", 64) and config["lora_alpha"] == options.get("lora_alpha", 64)
+    if "lora_target_modules" in options:
+        assert {name.split(".")[-3] for name in adapter} == {"to_q", "to_v"}
+    assert (tmp_path / "out" / "target").exists() == ("ema_decay" in options)
+
+
+@pytest.mark.parametrize("program", LORA_PROGRAMS)
+def test_the_base_of_a_lora_is_in_the_mixed_precision_unless_told_otherwise(program, command, run, monkeypatch):
+    seen = []
+    forward = UNet2DConditionModel.forward
+
+    def spy(self, sample, *args, **kwargs):
+        seen.append((sample.dtype, self.conv_in.weight.dtype))
+        return forward(self, sample, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", spy)
+    for number, (options, dtype) in enumerate(
+        (
+            ({}, torch.bfloat16),
+            ({"cast_teacher_unet": True}, torch.bfloat16),
+            ({"no-cast_teacher_unet": True}, torch.float32),
+        )
+    ):
+        seen.clear()
+        run(program, command(f"out{number}", 1, family=family(program), mixed_precision="bf16", **options))
+        assert {weight for _, weight in seen} == {dtype} and {sample for sample, _ in seen[:3]} == {dtype}
+
+
+@pytest.mark.parametrize("program", LORA_PROGRAMS)
+def test_a_lora_run_holds_one_u_net(program, command, run, monkeypatch):
+    """The public LoRA programs hold two. Counted in the middle of a run: live parameters of the U-Net's layers."""
+    from lcm_distill.progress import Progress
+
+    alive: list[int] = []
+    step = Progress.step
+
+    def counting(self, grad_norm):
+        gc.collect()
+        networks = [o for o in gc.get_objects() if isinstance(o, UNet2DConditionModel) and id(o) not in before]
+        assert len(networks) == 1
+        size, adapter = (
+            sum(p.numel() for name, p in networks[0].named_parameters() if ("lora_" in name) == lora)
+            for lora in (False, True)
+        )
+        own = {id(p) for p in networks[0].parameters()}
+        # Nothing else that is large enough to be another copy, in any dtype.
+        others = [o for o in gc.get_objects() if isinstance(o, torch.nn.Parameter) and id(o) not in own | before]
+        alive.append(sum(o.numel() for o in others) - sum(o.numel() for n in parts for o in n.parameters()))
+        assert 0 < adapter < size
+        step(self, grad_norm)
+
+    module = {"sd": sd, "sdxl": sdxl}[family(program)]
+    load, parts = module.load_frozen, []
+
+    def loading(*args, **kwargs):
+        frozen = load(*args, **kwargs)
+        parts.extend(getattr(frozen, n) for n in ("vae", "text_encoder", "text_encoder_2") if hasattr(frozen, n))
+        return frozen
+
+    gc.collect()
+    left_over = [o for o in gc.get_objects() if isinstance(o, (UNet2DConditionModel, torch.nn.Parameter))]
+    before = {id(o) for o in left_over}  # of other tests; they stay alive, so that no new one takes their ids
+    monkeypatch.setattr(module, "load_frozen", loading)
+    monkeypatch.setattr(Progress, "step", counting)
+    run(program, command(steps=1, family=family(program), lora_rank=4))
+    assert alive == [0]
+
+
+@pytest.mark.parametrize("program", SDXL_PROGRAMS)
+@pytest.mark.parametrize("fixed", [False, True])
+def test_sdxl_s_time_ids_are_those_of_the_pictures(program, fixed, command, run, tmp_path, monkeypatch):
+    """The public programs give (width, height) as the original size, and crop corners that ignore flips."""
+    from PIL import Image
+
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for number in range(4):  # 96 wide, 48 high: 128 × 64 after the resize
+            files = {"jpg": io.BytesIO(), "txt": io.BytesIO(PROMPT.encode())}
+            Image.new("RGB", (96, 48), (40 * number, 0, 0)).save(files["jpg"], "JPEG")
+            if number % 2:
+                files["json"] = io.BytesIO(b'{"original_height": 480, "original_width": 960}')
+            for extension, content in files.items():
+                member = tarfile.TarInfo(f"{number}.{extension}")
+                member.size = len(content.getvalue())
+                content.seek(0)
+                tar.addfile(member, content)
+    seen = []
+    forward = UNet2DConditionModel.forward
+
+    def spy(self, *args, added_cond_kwargs, **kwargs):
+        seen.append(added_cond_kwargs["time_ids"])
+        return forward(self, *args, added_cond_kwargs=added_cond_kwargs, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", spy)
+    run(program, command(
+        family="sdxl", steps=1, train_batch_size=8, train_shards_path_or_url=str(folder), random_flip=True,
+        use_fix_crop_and_size=fixed,
+    ))  # fmt: skip
+    student, teacher, target = seen[:3]
+    assert torch.equal(teacher, torch.cat([student, student])) and torch.equal(target, student)
+    sizes = {tuple(row) for row in student[:, :2].tolist()}
+    corners = student[:, 2:4].tolist()
+    assert sizes == ({(64, 64)} if fixed else {(48, 96), (480, 960)})
+    assert student[:, 4:].unique().tolist() == [64] and not student.is_floating_point()
+    assert all(top == 0 and 0 <= left <= 64 for top, left in corners)
+    assert (len({left for _, left in corners}) > 1) is not fixed
 
 
 def test_raising_max_train_steps_goes_on_and_a_finished_run_says_so(command, run, tmp_path, caplog):
@@ -276,9 +451,9 @@ def test_a_changed_learning_rate_is_used_on_resume(command, run, caplog):
 def test_a_cast_teacher_does_not_round_the_student(command, run, teacher, monkeypatch):
     """The student was copied from the teacher after that was cast to half precision."""
     made = []
-    make = train_lcm_distill_sd_wds.student_from_teacher
+    make = unets.student_from_teacher
     monkeypatch.setattr(
-        train_lcm_distill_sd_wds,
+        unets,
         "student_from_teacher",
         lambda unet, dim: made.append({k: v.clone() for k, v in unet.state_dict().items()}) or make(unet, dim),
     )
@@ -322,14 +497,17 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(command, run, monkeypatch
         ({"resolution": 20}, "--resolution 20"),
         ({"output_dir": "/dev/null/x"}, "--output_dir /dev/null/x"),
         ({"resume_from_checkpoint": "checkpoint-9"}, "--resume_from_checkpoint"),
+        ({"validation_prompts": ["no such file.txt"]}, "--validation_prompts"),
+        ({"caption_column": "no_such"}, "--caption_column no_such"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_mistakes_are_told_before_any_model_is_loaded(options, message, command, run, monkeypatch):
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_mistakes_are_told_before_any_model_is_loaded(program, options, message, command, run, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: pytest.fail("a model was loaded"))
     monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(UsageError, match=message):
-        run(PROGRAMS[0], command(**options))
+        run(program, command(family=family(program), **options))
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(command, run, monkeypatch):
@@ -340,8 +518,6 @@ def test_a_checkpoint_of_another_architecture_is_refused(command, run, monkeypat
 
 
 def test_bad_samples_are_skipped_and_counted(command, run, shards, tmp_path, caplog):
-    import tarfile
-
     bad = tmp_path / "bad"
     bad.mkdir()
     with tarfile.open(next(Path(shards).glob("*.tar"))) as source, tarfile.open(bad / "0.tar", "w") as copy:
@@ -424,3 +600,36 @@ def test_accelerate_launch_prints_a_plain_message_for_a_mistake(command, tmp_pat
     assert done.returncode == 2
     assert done.stderr.strip().startswith("error: --pretrained_teacher_model /no/such/folder"), done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 4
+
+
+@pytest.fixture(scope="module")
+def varied_shards(tmp_path_factory) -> str:
+    """Pictures of other sizes and shapes than square 64 pixels, so that cropping matters."""
+    folder = tmp_path_factory.mktemp("varied")
+    make_shards(folder, shards=1, samples_per_shard=24, seed=4, varied_sizes=True)
+    return str(folder)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_flags_that_did_nothing_in_the_public_programs_do_something(program, command, run, tmp_path, varied_shards):
+    """center_crop, random_flip, proportion_empty_prompts, scale_lr; in the SD programs the separate VAE.
+
+    --cache_dir has its tests where Hub teachers are read.
+    """
+    teacher = command(family=family(program))[1]
+    vae = AutoencoderKL.from_pretrained(teacher, subfolder="vae", torch_dtype=torch.float32)
+    vae.register_to_config(scaling_factor=2 * vae.config.scaling_factor)
+    vae.save_pretrained(tmp_path / "vae")
+    adapter = {"lora_rank": 2, "lora_target_modules": "to_q,to_v"} if program in LORA_PROGRAMS else {}
+    results = []
+    for number, options in enumerate((
+        {}, {}, {"center_crop": True}, {"random_flip": True}, {"proportion_empty_prompts": 1}, {"scale_lr": True},
+        {"pretrained_vae_model_name_or_path": str(tmp_path / "vae")},
+    )):  # fmt: skip
+        run(program, command(
+            f"out{number}", steps=2, family=family(program), train_shards_path_or_url=varied_shards, **adapter | options
+        ))  # fmt: skip
+        results.append(result(tmp_path / f"out{number}"))
+    assert same(results[0], results[1])
+    for number, other in enumerate(results[2:]):
+        assert not same(results[0], other), number

@@ -1,4 +1,4 @@
-"""Randomness, the plan, trackers, grids, validation and the model card."""
+"""Randomness, the plan, trackers, grids and the model card."""
 
 import logging
 import os
@@ -17,7 +17,6 @@ from lcm_distill.plan import plan_training
 from lcm_distill.progress import Progress
 from lcm_distill.randomness import BatchRandom
 from lcm_distill.runtime import check_writable, parse_trackers, start_accelerator
-from lcm_distill.validation import draw, validation_guidance_scale
 
 # --- randomness
 
@@ -236,7 +235,7 @@ def test_gradients_that_are_not_finite_are_not_checkpointed():
         progress.log(3, SimpleNamespace(get_last_lr=lambda: [1.0]))
 
 
-# --- pictures and validation
+# --- pictures
 
 
 def test_grid_holds_every_picture_where_it_belongs():
@@ -247,32 +246,6 @@ def test_grid_holds_every_picture_where_it_belongs():
     assert {(255, 0, 0), (0, 128, 0), (0, 0, 255)} <= found
     x, y = next((x, y) for y in range(grid.height) for x in range(grid.width) if grid.getpixel((x, y)) == (255, 0, 0))
     assert grid.getpixel((x + 60, y)) == (0, 128, 0) and grid.getpixel((x, y + 60)) == (0, 0, 255)
-
-
-@pytest.mark.parametrize("w_min, w_max, expected", [(5, 15, 8), (1, 5, 6), (9, 12, 10), (7.5, 7.5, 8.5)])
-def test_default_guidance_scale_lies_in_the_trained_range(w_min, w_max, expected):
-    assert validation_guidance_scale(None, w_min, w_max) == expected
-    assert validation_guidance_scale(1.5, w_min, w_max) == 1.5
-
-
-class FakePipeline:
-    def __init__(self):
-        self.unet = torch.nn.Dropout().train()
-
-    def __call__(self, prompts, *, generator, height, width, **_):
-        assert not self.unet.training
-        seeds = [torch.rand(1, generator=g).item() for g in generator]
-        return SimpleNamespace(images=[Image.new("RGB", (width, height), (int(s * 255), 0, 0)) for s in seeds])
-
-
-def test_validation_gives_back_the_mode_and_touches_no_global_randomness():
-    pipeline, before = FakePipeline(), torch.get_rng_state()
-    options = {"images_per_prompt": 2, "inference_steps": 1, "guidance_scale": 2.0, "resolution": 8}
-    pictures = draw(pipeline, ["a", "b"], seed=3, **options)
-    assert pipeline.unet.training and torch.equal(before, torch.get_rng_state())
-    assert len({p.getpixel((0, 0)) for p in pictures}) == 4
-    again = draw(pipeline, ["a", "b"], seed=3, **options)
-    assert [p.tobytes() for p in pictures] == [p.tobytes() for p in again]
 
 
 # --- what is shared

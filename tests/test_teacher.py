@@ -1,13 +1,16 @@
 """Teachers as users have them: folders, variants, separate autoencoders, single files; mistakes in naming them."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
-from safetensors.torch import save_file
+from original_layout import open_clip, save_single_file
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from lcm_distill import sd, sdxl
 from lcm_distill.errors import UsageError
@@ -15,6 +18,36 @@ from lcm_distill.latents import vae_factor
 from lcm_distill.teacher import Teacher, read_configs
 
 CONFIGS = {"family": "sd", "resolution": 64, "num_ddim_timesteps": 50}
+MODULES = {"sd": sd, "sdxl": sdxl}
+PIPELINES = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
+NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+
+
+def pipeline_of(folder: str, family: str):
+    return PIPELINES[family].from_pretrained(folder, torch_dtype=torch.float32)
+
+
+def load(teacher: Teacher, family: str, dtype: torch.dtype = torch.float32):
+    return MODULES[family].load_frozen(teacher, device="cpu", dtype=dtype)
+
+
+def assert_same_networks(actual, expected) -> None:
+    """The same networks with the same weights, bit for bit."""
+    for name in NETWORKS:
+        if hasattr(expected, name):
+            network, state = getattr(actual, name), getattr(expected, name).state_dict()
+            assert network.state_dict().keys() == state.keys()
+            assert all(torch.equal(tensor, state[key]) for key, tensor in network.state_dict().items()), name
+            assert not network.training and not any(p.requires_grad for p in network.parameters())
+
+
+@pytest.fixture(scope="module")
+def single_files(teachers, tmp_path_factory) -> dict[str, str]:
+    """The toy teachers as single files in the original layout."""
+    folder = tmp_path_factory.mktemp("single_files")
+    for family in PIPELINES:
+        save_single_file(pipeline_of(teachers[family], family), str(folder / f"{family}.safetensors"))
+    return {family: str(folder / f"{family}.safetensors") for family in PIPELINES}
 
 
 @pytest.fixture()
@@ -78,3 +111,283 @@ def test_sd_and_sdxl_teachers_are_told_apart(teachers):
         read_configs(Teacher(teachers["sdxl"]), **CONFIGS)
     with pytest.raises(UsageError, match="train_lcm_distill_sd_wds.py"):
         read_configs(Teacher(teachers["sd"]), **CONFIGS | {"family": "sdxl"})
+
+
+# Single files
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_single_file_is_its_folder(family, teachers, single_files):
+    """A pipeline's `from_single_file` gives SDXL's second text encoder the first one's weights if they are as wide."""
+    teacher = Teacher(single_files[family], config=teachers[family])
+    read_configs(teacher, **CONFIGS | {"family": family})
+    assert_same_networks(load(teacher, family), load(Teacher(teachers[family]), family))
+    module, captions = MODULES[family], ["a small red circle on a black background", ""]
+    ours, theirs = (
+        module.encode_captions(load(t, family), captions)["encoder_hidden_states"]
+        for t in (teacher, Teacher(teachers[family]))
+    )
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_single_file_takes_the_dtypes_asked_for(family, teachers, single_files):
+    frozen = load(Teacher(single_files[family], config=teachers[family]), family, torch.bfloat16)
+    assert frozen.unet.dtype == torch.float32 and frozen.text_encoder.dtype == torch.bfloat16
+    expected = load(Teacher(teachers[family]), family, torch.bfloat16)
+    assert_same_networks(frozen, expected)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_half_precision_file_loads_into_float32(family, teachers, single_files, tmp_path):
+    half = {k: v.half() if v.is_floating_point() else v for k, v in load_file(single_files[family]).items()}
+    save_file(half, tmp_path / "half.safetensors")
+    frozen = load(Teacher(str(tmp_path / "half.safetensors"), config=teachers[family]), family)
+    expected = load(Teacher(teachers[family]), family)
+    for name in NETWORKS:
+        if hasattr(expected, name):
+            torch.nn.Module.to(getattr(expected, name), torch.float16).to(torch.float32)
+            assert getattr(frozen, name).dtype == torch.float32
+    assert_same_networks(frozen, expected)
+
+
+def test_a_stable_diffusion_2_file_has_an_open_clip_text_encoder(teacher, single_files, tmp_path):
+    weights = {k: v for k, v in load_file(single_files["sd"]).items() if not k.startswith("cond_stage_model.")}
+    text_encoder = CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(teacher, subfolder="text_encoder"))
+    named = open_clip(text_encoder.state_dict())
+    save_file(
+        weights | {f"cond_stage_model.model.{k}": v.detach().contiguous() for k, v in named.items()},
+        tmp_path / "sd2.safetensors",
+    )
+    frozen = load(Teacher(str(tmp_path / "sd2.safetensors"), config=teacher), "sd")
+    expected = {name.removeprefix("text_model."): tensor for name, tensor in text_encoder.state_dict().items()}
+    for name, tensor in frozen.text_encoder.state_dict().items():
+        assert torch.equal(tensor, expected[name.removeprefix("text_model.")]), name
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_single_file_loads_in_silence(family, teachers, single_files, capfd):
+    """Diffusers drew a progress bar, and told of modules that are not there and of a flag, --extract_ema, not ours."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils.logging import disable_progress_bar, enable_progress_bar
+
+    handler = logging.StreamHandler()
+    diffusers_logging.add_handler(handler)
+    disable_progress_bar()  # as a run does
+    try:
+        load(Teacher(single_files[family], config=teachers[family]), family)
+    finally:
+        enable_progress_bar()
+        diffusers_logging.remove_handler(handler)
+    printed = capfd.readouterr()
+    assert printed.out == printed.err == ""
+
+
+def test_a_single_file_without_an_autoencoder_takes_a_separate_one(teacher, single_files, tmp_path):
+    """Diffusers wants all parts in the file, although the autoencoder is replaced."""
+    weights = {k: v for k, v in load_file(single_files["sd"]).items() if not k.startswith("first_stage_model.")}
+    path = str(tmp_path / "no_vae.safetensors")
+    save_file(weights, path)
+    with pytest.raises(UsageError, match="there is no vae in it; name one as --pretrained_vae_model_name_or_path"):
+        load(Teacher(path, config=teacher), "sd")
+    frozen = load(Teacher(path, config=teacher, vae=f"{teacher}/vae"), "sd")
+    assert_same_networks(frozen, load(Teacher(teacher), "sd"))
+
+
+def test_a_single_file_that_cannot_be_a_teacher_is_a_message(teacher, single_files, tmp_path):
+    """Each says what is wrong while configs are read, before any weights are."""
+    path = Path(single_files["sd"])
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes(path.read_bytes()[:-1000])
+    pickled = tmp_path / "model.ckpt"
+    torch.save({}, pickled)
+    (tmp_path / "page.safetensors").write_text("<html>404</html>")
+    missing = str(tmp_path / "missing.safetensors")
+    for wrong, message in [
+        (Teacher(str(truncated), config=teacher), "--pretrained_teacher_model .*not a whole .safetensors file"),
+        (Teacher(str(tmp_path / "page.safetensors"), config=teacher), "not a whole .safetensors file"),
+        (Teacher(str(pickled), config=teacher), r"--pretrained_teacher_model .*only \.safetensors files"),
+        (Teacher(missing, config=teacher), "--pretrained_teacher_model .*missing.safetensors: no such file"),
+        (Teacher(str(path), config=teacher, variant="fp16"), "leave out --variant"),
+        (Teacher(str(path), config=teacher, revision="main"), "leave out .*--teacher_revision"),
+        (Teacher(str(path), config=str(tmp_path)), "--teacher_config .*there is no unet/config.json"),
+        (Teacher(str(path), config="nobody/nothing"), "--teacher_config nobody/nothing"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            read_configs(wrong, **CONFIGS)
+
+
+def test_a_single_file_whose_configs_are_not_at_hand_is_a_message(single_files, tmp_path):
+    """The message spoke of a model on the Hub that the user had never named."""
+    with pytest.raises(UsageError, match="--pretrained_teacher_model .*sd.safetensors .*--teacher_config") as info:
+        read_configs(Teacher(single_files["sd"], cache_dir=str(tmp_path)), **CONFIGS)
+    assert "stable-diffusion-v1-5/stable-diffusion-v1-5" in str(info.value)
+
+
+def test_a_file_of_another_network_than_its_configs_is_a_message(teacher, single_files, tmp_path):
+    """Diffusers left weights that the file lacks on no device, and dropped those that the config has no place for."""
+    weights = load_file(single_files["sd"])
+    path = str(tmp_path / "other.safetensors")
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    text = "cond_stage_model.transformer.text_model.final_layer_norm.weight"
+    for change in (
+        {first: None},  # lacks a layer
+        {first: torch.zeros(8, 4, 3, 3)},  # another width
+        {"model.diffusion_model.time_embed.cond_proj.weight": torch.zeros(8, 8)},  # an LCM
+        {text: None},
+    ):
+        save_file({k: v for k, v in (weights | change).items() if v is not None}, path)
+        with pytest.raises(UsageError, match="not those of a model with the configs of .*--teacher_config"):
+            load(Teacher(path, config=teacher), "sd")
+
+
+@pytest.mark.parametrize(
+    "shapes, source",
+    [
+        (
+            {
+                "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
+                "model.diffusion_model.output_blocks.11.0.skip_connection.weight": (320, 640, 1, 1),
+                "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": (320, 768),
+            },
+            "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        ),
+        (
+            {
+                "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
+                "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": (320, 1024),
+            },
+            "stabilityai/stable-diffusion-2-1",
+        ),
+        (
+            {
+                "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
+                "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias": (1280,),
+            },
+            "stabilityai/stable-diffusion-xl-base-1.0",
+        ),
+    ],
+)
+def test_the_model_a_file_is_taken_for(shapes, source, tmp_path):
+    """Told from names and shapes alone."""
+    path = str(tmp_path / "model.safetensors")
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
+    assert Teacher(path).config_source == source
+    assert Teacher(path, config="some/model").config_source == "some/model"
+
+
+def test_a_file_marked_as_predicting_v_needs_a_config_that_says_so(tmp_path):
+    """It is taken for SDXL base, whose config says ε: the teacher would draw noise, without a word."""
+    path = str(tmp_path / "v.safetensors")
+    xl = {"conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias": torch.zeros(1280)}
+    save_file(xl | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, path)
+    with pytest.raises(UsageError, match="predicts v and ends at zero SNR.*--teacher_config"):
+        _ = Teacher(path).config_source
+
+
+# The Hub's cache
+
+
+def put_into_cache(cache: Path, model: str, revisions: dict[str, str | Path]) -> None:
+    """A Hub cache as a download leaves it: each revision's name, and its commit, stand for a folder's content."""
+    root = cache / f"models--{model.replace('/', '--')}"
+    (root / "refs").mkdir(parents=True)
+    for number, (revision, folder) in enumerate(revisions.items()):
+        commit = f"{number:x}" * 40
+        (root / "refs" / revision).write_text(commit)
+        for file in sorted(Path(folder).rglob("*")):
+            if file.is_file():
+                blob = root / "blobs" / f"{commit}-{len(list(root.glob('blobs/*')))}"
+                blob.parent.mkdir(exist_ok=True)
+                shutil.copy(file, blob)
+                link = root / "snapshots" / commit / file.relative_to(folder)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(blob)
+
+
+@pytest.fixture(scope="module")
+def hub_cache(teachers, tmp_path_factory) -> str:
+    """Both toy teachers and the autoencoder: as they are in revision main, changed in revision v2."""
+    cache, changed = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("changed")
+    for family in PIPELINES:
+        pipeline = pipeline_of(teachers[family], family)
+        pipeline.scheduler.register_to_config(num_train_timesteps=500)
+        pipeline.vae.register_to_config(scaling_factor=0.9)
+        with torch.no_grad():
+            for network in (pipeline.unet.conv_out, pipeline.vae.quant_conv, pipeline.text_encoder):
+                for parameter in network.parameters():
+                    parameter.add_(1)
+        pipeline.save_pretrained(changed / family)
+        put_into_cache(cache, f"toys/{family}", {"main": teachers[family], "v2": changed / family})
+    put_into_cache(cache, "toys/vae", {"main": Path(teachers["sd"]) / "vae", "v2": changed / "sd" / "vae"})
+    return str(cache)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_hub_teacher_is_read_from_its_cache_in_its_revision(family, teachers, hub_cache):
+    """Published programs read --cache_dir and --teacher_revision for some parts only."""
+    model, commit = f"toys/{family}", "1" * 40
+    for revision, timesteps in ((None, 1000), ("main", 1000), ("v2", 500), (commit, 500)):
+        teacher = Teacher(model, revision=revision, cache_dir=hub_cache)
+        configs = read_configs(teacher, **CONFIGS | {"family": family})
+        assert configs.scheduler["num_train_timesteps"] == timesteps
+        assert (configs.vae["scaling_factor"] == 0.9) == (timesteps == 500)
+        folder = teachers[family]
+        if timesteps == 500:
+            folder = str(Path(hub_cache) / f"models--toys--{family}" / "snapshots" / commit)
+        assert_same_networks(load(teacher, family), load(Teacher(folder), family))
+    with pytest.raises(UsageError, match=f"--pretrained_teacher_model {model}.*revision"):
+        read_configs(Teacher(model, revision="v3", cache_dir=hub_cache), **CONFIGS)
+    with pytest.raises(UsageError, match=f"--pretrained_teacher_model {model}"):
+        read_configs(Teacher(model), **CONFIGS)  # another cache: the user's own
+
+
+def test_a_separate_autoencoder_has_a_revision_of_its_own(teacher, hub_cache):
+    for revision, commit in ((None, "0" * 40), ("v2", "1" * 40)):
+        chosen = Teacher(teacher, vae="toys/vae", vae_revision=revision, cache_dir=hub_cache)
+        assert (read_configs(chosen, **CONFIGS).vae["scaling_factor"] == 0.9) == (revision == "v2")
+        folder = Path(hub_cache) / "models--toys--vae" / "snapshots" / commit
+        expected = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).state_dict()
+        vae = load(chosen, "sd").vae
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in vae.state_dict().items())
+    # The teacher's revision is not the autoencoder's.
+    mixed = Teacher("toys/sd", revision="v2", vae="toys/vae", cache_dir=hub_cache)
+    configs = read_configs(mixed, **CONFIGS)
+    assert configs.scheduler["num_train_timesteps"] == 500 and configs.vae["scaling_factor"] != 0.9
+    wrong = Teacher(teacher, vae="toys/vae", vae_revision="v3", cache_dir=hub_cache)
+    with pytest.raises(UsageError, match="--pretrained_vae_model_name_or_path toys/vae"):
+        read_configs(wrong, **CONFIGS)
+    with pytest.raises(UsageError, match="--pretrained_vae_model_name_or_path toys/vae: its weights"):
+        load(wrong, "sd")
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_single_file_takes_its_configs_from_the_cache(family, teachers, single_files, hub_cache):
+    """Diffusers reads the configs of single networks from the user's own cache, whatever cache_dir says."""
+    teacher = Teacher(single_files[family], config=f"toys/{family}", cache_dir=hub_cache)
+    read_configs(teacher, **CONFIGS | {"family": family})
+    assert_same_networks(load(teacher, family), load(Teacher(teachers[family]), family))
+
+
+# Variants
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_folder_of_half_precision_files_needs_the_variant(family, teachers, tmp_path):
+    pipeline = pipeline_of(teachers[family], family)
+    half = PIPELINES[family].from_pretrained(teachers[family], torch_dtype=torch.float16)
+    half.save_pretrained(tmp_path, variant="fp16")
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+    frozen = load(Teacher(str(tmp_path), variant="fp16"), family)
+    for name in NETWORKS:
+        if hasattr(pipeline, name):
+            assert getattr(frozen, name).dtype == torch.float32
+    expected = load(Teacher(teachers[family]), family)
+    for name in NETWORKS:
+        if hasattr(expected, name):
+            torch.nn.Module.to(getattr(expected, name), torch.float16).to(torch.float32)
+    assert_same_networks(frozen, expected)
+    with pytest.raises(UsageError, match="--pretrained_teacher_model .*pass --variant fp16"):
+        load(Teacher(str(tmp_path)), family)
+    with pytest.raises(UsageError, match="in the variant fp16; .*leave --variant out"):
+        load(Teacher(teachers[family], variant="fp16"), family)

@@ -1,0 +1,251 @@
+"""The SDXL family: captions, sizes and frozen parts against the pipeline's own; a pruned U-Net, as SSD-1B has."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from original_layout import save_single_file
+
+from lcm_distill import sdxl
+from lcm_distill.consistency import guidance_embedding, guided_prediction, unet_output
+from lcm_distill.schedule import NoiseSchedule, lcm_scheduler
+from lcm_distill.teacher import Teacher, read_configs
+from lcm_distill.unets import student_from_teacher
+
+CAPTIONS = ["a small red circle on a black background", "no such words", "a " * 60]
+SIZES = torch.tensor([[500, 300], [64, 1023]]), torch.tensor([[0, 7], [13, 0]])  # (height, width), (top, left)
+
+
+@pytest.fixture(scope="module")
+def xl(teachers) -> str:
+    return teachers["sdxl"]
+
+
+@pytest.fixture(scope="module")
+def frozen(xl):
+    return sdxl.load_frozen(Teacher(xl), device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def pipeline(xl):
+    return StableDiffusionXLPipeline.from_pretrained(xl, torch_dtype=torch.float32)
+
+
+def copy_of(teacher: str, folder: Path) -> Path:
+    shutil.copytree(teacher, folder)
+    return folder
+
+
+def change_json(path: Path, **values) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def branches(frozen, batch: int = 2):
+    """Conditioning for `batch` captions, and the unconditional one of one row, both with the pictures' time ids."""
+    ids = sdxl.time_ids(*SIZES, 64)[:batch]
+    return (
+        sdxl.with_time_ids(sdxl.encode_captions(frozen, CAPTIONS[:batch]), ids),
+        sdxl.with_time_ids(sdxl.encode_captions(frozen, [""]), ids),
+    )
+
+
+def toy_latents(frozen, batch: int = 2) -> torch.Tensor:
+    size = frozen.unet.config.sample_size
+    return torch.randn(batch, 4, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_captions_are_encoded_as_the_pipeline_does(zeros, xl, tmp_path):
+    """`force_zeros_for_empty_prompt` is the teacher's own choice; with it, only the empty caption is zeros."""
+    folder = copy_of(xl, tmp_path / "teacher")
+    change_json(folder / "model_index.json", force_zeros_for_empty_prompt=zeros)
+    frozen = sdxl.load_frozen(Teacher(str(folder)), device="cpu", dtype=torch.float32)
+    assert frozen.force_zeros_for_empty_prompt is zeros
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    states, no_states, pooled, no_pooled = pipeline.encode_prompt(CAPTIONS, device="cpu")
+    ours = sdxl.encode_captions(frozen, [CAPTIONS[0], "", *CAPTIONS[1:]])  # a dropped caption amid the others
+    ours_states, ours_pooled = ours["encoder_hidden_states"], ours["added_cond_kwargs"]["text_embeds"]
+    for actual, conditional, empty in ((ours_states, states, no_states), (ours_pooled, pooled, no_pooled)):
+        expected = torch.cat([conditional[:1], empty[:1], conditional[1:]])
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        assert actual[1].any().item() is not zeros
+        assert actual[[0, 2, 3]].flatten(1).any(dim=1).all()
+    alone = sdxl.encode_captions(frozen, [""])
+    torch.testing.assert_close(alone["encoder_hidden_states"], no_states[:1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(alone["added_cond_kwargs"]["text_embeds"], no_pooled[:1], rtol=1e-5, atol=1e-5)
+    without_empty = sdxl.encode_captions(frozen, CAPTIONS)
+    assert torch.equal(without_empty["encoder_hidden_states"], states)
+    assert torch.equal(without_empty["added_cond_kwargs"]["text_embeds"], pooled)
+
+
+def test_time_ids_are_in_the_pipeline_s_order(pipeline):
+    """Height before width, top before left: the pictures' sizes are not square, nor are the corners."""
+    projection = pipeline.text_encoder_2.config.projection_dim
+    ids = sdxl.time_ids(*SIZES, 64)
+    assert ids.dtype == torch.int64
+    for size, corner, row in zip(*(tensor.tolist() for tensor in SIZES), ids, strict=True):
+        expected = pipeline._get_add_time_ids(tuple(size), tuple(corner), (64, 64), torch.int64, projection)
+        assert torch.equal(row[None], expected)
+
+
+def test_fixed_time_ids_are_those_a_pipeline_draws_with_by_default(pipeline):
+    projection = pipeline.text_encoder_2.config.projection_dim
+    default = pipeline._get_add_time_ids((64, 64), (0, 0), (64, 64), torch.int64, projection)
+    assert torch.equal(sdxl.time_ids(*SIZES, 64, fixed=True), default.expand(2, 6))
+
+
+def test_one_unconditional_row_serves_the_whole_batch(frozen):
+    """Both branches have each picture's own time ids; together in one pass they are as two calls."""
+    conditioning, unconditional = branches(frozen)
+    assert len(unconditional["encoder_hidden_states"]) == 1
+    schedule = NoiseSchedule.from_config({"beta_schedule": "scaled_linear"})
+    noisy, timesteps, w = toy_latents(frozen), torch.tensor([999, 259]), torch.tensor([3.0, 14.0])
+    x0, noise = guided_prediction(frozen.unet, schedule, noisy, timesteps, conditioning, unconditional, w)
+    expanded = {
+        "encoder_hidden_states": unconditional["encoder_hidden_states"].repeat(2, 1, 1),
+        "added_cond_kwargs": {
+            "text_embeds": unconditional["added_cond_kwargs"]["text_embeds"].repeat(2, 1),
+            "time_ids": sdxl.time_ids(*SIZES, 64),
+        },
+    }
+    with torch.no_grad():
+        outputs = [frozen.unet(noisy, timesteps, **branch).sample for branch in (conditioning, expanded)]
+    for actual, predict in ((x0, schedule.predict_sample), (noise, schedule.predict_noise)):
+        cond, uncond = (predict(output, noisy, timesteps) for output in outputs)
+        expected = cond + w[:, None, None, None] * (cond - uncond)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_time_ids_stay_whole_numbers_in_half_precision(frozen, xl):
+    """bfloat16 rounds 1023 to 1024: pictures of other sizes were told to the U-Net."""
+    unet = UNet2DConditionModel.from_pretrained(xl, subfolder="unet", torch_dtype=torch.bfloat16).eval()
+    seen = []
+    unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["added_cond_kwargs"]), with_kwargs=True
+    )
+    text = sdxl.encode_captions(frozen, CAPTIONS[:1])
+    outputs = []
+    for width in (1023, 1024):
+        ids = sdxl.time_ids(torch.tensor([[64, width]]), torch.zeros(1, 2, dtype=torch.int64), 64)
+        conditioning = sdxl.with_time_ids(text, ids)
+        with torch.no_grad():
+            noisy = toy_latents(frozen, 1)
+            outputs.append(unet_output(unet, noisy, torch.tensor([500]), conditioning, dtype=torch.bfloat16))
+        assert torch.equal(seen[-1]["time_ids"], ids) and seen[-1]["time_ids"].dtype == torch.int64
+        assert seen[-1]["text_embeds"].dtype == torch.bfloat16
+    assert outputs[0].dtype == torch.float32 and not torch.equal(*outputs)
+
+
+def test_adding_time_ids_leaves_the_text_s_conditioning_alone(frozen):
+    """The unconditional encoding is made once and used in every step."""
+    text = sdxl.encode_captions(frozen, [""])
+    sdxl.with_time_ids(text, sdxl.time_ids(*SIZES, 64))
+    assert "time_ids" not in text["added_cond_kwargs"]
+
+
+@pytest.mark.parametrize("upcast, expected", [(True, torch.float32), (False, torch.bfloat16), (None, torch.float32)])
+def test_the_vae_is_in_half_precision_only_if_that_is_safe(upcast, expected, xl, tmp_path):
+    """SDXL's own overflows in half precision, and its config says so; the config of an old one says nothing."""
+    vae = copy_of(f"{xl}/vae", tmp_path / "vae")
+    if upcast is None:
+        config = json.loads((vae / "config.json").read_text())
+        del config["force_upcast"]
+        (vae / "config.json").write_text(json.dumps(config))
+    else:
+        change_json(vae / "config.json", force_upcast=upcast)
+    frozen = sdxl.load_frozen(Teacher(xl, vae=str(vae)), device="cpu", dtype=torch.bfloat16)
+    assert frozen.vae.dtype == expected
+    assert {p.dtype for p in frozen.vae.parameters()} == {expected}
+    assert frozen.text_encoder.dtype == frozen.text_encoder_2.dtype == torch.bfloat16
+    assert frozen.unet.dtype == torch.float32
+
+
+def test_frozen_parts_are_frozen(frozen):
+    for network in (frozen.text_encoder, frozen.text_encoder_2, frozen.vae, frozen.unet):
+        assert not network.training and not any(p.requires_grad for p in network.parameters())
+
+
+def test_the_pipeline_draws(frozen, capfd):
+    pipeline = sdxl.build_pipeline(frozen, frozen.unet, lcm_scheduler({"beta_schedule": "scaled_linear"}))
+    assert pipeline.vae is frozen.vae and pipeline.unet is frozen.unet
+    picture = pipeline(
+        CAPTIONS[0],
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        height=64,
+        width=64,
+        generator=torch.Generator().manual_seed(1),
+        output_type="np",
+    ).images[0]
+    assert picture.shape == (64, 64, 3) and picture.std() > 0.01
+    assert "it/s" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_the_pipeline_treats_the_empty_prompt_as_the_teacher_does(zeros, frozen, monkeypatch):
+    monkeypatch.setattr(frozen, "force_zeros_for_empty_prompt", zeros)
+    pipeline = sdxl.build_pipeline(frozen, frozen.unet, lcm_scheduler({"beta_schedule": "scaled_linear"}))
+    assert pipeline.config.force_zeros_for_empty_prompt is zeros
+
+
+# SSD-1B: no attention in the middle, other numbers of transformer layers on the way up than on the way down
+
+
+@pytest.fixture(scope="module")
+def pruned(xl, pipeline, tmp_path_factory) -> str:
+    """A teacher folder whose U-Net has SSD-1B's layout and random weights."""
+    folder = copy_of(xl, tmp_path_factory.mktemp("ssd") / "teacher")
+    shutil.rmtree(folder / "unet")
+    torch.manual_seed(0)
+    config = dict(pipeline.unet.config) | {
+        "block_out_channels": (16, 32, 32),
+        "attention_head_dim": (2, 4, 4),
+        "norm_num_groups": 8,
+        "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "mid_block_type": "UNetMidBlock2D",
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": [1, 2, 4],
+        "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+    }
+    UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
+    return str(folder)
+
+
+def test_a_pruned_teacher_has_its_student(pruned):
+    """Config entries that are lists of lists come through reading, saving and copying."""
+    teacher = Teacher(pruned)
+    configs = read_configs(teacher, family="sdxl", resolution=64, num_ddim_timesteps=50)
+    assert configs.unet["mid_block_type"] == "UNetMidBlock2D"
+    frozen = sdxl.load_frozen(teacher, device="cpu", dtype=torch.float32)
+    layers = [len(a.transformer_blocks) for block in frozen.unet.up_blocks[:2] for a in block.attentions]
+    assert layers == [4, 4, 10, 2, 1, 1]
+    student = student_from_teacher(frozen.unet, 256).eval()
+    conditioning, _ = branches(frozen)
+    noisy, timesteps = toy_latents(frozen), torch.tensor([999, 259])
+    embedding = guidance_embedding(torch.tensor([0.0, 14.0]))
+    with torch.no_grad():
+        expected = unet_output(frozen.unet, noisy, timesteps, conditioning)
+        assert torch.equal(unet_output(student, noisy, timesteps, conditioning, embedding), expected)
+
+
+def test_a_pruned_student_is_saved_and_loaded(pruned, tmp_path):
+    unet = UNet2DConditionModel.from_pretrained(pruned, subfolder="unet", torch_dtype=torch.float32)
+    student = student_from_teacher(unet, 256)
+    student.save_pretrained(tmp_path)
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.float32)
+    state = student.state_dict()
+    assert loaded.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_a_pruned_teacher_as_a_single_file(pruned, tmp_path):
+    """Its file is taken for SDXL base: the configs have to be named."""
+    path = str(tmp_path / "ssd.safetensors")
+    save_single_file(StableDiffusionXLPipeline.from_pretrained(pruned, torch_dtype=torch.float32), path)
+    frozen = sdxl.load_frozen(Teacher(path, config=pruned), device="cpu", dtype=torch.float32)
+    expected = UNet2DConditionModel.from_pretrained(pruned, subfolder="unet", torch_dtype=torch.float32).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in frozen.unet.state_dict().items())

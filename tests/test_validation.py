@@ -1,0 +1,294 @@
+"""Validation: the prompts, the pictures against the pipelines' own, and where they are shown."""
+
+import copy
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler
+from PIL import Image
+
+from lcm_distill import validation
+from lcm_distill.errors import UsageError
+from lcm_distill.latents import decode_latents, encode_pixels
+from lcm_distill.validation import draw, read_prompts, validate, validation_guidance_scale
+
+PROMPTS = ["a small red circle on a black background", "a large blue square on a white background"]
+DRAWING = {"images_per_prompt": 2, "guidance_scale": 3.0, "resolution": 64, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def pipelines(teachers):
+    """Both toy teachers under an `LCMScheduler`, in float32."""
+    loaded = {}
+    for family in ("sd", "sdxl"):
+        pipeline = DiffusionPipeline.from_pretrained(teachers[family], torch_dtype=torch.float32)
+        pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+        pipeline.set_progress_bar_config(disable=True)
+        loaded[family] = pipeline
+    return loaded
+
+
+@pytest.fixture()
+def seen_dtypes():
+    """The dtypes that a network's convolutions gave: `seen_dtypes(network)` is a set that fills, during the test."""
+    hooks = []
+
+    def watch(network):
+        seen = set()
+        for module in network.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                hooks.append(module.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype)))
+        return seen
+
+    yield watch
+    for hook in hooks:
+        hook.remove()
+
+
+def as_array(pictures):
+    return np.stack([np.asarray(picture) for picture in pictures])
+
+
+# --- prompts
+
+
+def test_prompts_are_values_or_the_lines_of_txt_files(tmp_path, monkeypatch):
+    assert read_prompts(None) is None
+    assert read_prompts(["a cat", "", "a dog.TXTURE"]) == ["a cat", "", "a dog.TXTURE"]
+    (tmp_path / "some.txt").write_bytes("\ufeffa cat \r\n\n  \nein süßer Hund\nlast".encode())
+    (tmp_path / "MORE.TXT").write_text("one more\n")
+    (tmp_path / "not.md").write_text("not read")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expected = ["first", "a cat", "ein süßer Hund", "last", "not.md", "one more"]
+    assert read_prompts(["first", "some.txt", "not.md", str(tmp_path / "MORE.TXT")]) == expected
+    assert read_prompts(["~/MORE.TXT"]) == ["one more"]
+
+
+@pytest.mark.parametrize(
+    ("value", "content", "words"),
+    [
+        ("nowhere.txt", None, "nowhere.txt cannot be read .*No such file.*end the prompt in another way"),
+        ("a sign that says hello.txt", None, "correct its path"),
+        ("x" * 5000 + ".txt", None, "cannot be read"),
+        ("nul\0.txt", None, "cannot be read"),
+        ("~nobody-of-this-name/a.txt", None, "cannot be read"),
+        ("folder.txt", "folder", "folder.txt cannot be read"),
+        ("empty.txt", b"", "empty.txt is empty; write a prompt"),
+        ("blank.txt", b" \n\n\t\n", "blank.txt is empty"),
+        ("latin.txt", "ein süßer Hund".encode("latin-1"), "latin.txt is not UTF-8; save it"),
+        ("wide.txt", "a cat".encode("utf-16"), "wide.txt is not UTF-8"),
+    ],
+)
+def test_prompt_files_that_cannot_be_used_are_told(tmp_path, monkeypatch, value, content, words):
+    monkeypatch.chdir(tmp_path)
+    if content == "folder":
+        Path(value).mkdir()
+    elif content is not None:
+        Path(value).write_bytes(content)
+    with pytest.raises(UsageError, match=f"^--validation_prompts: .*{words}"):
+        read_prompts(["a good one", value])
+
+
+# --- drawing
+
+
+@pytest.mark.parametrize("w_min, w_max, expected", [(5, 15, 8), (1, 5, 6), (9, 12, 10), (7.5, 7.5, 8.5)])
+def test_default_guidance_scale_lies_in_the_trained_range(w_min, w_max, expected):
+    assert validation_guidance_scale(None, w_min, w_max) == expected
+    assert validation_guidance_scale(1.5, w_min, w_max) == 1.5
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_pictures_are_those_of_the_pipeline(pipelines, family):
+    """Drawing stops at the latents and decodes them itself; in float32 that must not be seen."""
+    pipeline = pipelines[family]
+    expected = []
+    for number, prompt in enumerate(PROMPTS):
+        generators = [torch.Generator().manual_seed(3 + 2 * number + k) for k in range(2)]
+        expected += pipeline(
+            [prompt] * 2, num_inference_steps=2, guidance_scale=3.0, height=64, width=64, generator=generators
+        ).images
+    pictures = draw(pipeline, PROMPTS, inference_steps=2, **DRAWING)
+    assert [(p.mode, p.size) for p in pictures] == [("RGB", (64, 64))] * 4
+    ours, theirs = as_array(pictures).astype(int), as_array(expected).astype(int)
+    assert np.abs(ours - theirs).max() <= 1  # the batch is another, and so may be the last bit
+    assert len({picture.tobytes() for picture in pictures}) == 4 and theirs.std() > 20
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_latents_of_the_pipeline_are_the_vae_s_times_its_scale(pipelines, family):
+    """What `decode_latents` undoes is what `encode_pixels` does, and what the pipelines call latents."""
+    pipeline = pipelines[family]
+    options = dict(num_inference_steps=1, guidance_scale=3.0, height=64, width=64)
+    latents, picture = (
+        pipeline(PROMPTS[0], generator=torch.Generator().manual_seed(1), output_type=kind, **options).images
+        for kind in ("latent", "np")
+    )
+    assert latents.shape == (1, 4, 16, 16) and latents.dtype == torch.float32
+    with torch.no_grad():
+        decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+    np.testing.assert_allclose((decoded[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1).numpy(), picture[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [None, 0.5])
+def test_decoding_undoes_encoding(pipelines, shift):
+    """A picture of the toy world there and back, with and without a shift; the batch size does not matter."""
+    vae = pipelines["sd"].vae
+    picture = draw(pipelines["sd"], PROMPTS[:1], inference_steps=4, **DRAWING | {"images_per_prompt": 1})[0]
+    pixels = torch.from_numpy(np.stack([np.asarray(picture)] * 3)).permute(0, 3, 1, 2)
+    vae.register_to_config(shift_factor=shift)
+    try:
+        latents = encode_pixels(vae, pixels, 3, torch.Generator().manual_seed(0))
+        pictures = decode_latents(vae, latents, 3)
+        parts = []
+        hook = vae.decoder.register_forward_pre_hook(lambda module, inputs: parts.append(len(inputs[0])))
+        again = decode_latents(vae, latents, 2)
+        hook.remove()
+    finally:
+        vae.register_to_config(shift_factor=None)
+    assert np.abs(as_array(pictures) - as_array([picture] * 3).astype(float)).mean() < 6
+    assert parts == [2, 1] and np.abs(as_array(pictures).astype(int) - as_array(again)).max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_vae_decodes_in_its_own_dtype_whatever_autocast_says(pipelines, seen_dtypes, dtype):
+    """Under autocast a float32 VAE computes in half precision, where SDXL's overflows: black pictures."""
+    vae = torch.nn.Module.to(copy.deepcopy(pipelines["sd"].vae), dtype)
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)).half()
+    seen = seen_dtypes(vae)
+    with torch.autocast("cpu", dtype=torch.bfloat16 if dtype == torch.float32 else torch.float16):
+        if dtype == torch.float32:
+            vae.decode(latents.float())
+            assert seen == {torch.bfloat16}  # autocast would have it so
+            seen.clear()
+        pictures = decode_latents(vae, latents, 1)
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == {dtype}
+    assert [p.tobytes() for p in pictures] == [p.tobytes() for p in decode_latents(vae, latents, 1)]
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_under_autocast_the_unet_draws_in_half_precision_and_the_vae_does_not(pipelines, seen_dtypes, family):
+    pipeline = pipelines[family]
+    of_unet, of_vae = seen_dtypes(pipeline.unet), seen_dtypes(pipeline.vae)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        draw(pipeline, PROMPTS[:1], inference_steps=1, **DRAWING | {"images_per_prompt": 1})
+    assert of_unet == {torch.bfloat16} and of_vae == {torch.float32}
+
+
+class FakePipeline:
+    """Its latents are one random number over the whole picture, its VAE shows them in red."""
+
+    def __init__(self):
+        self.unet = torch.nn.Dropout().train()
+        self.vae = SimpleNamespace(
+            config=SimpleNamespace(scaling_factor=2.0),
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            decode=lambda latents: SimpleNamespace(sample=torch.cat([latents, latents * 0 - 1, latents * 0 - 1], 1)),
+        )
+        self.calls = []
+
+    def __call__(self, prompts, *, generator, height, width, **options):
+        assert not self.unet.training and options["output_type"] == "latent"
+        self.calls.append((prompts, options["num_inference_steps"], torch.is_autocast_enabled("cpu")))
+        seeds = [torch.rand(1, generator=g).item() for g in generator]
+        return SimpleNamespace(images=torch.stack([torch.full((1, height, width), 2 * s) for s in seeds]))
+
+
+def test_drawing_gives_back_the_mode_and_touches_no_global_randomness():
+    pipeline, before = FakePipeline(), torch.get_rng_state()
+    options = DRAWING | {"resolution": 8, "inference_steps": 1}
+    pictures = draw(pipeline, ["a", "b"], **options)
+    assert pipeline.unet.training and torch.equal(before, torch.get_rng_state())
+    assert len({p.getpixel((0, 0)) for p in pictures}) == 4
+    again = draw(pipeline, ["a", "b"], **options)
+    assert [p.tobytes() for p in pictures] == [p.tobytes() for p in again]
+
+
+# --- showing
+
+
+class FakeTracker:
+    def __init__(self, name):
+        self.name, self.logged = name, []
+        if name == "mlflow":  # takes no pictures
+            return
+        self.log_images = lambda images, step, **options: self.logged.append((images, step, options))
+
+
+def fake_accelerator(trackers=(), is_main_process=True, autocast=nullcontext):
+    return SimpleNamespace(
+        is_main_process=is_main_process, autocast=autocast, wait_for_everyone=lambda: None, trackers=list(trackers)
+    )
+
+
+def test_each_pipeline_draws_a_row_for_each_number_of_steps(tmp_path, monkeypatch, caplog):
+    trackers = [FakeTracker(name) for name in ("tensorboard", "wandb", "mlflow")]
+    grids = []
+
+    def grid(rows, **options):
+        grids.append((rows, options))
+        return Image.new("RGB", (1, 1))
+
+    monkeypatch.setattr(validation, "labelled_grid", grid)
+    student, target = FakePipeline(), FakePipeline()
+    validate(
+        fake_accelerator(trackers, autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16)),
+        {"student": student, "target": target},
+        prompts=["a", "b"],
+        inference_steps=[4, 1, 4],
+        output_dir=str(tmp_path),
+        global_step=7,
+        **DRAWING | {"resolution": 8},
+    )
+    ((rows, options),) = grids
+    assert [label for label, _ in rows] == ["student, 4 steps", "student, 1 step", "target, 4 steps", "target, 1 step"]
+    assert options["columns"] == ["a", "", "b", ""]
+    assert student.calls == target.calls == [([p] * 2, steps, True) for steps in (4, 1) for p in "ab"]
+    reds = [[picture.getpixel((0, 0))[0] for picture in pictures] for _, pictures in rows]
+    assert all(row == reds[0] for row in reds) and len(set(reds[0])) == 4  # the same noise in each row
+    assert (tmp_path / "validation" / "step-000007.png").is_file()
+    tags = [f"validation/{name}" for name in ("student_4_steps", "student_1_step", "target_4_steps", "target_1_step")]
+    tensorboard, wandb, _ = trackers
+    for tracker in (tensorboard, wandb):
+        assert [next(iter(images)) for images, _, _ in tracker.logged] == tags
+        assert {step for _, step, _ in tracker.logged} == {7}
+    images, _, options = tensorboard.logged[0]
+    assert images[tags[0]].shape == (4, 8, 8, 3) and options == {"dataformats": "NHWC"}
+    assert caplog.text.count("the tracker mlflow takes no pictures") == 1
+
+
+def test_a_grid_of_the_toy_teacher_is_on_disk(pipelines, tmp_path):
+    validate(
+        fake_accelerator(),
+        {"student": pipelines["sd"]},
+        prompts=PROMPTS,
+        inference_steps=[1, 2],
+        output_dir=str(tmp_path),
+        global_step=12,
+        **DRAWING | {"images_per_prompt": 1},
+    )
+    with Image.open(tmp_path / "validation" / "step-000012.png") as grid:
+        assert grid.height > 2 * 64 and grid.width > 2 * 64
+
+
+def test_a_dry_run_and_the_other_ranks_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for main, output_dir, calls in ((True, None, 2), (False, "out", 0)):
+        tracker, pipeline = FakeTracker("wandb"), FakePipeline()
+        validate(
+            fake_accelerator([tracker], main),
+            {"student": pipeline},
+            prompts=["a"],
+            inference_steps=[1, 2],
+            output_dir=output_dir,
+            global_step=1,
+            **DRAWING | {"resolution": 8},
+        )
+        assert len(pipeline.calls) == calls and not tracker.logged and not list(tmp_path.iterdir())
