@@ -112,9 +112,8 @@ def main(argv: list[str] | None = None) -> None:
         learning_rate=args.learning_rate,
         scale_lr=args.scale_lr,
     )
-    hub = None
-    if args.push_to_hub and not args.dry_run:
-        hub = open_hub(accelerator, args.hub_model_id, args.hub_token, args.output_dir)
+    push = args.push_to_hub and not args.dry_run
+    hub = open_hub(accelerator, args.hub_model_id, args.hub_token, args.output_dir) if push else None
     start_trackers(accelerator, args.tracker_project_name, flags_to_record)
 
     # The networks: one U-Net, which is the teacher while its adapter is off; the adapter is the student θ.
@@ -277,14 +276,11 @@ def main(argv: list[str] | None = None) -> None:
             base_model_version=sdxl.BASE_MODEL_VERSION,
             scheduler=sampler,
             base_model=args.pretrained_teacher_model,
-            repo_id=hub.repo_id if hub else None,
             global_step=global_step,
             settings=flags_to_record,
             tags=["stable-diffusion-xl"],
+            hub=hub,
         )
-        logger.info("the LoRA is in %s", args.output_dir)
-        if hub:
-            hub.push(f"LCM-LoRA distilled for {global_step} steps")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -113,9 +113,8 @@ def main(argv: list[str] | None = None) -> None:
         learning_rate=args.learning_rate,
         scale_lr=args.scale_lr,
     )
-    hub = None
-    if args.push_to_hub and not args.dry_run:
-        hub = open_hub(accelerator, args.hub_model_id, args.hub_token, args.output_dir)
+    push = args.push_to_hub and not args.dry_run
+    hub = open_hub(accelerator, args.hub_model_id, args.hub_token, args.output_dir) if push else None
     start_trackers(accelerator, args.tracker_project_name, flags_to_record)
 
     # The networks: the frozen parts with the teacher, the student θ, and its slow copy, the target θ⁻.
@@ -280,15 +279,12 @@ def main(argv: list[str] | None = None) -> None:
             target=target,
             scheduler=sampler,
             base_model=args.pretrained_teacher_model,
-            repo_id=hub.repo_id if hub else None,
             guidance_scale=guidance_scale,
             global_step=global_step,
             settings=flags_to_record,
             tags=["stable-diffusion-xl"],
+            hub=hub,
         )
-        logger.info("the model is in %s", args.output_dir)
-        if hub:
-            hub.push(f"LCM distilled for {global_step} steps")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

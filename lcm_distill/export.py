@@ -42,17 +42,17 @@ def export_full_student(
     target: UNet2DConditionModel,
     scheduler: LCMScheduler,
     base_model: str,
-    repo_id: str | None,
     guidance_scale: float,
     global_step: int,
     settings: dict[str, Any],
     tags: list[str],
+    hub: "HubUpload | None" = None,
 ) -> None:
     """Writes `unet/`, `unet_target/`, and at the top the model with its fp16 variant, scheduler and card.
 
     The model at the top is the student, so that `UNet2DConditionModel.from_pretrained(output_dir)` and, with
-    `variant="fp16"`, its half-size twin both load. The rest goes into the card: the teacher (`base_model`), the
-    Hub repository if there is one, a guidance_scale to draw with, the steps trained, the run's `settings`.
+    `variant="fp16"`, its half-size twin both load. The card tells of the teacher (`base_model`), a guidance_scale to
+    draw with, the steps trained and the run's `settings`. Then all that users load goes to the `hub`, if there is one.
     """
     folder = Path(output_dir)
     student.save_pretrained(folder / "unet")
@@ -61,24 +61,24 @@ def export_full_student(
     half = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float16)  # what is saved does load
     half.save_pretrained(folder, variant="fp16")
     scheduler.save_pretrained(folder)
-    usage = _FULL_USAGE.format(model=repo_id or output_dir, teacher=base_model, guidance_scale=guidance_scale)
-    model_card(
-        folder, base_model=base_model, usage=usage, settings=settings | {"max_train_steps": global_step}, tags=tags
-    ).save(folder / "README.md")
+    usage = _FULL_USAGE.format(model=_name(hub, folder), teacher=base_model, guidance_scale=guidance_scale)
+    settings = settings | {"max_train_steps": global_step}
+    card = model_card(folder, base_model=base_model, usage=usage, settings=settings, tags=tags)
+    _finish(folder, card, hub, global_step)
 
 
 def export_lora_student(
     output_dir: str,
     *,
     lora: Lora,
-    pipeline: type,
+    pipeline: Any,
     base_model_version: str,
     scheduler: LCMScheduler,
     base_model: str,
-    repo_id: str | None,
     global_step: int,
     settings: dict[str, Any],
     tags: list[str],
+    hub: "HubUpload | None" = None,
 ) -> None:
     """Writes the student's LoRA for Diffusers and for ComfyUI and A1111, its PEFT adapter, scheduler and card.
 
@@ -93,8 +93,8 @@ def export_lora_student(
     if lora.average:
         save_lora(folder / "target", lora, TARGET, pipeline=pipeline, base_model_version=base_model_version)
     scheduler.save_pretrained(folder)
-    usage = _LORA_USAGE.format(model=repo_id or output_dir, teacher=base_model)
-    model_card(
+    usage = _LORA_USAGE.format(model=_name(hub, folder), teacher=base_model)
+    card = model_card(
         folder,
         base_model=base_model,
         usage=usage,
@@ -104,10 +104,22 @@ def export_lora_student(
         "negative prompts count. It goes together with a style LoRA through `pipe.set_adapters`, and onto fine-tunes "
         "of its teacher. `kohya_lora_weights.safetensors` is the same LoRA for ComfyUI and A1111: sampler LCM, "
         "2 to 8 steps, CFG 1 to 2.",
-    ).save(folder / "README.md")
+    )
+    _finish(folder, card, hub, global_step)
 
 
-def save_lora(folder: Path, lora: Lora, adapter: str, *, pipeline: type, base_model_version: str) -> None:
+def _name(hub: "HubUpload | None", folder: Path) -> str:
+    return hub.repo_id if hub else str(folder)
+
+
+def _finish(folder: Path, card: ModelCard, hub: "HubUpload | None", global_step: int) -> None:
+    card.save(folder / "README.md")
+    logger.info("the result is in %s", folder)
+    if hub:
+        hub.push(f"Distilled for {global_step} steps")
+
+
+def save_lora(folder: Path, lora: Lora, adapter: str, *, pipeline: Any, base_model_version: str) -> None:
     """One adapter as float16 LoRA files in `folder`: Diffusers' format with alpha, and kohya's."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.to(torch.float16).cpu() for name, tensor in lora.state_dict(adapter).items()}

@@ -66,7 +66,7 @@ class Lora:
         unet: UNet2DConditionModel,
         *,
         rank: int,
-        alpha: float,
+        alpha: int,
         dropout: float = 0.0,
         target_modules: list[str] | None = None,
         average: bool = False,

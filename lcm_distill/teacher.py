@@ -236,6 +236,11 @@ def read_configs(teacher: Teacher, *, family: str, resolution: int, num_ddim_tim
             f"{VAE_FLAG}: its latents have {vae.get('latent_channels', 4)} channels, "
             f"the teacher's U-Net takes {unet['in_channels']}."
         )
+    if vae.get("latents_mean") or vae.get("latents_std"):
+        raise UsageError(
+            f"{VAE_FLAG}: its latents are normalised channel by channel (latents_mean, latents_std), as those of "
+            "Playground v2.5; such models are not supported."
+        )
     train_timesteps = scheduler.get("num_train_timesteps", 1000)
     if num_ddim_timesteps > train_timesteps:
         raise UsageError(

@@ -1,10 +1,12 @@
-"""The whole story on a laptop: shards, a distillation of the toy SD teacher, the comparison.
+"""The whole story on a laptop: shards, a distillation of a toy teacher, the comparison.
 
     make demo          or: python -m toy.demo
+    python -m toy.demo --programs sd lora_sd sdxl lora_sdxl --output_dir runs/all        # a quarter of an hour
 
-Draws a few thousand captioned pictures as WebDataset shards, runs `train_lcm_distill_sd_wds.py` on them through
-`accelerate launch` as a user would, then draws teacher, untrained control and student side by side. Everything
-lands in runs/demo: `comparison.png`, `comparison.md` and the model, in `lcm/`.
+Draws a few thousand captioned pictures as WebDataset shards, runs `train_lcm_distill_sd_wds.py` (or the programs
+that are named) on them through `accelerate launch` as a user would, then draws teacher, untrained control and
+student side by side. Everything lands in the output folder: `comparison.png`, `comparison.md`, and what a program
+made in a folder of its name.
 """
 
 import argparse
@@ -19,12 +21,39 @@ from toy import compare
 from toy.make_shards import make_shards
 
 ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = ("sd", "lora_sd", "sdxl", "lora_sdxl")
+
+# w of 1 to 5 for a guidance embedding to learn; a LoRA learns the one at which the comparison draws, 4 − 1.
+_FULL = ("--w_min", "1", "--w_max", "5", "--learning_rate", "5e-4")
+_LORA = ("--w_min", "3", "--w_max", "3", "--learning_rate", "2e-3", "--lora_rank", "16", "--lora_alpha", "16")
+
+
+def distil(program: str, shards: Path, output_dir: Path, steps: int) -> None:
+    """Runs one of the four programs on its toy teacher, as a user would from a shell."""
+    threads = str(os.cpu_count() or 1)
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *("--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+        *("--num_cpu_threads_per_process", threads),
+        str(ROOT / f"train_lcm_distill_{program}_wds.py"),
+        *("--pretrained_teacher_model", str(compare.TEACHERS[program.removeprefix("lora_")])),
+        *("--train_shards_path_or_url", str(shards)),
+        *("--output_dir", str(output_dir)),
+        *("--resolution", "64", "--train_batch_size", "32", "--max_train_steps", str(steps)),
+        *(_LORA if program.startswith("lora") else _FULL),
+        *("--lr_scheduler", "cosine", "--lr_warmup_steps", "20"),
+        *("--loss_type", "huber", "--huber_c", "0.01", "--adam_weight_decay", "0"),
+        *("--num_validation_images", "2", "--validation_steps", "100", "--checkpointing_steps", "1000"),
+        *("--seed", "0", "--report_to", "tensorboard"),
+    ]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": threads})
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=["sd"], help="what to run (default: sd)")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of the distillation")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each distillation")
     parser.add_argument("--count", type=int, default=192, help="pictures in each row of the comparison")
     args = parser.parse_args(argv)
     started = time.perf_counter()
@@ -32,32 +61,18 @@ def main(argv: list[str] | None = None) -> None:
     if args.output_dir.exists():
         shutil.rmtree(args.output_dir)
     shards = args.output_dir / "shards"
-    model = args.output_dir / "lcm"
     print("1/3 drawing captioned pictures into shards", flush=True)
     make_shards(shards, shards=8, samples_per_shard=512, seed=0)
 
-    print(f"2/3 distilling the toy teacher: {args.steps} steps", flush=True)
-    threads = str(os.cpu_count() or 1)
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch"),
-        *("--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-        *("--num_cpu_threads_per_process", threads),
-        str(ROOT / "train_lcm_distill_sd_wds.py"),
-        *("--pretrained_teacher_model", str(compare.TEACHER)),
-        *("--train_shards_path_or_url", str(shards)),
-        *("--output_dir", str(model)),
-        *("--resolution", "64", "--train_batch_size", "32", "--max_train_steps", str(args.steps)),
-        *("--w_min", "1", "--w_max", "5"),
-        *("--learning_rate", "5e-4", "--lr_scheduler", "cosine", "--lr_warmup_steps", "20"),
-        *("--loss_type", "huber", "--huber_c", "0.01", "--adam_weight_decay", "0"),
-        *("--num_validation_images", "2", "--validation_steps", "100", "--checkpointing_steps", "1000"),
-        *("--seed", "0", "--report_to", "tensorboard"),
-    ]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": threads})
+    programs = list(dict.fromkeys(args.programs))
+    for program in programs:
+        print(f"2/3 distilling the toy teacher with train_lcm_distill_{program}_wds.py: {args.steps} steps", flush=True)
+        distil(program, shards, args.output_dir / program, args.steps)
 
     print(f"3/3 drawing the comparison, {args.count} pictures a row", flush=True)
-    compare.main(["--student", str(model), "--output_dir", str(args.output_dir), "--count", str(args.count)])
-    print(f"{time.perf_counter() - started:.0f} s in all; the model is in {model}")
+    students = [str(args.output_dir / program) for program in programs]
+    compare.main(["--student", *students, "--output_dir", str(args.output_dir), "--count", str(args.count)])
+    print(f"{time.perf_counter() - started:.0f} s in all; the results are in {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,124 @@
+"""Does a program run on the real architecture? SD 1.5 with random weights, a few steps, wherever you are.
+
+    python -m benchmarks.real_size_run                       # LoRA, 256 pixels, 2 steps, bf16: fits a CPU with 16 GB
+    python -m benchmarks.real_size_run --program sd --resolution 512 --steps 10 --train_batch_size 4   # on a GPU
+
+Writes a Stable Diffusion 1.5 pipeline of the published shapes (860 M parameters in the U-Net), drawn at random, into a
+temporary folder, runs the program on toy shards through `accelerate launch` as a user would, and prints a JSON line
+with the time and the greatest memory of the process. Pictures and losses mean nothing here.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from lcm_distill.checkpoint import versions
+from toy.make_shards import make_shards
+from toy.train_teacher import build_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def write_sd15(folder: Path, dtype: torch.dtype) -> None:
+    """A pipeline folder of Stable Diffusion 1.5's shapes with random weights in `dtype`, and the toy's tokenizer."""
+    tokenizer = build_tokenizer()
+    text_config = CLIPTextConfig(
+        hidden_size=768,
+        intermediate_size=3072,
+        projection_dim=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        pipeline = StableDiffusionPipeline(
+            vae=AutoencoderKL(
+                block_out_channels=(128, 256, 512, 512),
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                layers_per_block=2,
+                sample_size=512,
+                scaling_factor=0.18215,
+            ),
+            text_encoder=CLIPTextModel(text_config),
+            tokenizer=tokenizer,
+            unet=UNet2DConditionModel(cross_attention_dim=768, sample_size=64),
+            scheduler=PNDMScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                skip_prk_steps=True,
+                steps_offset=1,
+                set_alpha_to_one=False,
+            ),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    finally:
+        torch.set_default_dtype(before)
+    pipeline.save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--program", choices=["sd", "lora_sd"], default="lora_sd")
+    parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--train_batch_size", type=int, default=1)
+    parser.add_argument("--mixed_precision", default="bf16", choices=["no", "fp16", "bf16"])
+    args, more = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        print("writing a random teacher of the real size", flush=True)
+        write_sd15(folder / "teacher", torch.float16)
+        make_shards(folder / "shards", shards=1, samples_per_shard=16, resolution=args.resolution)
+        command = [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"),
+            *("--mixed_precision", args.mixed_precision, "--dynamo_backend", "no"),
+            *(() if torch.cuda.is_available() else ("--cpu",)),
+            str(ROOT / f"train_lcm_distill_{args.program}_wds.py"),
+            *("--pretrained_teacher_model", str(folder / "teacher")),
+            *("--train_shards_path_or_url", str(folder / "shards"), "--output_dir", str(folder / "out")),
+            *("--resolution", str(args.resolution), "--max_train_steps", str(args.steps), "--logging_steps", "1"),
+            *("--train_batch_size", str(args.train_batch_size), "--mixed_precision", args.mixed_precision),
+            *("--num_validation_images", "1", "--validation_inference_steps", "1", "--validation_prompts", "a circle"),
+            *("--seed", "0", "--report_to", "none", *more),
+        ]
+        start = time.perf_counter()
+        subprocess.run(command, check=True)
+        seconds = time.perf_counter() - start
+        written = sorted(path.name for path in (folder / "out").iterdir())
+    result = {
+        "program": args.program,
+        "resolution": args.resolution,
+        "steps": args.steps,
+        "train_batch_size": args.train_batch_size,
+        "mixed_precision": args.mixed_precision,
+        "flags": more,
+        "seconds": round(seconds),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 1),  # Linux: KiB
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
+        "written": written,
+        "versions": versions(),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
