@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may look for anything on the Hub
@@ -10,6 +11,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from toy.make_shards import make_shards
 
@@ -46,6 +48,27 @@ def shards(tmp_path_factory) -> str:
     """Two shards of 24 captioned pictures."""
     folder = tmp_path_factory.mktemp("shards")
     make_shards(folder, shards=2, samples_per_shard=24, seed=3)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def pruned_teacher(tmp_path_factory) -> str:
+    """An SDXL teacher whose U-Net has SSD-1B's layout, random and small."""
+    folder = tmp_path_factory.mktemp("ssd") / "teacher"
+    shutil.copytree(TEACHERS["sdxl"], folder, ignore=shutil.ignore_patterns("unet"))
+    torch.manual_seed(0)
+    config = dict(UNet2DConditionModel.load_config(TEACHERS["sdxl"], subfolder="unet")) | {
+        "block_out_channels": (16, 32, 32),
+        "attention_head_dim": (2, 4, 4),
+        "norm_num_groups": 8,
+        "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "mid_block_type": "UNetMidBlock2D",
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": [1, 2, 4],
+        "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+    }
+    UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
     return str(folder)
 
 

@@ -3,9 +3,12 @@
 import gc
 import io
 import json
+import logging
 import math
 import os
 import re
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +20,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
+from test_flags import PUBLIC_COMMANDS
 
 import train_lcm_distill_sd_wds
 from lcm_distill import sd, sdxl, unets
@@ -320,8 +324,6 @@ def test_sdxl_s_time_ids_are_those_of_the_pictures(program, fixed, command, run,
 
 
 def test_raising_max_train_steps_goes_on_and_a_finished_run_says_so(command, run, tmp_path, caplog):
-    import logging
-
     with caplog.at_level(logging.INFO, "lcm_distill"):
         run(PROGRAMS[0], command(steps=1))
         run(PROGRAMS[0], command(steps=2, resume_from_checkpoint="latest", checkpoints_total_limit=1))
@@ -392,17 +394,51 @@ def test_autocast_has_the_run_s_dtype(command, run, monkeypatch):
     assert (torch.float32, torch.float32) in {s[:2] for s in seen}  # what trains
 
 
+@pytest.mark.parametrize("program", ["train_lcm_distill_sd_wds", "train_lcm_distill_lora_sd_wds"])
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
-def test_other_prediction_types_train(prediction_type, command, run, teacher, tmp_path):
-    import shutil
-
+def test_other_prediction_types_train(program, prediction_type, command, run, teacher, tmp_path):
     shutil.copytree(teacher, tmp_path / "teacher")
     path = tmp_path / "teacher" / "scheduler" / "scheduler_config.json"
     config = json.loads(path.read_text()) | {"prediction_type": prediction_type, "rescale_betas_zero_snr": True}
     path.write_text(json.dumps(config))
-    run(PROGRAMS[0], command(pretrained_teacher_model=str(tmp_path / "teacher")))
+    run(program, command(pretrained_teacher_model=str(tmp_path / "teacher")))
     assert LCMScheduler.from_pretrained(tmp_path / "out").config.prediction_type == prediction_type
-    assert all(torch.isfinite(w).all() for w in weights(tmp_path / "out").values())
+    assert all(torch.isfinite(w).all() for w in result(tmp_path / "out").values())
+
+
+@pytest.mark.parametrize("program", SDXL_PROGRAMS)
+def test_a_teacher_with_pruned_blocks_is_distilled(program, command, run, tmp_path, pruned_teacher):
+    """SSD-1B's layout: no attention in the middle, other numbers of layers up than down."""
+    run(program, command(pretrained_teacher_model=pruned_teacher))
+    pipeline = DiffusionPipeline.from_pretrained(pruned_teacher, torch_dtype=torch.float32)
+    if program in LORA_PROGRAMS:
+        pipeline.load_lora_weights(tmp_path / "out")
+    else:
+        pipeline.unet = UNet2DConditionModel.from_pretrained(tmp_path / "out")
+    drawn(pipeline, tmp_path / "out", guidance_scale=1.0)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_public_launch_commands_run_and_resume(program, command, run, tmp_path, shards, teachers, caplog):
+    """All flags of Diffusers' guides; teacher, VAE, shards, output, steps and precision changed, nothing uploaded."""
+    public = shlex.split(PUBLIC_COMMANDS[program.removeprefix("train_lcm_distill_").removesuffix("_wds")])
+    teacher = teachers[family(program)]
+    changed = {
+        "--pretrained_teacher_model": teacher,
+        "--pretrained_vae_model_name_or_path": f"{teacher}/vae",
+        "--train_shards_path_or_url": shards,
+        "--output_dir": str(tmp_path / "out"),
+        "--resolution": "64",
+        "--mixed_precision": "bf16",
+    }
+    argv = [
+        f"{name}={changed.get(name, value)}" if value else name for name, _, value in (w.partition("=") for w in public)
+    ]
+    argv.remove("--push_to_hub")
+    with caplog.at_level(logging.INFO, "lcm_distill"):
+        run(program, [*argv, "--max_train_steps=1", "--num_validation_images=1"])
+        run(program, [*argv, "--max_train_steps=2", "--num_validation_images=1"])
+    assert "resumed from" in caplog.text and (tmp_path / "out" / "checkpoint-2").exists()
 
 
 def test_sampler_is_saved_with_the_run_s_grid_and_scaling(command, run, tmp_path):
@@ -422,8 +458,6 @@ def test_a_separate_vae_is_used(command, run, teacher, tmp_path):
 
 
 def test_dry_run_writes_nothing(command, run, tmp_path, caplog):
-    import logging
-
     with caplog.at_level(logging.INFO, "lcm_distill"):
         run(PROGRAMS[0], command(dry_run=True, report_to="tensorboard,wandb"))
     assert "dry run" in caplog.text and not (tmp_path / "out").exists()
@@ -440,8 +474,6 @@ def test_dry_run_of_a_resumed_run_does_take_a_step(command, run, tmp_path, monke
 
 
 def test_a_changed_learning_rate_is_used_on_resume(command, run, caplog):
-    import logging
-
     run(PROGRAMS[0], command(steps=1))
     with caplog.at_level(logging.INFO, "lcm_distill"):
         run(PROGRAMS[0], command(steps=2, resume_from_checkpoint="latest", learning_rate=0))

@@ -194,30 +194,9 @@ def test_the_pipeline_treats_the_empty_prompt_as_the_teacher_does(zeros, frozen,
 # SSD-1B: no attention in the middle, other numbers of transformer layers on the way up than on the way down
 
 
-@pytest.fixture(scope="module")
-def pruned(xl, pipeline, tmp_path_factory) -> str:
-    """A teacher folder whose U-Net has SSD-1B's layout and random weights."""
-    folder = copy_of(xl, tmp_path_factory.mktemp("ssd") / "teacher")
-    shutil.rmtree(folder / "unet")
-    torch.manual_seed(0)
-    config = dict(pipeline.unet.config) | {
-        "block_out_channels": (16, 32, 32),
-        "attention_head_dim": (2, 4, 4),
-        "norm_num_groups": 8,
-        "layers_per_block": 2,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "mid_block_type": "UNetMidBlock2D",
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": [1, 2, 4],
-        "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
-    }
-    UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
-    return str(folder)
-
-
-def test_a_pruned_teacher_has_its_student(pruned):
+def test_a_pruned_teacher_has_its_student(pruned_teacher):
     """Config entries that are lists of lists come through reading, saving and copying."""
-    teacher = Teacher(pruned)
+    teacher = Teacher(pruned_teacher)
     configs = read_configs(teacher, family="sdxl", resolution=64, num_ddim_timesteps=50)
     assert configs.unet["mid_block_type"] == "UNetMidBlock2D"
     frozen = sdxl.load_frozen(teacher, device="cpu", dtype=torch.float32)
@@ -232,8 +211,8 @@ def test_a_pruned_teacher_has_its_student(pruned):
         assert torch.equal(unet_output(student, noisy, timesteps, conditioning, embedding), expected)
 
 
-def test_a_pruned_student_is_saved_and_loaded(pruned, tmp_path):
-    unet = UNet2DConditionModel.from_pretrained(pruned, subfolder="unet", torch_dtype=torch.float32)
+def test_a_pruned_student_is_saved_and_loaded(pruned_teacher, tmp_path):
+    unet = UNet2DConditionModel.from_pretrained(pruned_teacher, subfolder="unet", torch_dtype=torch.float32)
     student = student_from_teacher(unet, 256)
     student.save_pretrained(tmp_path)
     loaded = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.float32)
@@ -242,10 +221,12 @@ def test_a_pruned_student_is_saved_and_loaded(pruned, tmp_path):
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
 
 
-def test_a_pruned_teacher_as_a_single_file(pruned, tmp_path):
+def test_a_pruned_teacher_as_a_single_file(pruned_teacher, tmp_path):
     """Its file is taken for SDXL base: the configs have to be named."""
     path = str(tmp_path / "ssd.safetensors")
-    save_single_file(StableDiffusionXLPipeline.from_pretrained(pruned, torch_dtype=torch.float32), path)
-    frozen = sdxl.load_frozen(Teacher(path, config=pruned), device="cpu", dtype=torch.float32)
-    expected = UNet2DConditionModel.from_pretrained(pruned, subfolder="unet", torch_dtype=torch.float32).state_dict()
+    save_single_file(StableDiffusionXLPipeline.from_pretrained(pruned_teacher, torch_dtype=torch.float32), path)
+    frozen = sdxl.load_frozen(Teacher(path, config=pruned_teacher), device="cpu", dtype=torch.float32)
+    expected = UNet2DConditionModel.from_pretrained(
+        pruned_teacher, subfolder="unet", torch_dtype=torch.float32
+    ).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in frozen.unet.state_dict().items())
