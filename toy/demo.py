@@ -25,7 +25,7 @@ PROGRAMS = ("sd", "lora_sd", "sdxl", "lora_sdxl")
 
 # w of 1 to 5 for a guidance embedding to learn; a LoRA learns the one at which the comparison draws, 4 − 1.
 _FULL = ("--w_min", "1", "--w_max", "5", "--learning_rate", "5e-4")
-_LORA = ("--w_min", "3", "--w_max", "3", "--learning_rate", "2e-3", "--lora_rank", "16", "--lora_alpha", "16")
+_LORA = ("--w_min", "3", "--w_max", "3", "--learning_rate", "1e-3", "--lora_alpha", "32", "--ema_decay", "0.95")
 
 
 def distil(program: str, shards: Path, output_dir: Path, steps: int) -> None:

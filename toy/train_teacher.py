@@ -3,7 +3,7 @@
     python -m toy.train_teacher sd        → toy/teachers/sd,   a StableDiffusionPipeline
     python -m toy.train_teacher sdxl      → toy/teachers/sdxl, a StableDiffusionXLPipeline
 
-Two stages. An autoencoder (64 pixels to an 8×8×4 latent) learns to copy pictures; then the U-Net learns to
+Two stages. An autoencoder (64 pixels to a 16×16×4 latent) learns to copy pictures; then the U-Net learns to
 predict noise in its latents, and the text encoders learn with it, from scratch. Captions drop to the empty one
 10 % of the time, so that classifier-free guidance works. The SDXL teacher sees pictures of varied size and
 crop with their time ids, so that the ids matter. Same seed and machine: same weights.
