@@ -5,15 +5,16 @@ import math
 import pytest
 import torch
 
-import train_lcm_distill_sd_wds as program
 from lcm_distill.progress import Progress
 
+PROGRAMS = [f"train_lcm_distill_{kind}_wds" for kind in ("sd", "sdxl", "lora_sd", "lora_sdxl")]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
 @pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
-@pytest.mark.parametrize("cast", [False, True])
-def test_every_precision_trains_and_draws(precision, cast, command, run, monkeypatch):
+@pytest.mark.parametrize("cast", ["cast_teacher_unet", "no-cast_teacher_unet"])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_precision_trains_and_draws(program, precision, cast, command, run, monkeypatch):
     losses = []
     log = Progress.log
 
@@ -23,17 +24,21 @@ def test_every_precision_trains_and_draws(precision, cast, command, run, monkeyp
         return values
 
     monkeypatch.setattr(Progress, "log", recording)
-    run(program.__name__, command(steps=4, mixed_precision=precision, cast_teacher_unet=cast))
+    family = "sdxl" if "sdxl" in program else "sd"
+    run(
+        program, command(family=family, steps=4, mixed_precision=precision, gradient_checkpointing=True, **{cast: True})
+    )
     assert len(losses) >= 4 and all(math.isfinite(loss) for loss in losses)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_no_sync_on_a_step_that_does_not_log(precision, command, run, monkeypatch):
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_no_sync_on_a_step_that_does_not_log(program, precision, command, run, monkeypatch):
     """PyTorch raises at whatever makes the host wait for the device between two logged steps."""
     step, log = Progress.step, Progress.log
 
-    def watch(self):
-        step(self)
+    def watch(self, grad_norm):
+        step(self, grad_norm)
         torch.cuda.set_sync_debug_mode("error")
 
     def unwatched(*args):
@@ -43,6 +48,7 @@ def test_no_sync_on_a_step_that_does_not_log(precision, command, run, monkeypatc
     monkeypatch.setattr(Progress, "step", watch)
     monkeypatch.setattr(Progress, "log", unwatched)
     try:
-        run(program.__name__, command(steps=6, logging_steps=5, checkpointing_steps=6, mixed_precision=precision))
+        options = {"logging_steps": 5, "checkpointing_steps": 6, "mixed_precision": precision, "w_max": 7}
+        run(program, command(family="sdxl" if "sdxl" in program else "sd", steps=6, **options))
     finally:
         torch.cuda.set_sync_debug_mode("default")
