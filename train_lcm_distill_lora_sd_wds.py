@@ -73,10 +73,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     configs = read_configs(teacher, family="sd", resolution=args.resolution, num_ddim_timesteps=args.num_ddim_timesteps)
     target_modules = parse_target_modules(args.lora_target_modules, configs.unet)
-    adapter = dict(
-        rank=args.lora_rank, alpha=args.lora_alpha, target_modules=target_modules, average=args.ema_decay > 0
-    )
-    design = unets.architecture(configs.unet) | adapter
+    design = unets.architecture(configs.unet) | {
+        "--lora_rank": args.lora_rank,
+        "--lora_alpha": args.lora_alpha,
+        "--lora_target_modules": target_modules,
+        "--ema_decay above 0": args.ema_decay > 0,
+    }
     checkpoint, resumed = find_run(
         args.resume_from_checkpoint, args.output_dir, PROGRAM, design, seed=args.seed, dry_run=args.dry_run
     )
@@ -114,10 +116,17 @@ def main(argv: list[str] | None = None) -> None:
 
     # The networks: one U-Net, which is the teacher while its adapter is off; the adapter is the student θ.
     dtype = inference_dtype(accelerator)
-    base_dtype = torch.float32 if args.float32_base else dtype
+    base_dtype = dtype if args.cast_teacher_unet else torch.float32
     frozen = sd.load_frozen(teacher, device=accelerator.device, dtype=dtype, unet_dtype=base_dtype)
     unet = frozen.unet
-    lora = Lora(unet, dropout=args.lora_dropout, **adapter)
+    lora = Lora(
+        unet,
+        rank=args.lora_rank,
+        alpha=args.lora_alpha,
+        dropout=args.lora_dropout,
+        target_modules=target_modules,
+        average=args.ema_decay > 0,
+    )
     if args.enable_xformers_memory_efficient_attention:
         unets.enable_xformers(unet)
     if args.gradient_checkpointing:
@@ -264,10 +273,10 @@ def main(argv: list[str] | None = None) -> None:
         export_lora_student(
             args.output_dir,
             lora=lora,
-            pipeline=sd.PIPELINE,
             base_model_version=sd.base_model_version(configs.unet),
             scheduler=sampler,
-            base_model=args.pretrained_teacher_model,
+            teacher=teacher,
+            pipeline=sd.PIPELINE,
             global_step=global_step,
             settings=flags_to_record,
             tags=["stable-diffusion"],

@@ -221,7 +221,7 @@ def check_resumable(
     if different:
         raise UsageError(
             f"{where} is of another architecture ({'; '.join(different[:4])}). Give the teacher and the "
-            "flags that it was made with, or another --output_dir."
+            "flags that it was made with (time_cond_proj_dim is --unet_time_cond_proj_dim), or another --output_dir."
         )
     if seed is not None and run["seed"] != seed:
         raise UsageError(f"--seed {seed}: the checkpoint {path} was made with seed {run['seed']}; give that or none.")

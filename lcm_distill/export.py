@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from lcm_distill.errors import UsageError
 from lcm_distill.lora import STUDENT, TARGET, Lora
+from lcm_distill.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,6 @@ UPLOADED = [
     "pytorch_lora_weights.safetensors",
     "kohya_lora_weights.safetensors",
     "adapter/*",
-    "target/*",
     "validation/*.png",
 ]
 
@@ -41,7 +41,8 @@ def export_full_student(
     student: UNet2DConditionModel,
     target: UNet2DConditionModel,
     scheduler: LCMScheduler,
-    base_model: str,
+    teacher: Teacher,
+    pipeline: Any,
     guidance_scale: float,
     global_step: int,
     settings: dict[str, Any],
@@ -51,8 +52,8 @@ def export_full_student(
     """Writes `unet/`, `unet_target/`, and at the top the model with its fp16 variant, scheduler and card.
 
     The model at the top is the student, so that `UNet2DConditionModel.from_pretrained(output_dir)` and, with
-    `variant="fp16"`, its half-size twin both load. The card tells of the teacher (`base_model`), a guidance_scale to
-    draw with, the steps trained and the run's `settings`. Then all that users load goes to the `hub`, if there is one.
+    `variant="fp16"`, its half-size twin both load. The card tells of the `teacher`, a guidance_scale to draw with,
+    the steps trained and the run's `settings`. Then all that users load goes to the `hub`, if there is one.
     """
     folder = Path(output_dir)
     student.save_pretrained(folder / "unet")
@@ -61,9 +62,11 @@ def export_full_student(
     half = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float16)  # what is saved does load
     half.save_pretrained(folder, variant="fp16")
     scheduler.save_pretrained(folder)
-    usage = _FULL_USAGE.format(model=_name(hub, folder), teacher=base_model, guidance_scale=guidance_scale)
+    usage = _FULL_USAGE.format(
+        model=_name(hub, folder), load=teacher.loading_code(pipeline, "unet=unet"), guidance_scale=guidance_scale
+    )
     settings = settings | {"max_train_steps": global_step}
-    card = model_card(folder, base_model=base_model, usage=usage, settings=settings, tags=tags)
+    card = model_card(folder, base_model=teacher.model, usage=usage, settings=settings, tags=tags)
     _finish(folder, card, hub, global_step)
 
 
@@ -74,7 +77,7 @@ def export_lora_student(
     pipeline: Any,
     base_model_version: str,
     scheduler: LCMScheduler,
-    base_model: str,
+    teacher: Teacher,
     global_step: int,
     settings: dict[str, Any],
     tags: list[str],
@@ -93,10 +96,10 @@ def export_lora_student(
     if lora.average:
         save_lora(folder / "target", lora, TARGET, pipeline=pipeline, base_model_version=base_model_version)
     scheduler.save_pretrained(folder)
-    usage = _LORA_USAGE.format(model=_name(hub, folder), teacher=base_model)
+    usage = _LORA_USAGE.format(model=_name(hub, folder), load=teacher.loading_code(pipeline))
     card = model_card(
         folder,
-        base_model=base_model,
+        base_model=teacher.model,
         usage=usage,
         settings=settings | {"max_train_steps": global_step},
         tags=["lora", *tags],
@@ -124,7 +127,8 @@ def save_lora(folder: Path, lora: Lora, adapter: str, *, pipeline: Any, base_mod
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.to(torch.float16).cpu() for name, tensor in lora.state_dict(adapter).items()}
     # Of the configuration, what every version of PEFT knows: a file made here loads there.
-    known = ("r", "lora_alpha", "lora_dropout", "bias", "target_modules")
+    # Not the dropout: Diffusers would make layers of it, in training mode.
+    known = ("r", "lora_alpha", "bias", "target_modules")
     config = {name: value for name, value in lora.config.to_dict().items() if name in known}
     config["target_modules"] = sorted(config["target_modules"])
     pipeline.save_lora_weights(folder, unet_lora_layers=weights, unet_lora_adapter_metadata=config)
@@ -148,19 +152,19 @@ def save_lora(folder: Path, lora: Lora, adapter: str, *, pipeline: Any, base_mod
 
 _LORA_USAGE = """\
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers import LCMScheduler
 
-pipe = DiffusionPipeline.from_pretrained({teacher!r}, torch_dtype=torch.float16).to("cuda")
+{load}
 pipe.scheduler = LCMScheduler.from_pretrained({model!r})
 pipe.load_lora_weights({model!r})
 picture = pipe("your prompt", num_inference_steps=4, guidance_scale=1.0).images[0]"""
 
 _FULL_USAGE = """\
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+from diffusers import LCMScheduler, UNet2DConditionModel
 
 unet = UNet2DConditionModel.from_pretrained({model!r}, torch_dtype=torch.float16, variant="fp16")
-pipe = DiffusionPipeline.from_pretrained({teacher!r}, unet=unet, torch_dtype=torch.float16).to("cuda")
+{load}
 pipe.scheduler = LCMScheduler.from_pretrained({model!r})
 picture = pipe("your prompt", num_inference_steps=4, guidance_scale={guidance_scale:g}).images[0]"""
 

@@ -73,8 +73,8 @@ fraction = number(float, 0, 1)
 below_one = number(float, 0, 1 - 2**-24)
 
 
-def _switch(group: Any, name: str, help: str) -> None:
-    group.add_argument(name, action=argparse.BooleanOptionalAction, default=False, help=help)
+def _switch(group: Any, name: str, help: str, default: bool = False) -> None:
+    group.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=help)
 
 
 def add_model_flags(parser: Parser) -> None:
@@ -285,21 +285,8 @@ def add_speed_flags(parser: Parser, *, cast_base: bool = False) -> None:
         "schedule, the solver and the loss stay float32",
     )
     _switch(group, "--allow_tf32", "TF32 matrix products and convolutions where float32 is asked for (Ampere or newer)")
-    if cast_base:
-        base = group.add_mutually_exclusive_group()
-        base.add_argument(
-            "--no-cast_teacher_unet",
-            dest="float32_base",
-            action="store_true",
-            help="keep the frozen U-Net in float32: more exact, and twice the memory",
-        )
-        base.add_argument(
-            "--cast_teacher_unet",
-            action="store_true",
-            help="keep the frozen U-Net in the mixed precision; that is how it is without this flag too",
-        )
-    else:
-        _switch(group, "--cast_teacher_unet", "keep the teacher U-Net in the mixed precision instead of float32")
+    what = "the frozen U-Net under the adapter" if cast_base else "the teacher U-Net"
+    _switch(group, "--cast_teacher_unet", f"keep {what} in the mixed precision instead of float32", default=cast_base)
     _switch(
         group,
         "--enable_xformers_memory_efficient_attention",

@@ -31,13 +31,13 @@ STUDENT, TARGET = "student", "target"  # the adapters' names inside the U-Net
 
 
 def parse_target_modules(text: str | None, unet_config: Mapping[str, Any]) -> list[str]:
-    """`--lora_target_modules` as a list: module names joined by commas, those of LCM-LoRA if None.
+    """`--lora_target_modules` as a sorted list: module names joined by commas, those of LCM-LoRA if None.
 
     A name stands for every module of a U-Net of `unet_config` whose path ends in it. `UsageError` unless each names
     linear layers or convolutions; the weights need not be loaded for that.
     """
     if text is None:
-        return list(TARGET_MODULES)
+        return sorted(TARGET_MODULES)
     chosen = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(unet_config))
@@ -50,7 +50,7 @@ def parse_target_modules(text: str | None, unet_config: Mapping[str, Any]) -> li
             )
     if not chosen:
         raise UsageError("--lora_target_modules names no module; leave it out for those of LCM-LoRA.")
-    return chosen
+    return sorted(chosen)
 
 
 class Lora:
@@ -78,22 +78,30 @@ class Lora:
         unet.requires_grad_(False)
         unet.train()
         unet.add_adapter(self.config, adapter_name=STUDENT)
-        for parameter in self.parameters():
+        for parameter in self._find(STUDENT):
             parameter.data = parameter.data.float()
         if average:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # PEFT asks whether two adapters are meant
                 unet.add_adapter(self.config, adapter_name=TARGET)
-            for parameter, source in zip(self.parameters(TARGET), self.parameters(), strict=True):
+            for parameter, source in zip(self._find(TARGET), self._find(STUDENT), strict=True):
                 parameter.data = source.detach().clone()
                 parameter.requires_grad_(False)
         self.average = average
+        self._parameters = {name: self._find(name) for name in ([STUDENT, TARGET] if average else [STUDENT])}
         self._layers = [module for module in unet.modules() if isinstance(module, LoraLayer)]
+        for layer in self._layers:
+            # Autocast casts to what it computes in. PEFT's cast to float32 before would have each layer keep a copy of
+            # its input for the backward pass.
+            layer.cast_input_dtype_enabled = False
         self._dropouts = [module for module in unet.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
         unet.set_adapter(STUDENT)
 
     def parameters(self, adapter: str = STUDENT) -> list[torch.nn.Parameter]:
         """The weights of one adapter, always in the same order."""
+        return self._parameters[adapter]
+
+    def _find(self, adapter: str) -> list[torch.nn.Parameter]:
         return [p for name, p in self.unet.named_parameters() if "lora_" in name and f".{adapter}." in name]
 
     # PEFT's own switches also turn the gradients of all adapters off and on, for the hundreds of layers, at each pass.

@@ -24,6 +24,7 @@ from lcm_distill.unets import check_teacher_config
 
 FLAG = "--pretrained_teacher_model"
 VAE_FLAG = "--pretrained_vae_model_name_or_path"
+_SD2_NAME = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # Where the original programs' layout keeps each part. The optimizer's average, "model_ema.", is not read.
 _ORIGINAL = {
@@ -65,6 +66,28 @@ class Teacher:
     def is_single_file(self) -> bool:
         return self.model.endswith(".safetensors")
 
+    def loading_code(self, pipeline: Any, *arguments: str) -> str:
+        """Python code that makes `pipe`, this teacher in half precision on a GPU, for a model card.
+
+        `pipeline` is the family's pipeline class; `arguments` go into the call beside those that find the teacher.
+        """
+        lines = []
+        given = [f"revision={self.revision!r}"] * bool(self.revision) + [f"variant={self.variant!r}"] * bool(
+            self.variant
+        )
+        source = "DiffusionPipeline.from_pretrained"
+        if self.is_single_file:
+            source = f"{pipeline.__name__}.from_single_file"
+            given = [f"config={self.config!r}"] * bool(self.config)
+        if self.vae:
+            own = f", revision={self.vae_revision!r}" if self.vae_revision else ""
+            lines += [f"vae = AutoencoderKL.from_pretrained({self.vae!r}{own}, torch_dtype=torch.float16)"]
+            given += ["vae=vae"]
+        given = [*given, *arguments, "torch_dtype=torch.float16"]
+        lines += [f'pipe = {source}({", ".join([repr(self.model), *given])}).to("cuda")']
+        kinds = [source.partition(".")[0]] + ["AutoencoderKL"] * bool(self.vae)
+        return "\n".join([f"from diffusers import {', '.join(sorted(kinds))}", *lines])
+
     @functools.cached_property
     def config_source(self) -> str:
         """The folder or Hub id that holds the configs. `UsageError` if a single file cannot be read."""
@@ -92,6 +115,11 @@ class Teacher:
             raise UsageError(
                 f"{FLAG} {self.model} predicts v{' and ends at zero SNR' if 'ztsnr' in shapes else ''}: name a "
                 "Diffusers folder or Hub id whose scheduler config says so as --teacher_config."
+            )
+        if shapes.get(_SD2_NAME, [0])[-1] == 1024:  # some predict ε and some v, and the file does not tell
+            raise UsageError(
+                f"{FLAG} {self.model} is a Stable Diffusion 2 model, of which some predict noise and some v: name a "
+                "Diffusers folder or Hub id whose scheduler config says which as --teacher_config."
             )
         # Diffusers tells models apart by a few names and shapes: no weights need to be read.
         outline = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}

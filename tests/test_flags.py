@@ -47,6 +47,7 @@ _SDXL = {"resolution": (int, 1024), "w_min": (float, 3.0), "vae_encode_batch_siz
 _SDXL |= {"use_fix_crop_and_size": (bool, False)}
 _FULL_ONLY = ("unet_time_cond_proj_dim", "ema_decay")
 _LORA = {name: value for name, value in SD_FLAGS.items() if name not in _FULL_ONLY} | {
+    "cast_teacher_unet": (bool, True),  # the base of a LoRA is in the low precision unless told otherwise
     "lora_rank": (int, 64), "lora_alpha": (int, 64), "lora_dropout": (float, 0.0), "lora_target_modules": (str, None),
 }  # fmt: skip
 FLAGS = {"sd": SD_FLAGS, "sdxl": SD_FLAGS | _SDXL, "lora_sd": _LORA, "lora_sdxl": _LORA | _SDXL}
@@ -116,13 +117,6 @@ def test_public_command_line_parses(program):
     assert args.loss_type == "huber" and args.use_8bit_adam and args.train_batch_size == 12
 
 
-def test_casting_the_base_of_a_lora_is_said_once(capsys):
-    with pytest.raises(SystemExit):
-        parse("--cast_teacher_unet", "--no-cast_teacher_unet", program="lora_sd")
-    assert "not allowed with" in capsys.readouterr().err
-    assert parse("--no-cast_teacher_unet", program="lora_sd").float32_base
-
-
 @pytest.mark.parametrize(
     "argv",
     ["--w_min 9 --w_max 5", "--resolution 0", "--train_batch_size -1", "--learning_rate x", "--ema_decay 1.5",
@@ -140,10 +134,7 @@ def test_values_out_of_range_are_refused_in_one_line_that_names_the_flag(argv, c
 def test_no_flag_is_declared_and_unread(program):
     """Six flags of the public programs do nothing: cache_dir, center_crop, random_flip, scale_lr, …"""
     declared = set(vars(program.parse_args(["--pretrained_teacher_model", "x"])))
-    if "float32_base" in declared:  # where the base is cast anyway, the flag only rules out its contrary
-        declared.remove("cast_teacher_unet")
     read = set(re.findall(r"\bargs\.(\w+)", Path(program.__file__).read_text()))
-    read |= set(re.findall(r"\bargs\.(\w+)", (ROOT / "lcm_distill" / "flags.py").read_text()))
     assert declared == read & declared, f"declared and unread: {sorted(declared - read)}"
     assert read <= declared, f"read and undeclared: {sorted(read - declared)}"
 

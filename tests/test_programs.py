@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,10 @@ from test_flags import PUBLIC_COMMANDS
 
 import train_lcm_distill_sd_wds
 from lcm_distill import sd, sdxl, unets
+from lcm_distill.consistency import ConsistencyFunction, guidance_embedding
 from lcm_distill.errors import DivergenceError, UsageError
+from lcm_distill.schedule import DDIMSolver, NoiseSchedule
+from lcm_distill.teacher import Teacher, read_configs
 from toy.make_shards import make_shards
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,6 +166,79 @@ def drawn(pipeline, out: Path, **options) -> np.ndarray:
     picture = pipeline(PROMPT, num_inference_steps=4, **options).images[0]
     assert picture.size == (64, 64)
     return np.asarray(picture).astype(int)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_step_is_that_of_algorithm_1(program, command, run, monkeypatch, teachers):
+    """Which network sees what at which timestep, and the loss worked out again from what they answered.
+
+    Guidance left out, the student as its own teacher, the target at the wrong timestep: runs still ended well.
+    """
+    is_lora, module = "lora" in program, {"sd": sd, "sdxl": sdxl}[family(program)]
+    calls = []
+    forward = UNet2DConditionModel.forward
+
+    def spy(self, sample, timesteps, **kwargs):
+        output = forward(self, sample, timesteps, **kwargs)
+        layers = [layer for layer in self.modules() if hasattr(layer, "lora_A")]
+        adapters = {"off" if layer.disable_adapters else tuple(layer.active_adapters)[0] for layer in layers}
+        calls.append(SimpleNamespace(
+            network=self, sample=sample.clone(), timesteps=timesteps.clone(), output=output.sample.detach().clone(),
+            states=kwargs["encoder_hidden_states"], w=kwargs.get("timestep_cond"), adapters=adapters,
+            added=kwargs.get("added_cond_kwargs"), grad=torch.is_grad_enabled() and output.sample.requires_grad,
+        ))  # fmt: skip
+        return output
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", spy)
+    losses = captured_losses(monkeypatch)
+    options = {"lora_rank": 4, "lora_dropout": 0.3} if is_lora else {}
+    run(program, command(
+        steps=2, family=family(program), train_batch_size=3, w_min=3, w_max=3, ema_decay=0.9, learning_rate=1e-2,
+        loss_type="huber", huber_c=0.01, num_ddim_timesteps=10, **options,
+    ))  # fmt: skip
+    student, teacher, target = calls[3:6]  # of the second step: by then the three networks differ
+
+    assert (student.grad, teacher.grad, target.grad) == (True, False, False)
+    if is_lora:
+        assert student.network is teacher.network is target.network
+        assert [call.adapters for call in (student, teacher, target)] == [{"student"}, {"off"}, {"target"}]
+        assert student.w is teacher.w is target.w is None
+    else:
+        assert len({id(call.network) for call in (student, teacher, target)}) == 3
+        assert torch.equal(student.w, guidance_embedding(torch.full((3,), 3.0))) and torch.equal(student.w, target.w)
+        assert teacher.w is None and calls[0].network is student.network
+
+    source = Teacher(teachers[family(program)])
+    frozen = module.load_frozen(source, device="cpu", dtype=torch.float32)
+    empty = module.encode_captions(frozen, [""])
+    assert torch.equal(teacher.states[:3], student.states) and torch.equal(target.states, student.states)
+    assert torch.equal(teacher.states[3:], empty["encoder_hidden_states"].expand(3, -1, -1))
+    if module is sdxl:
+        text = empty["added_cond_kwargs"]["text_embeds"]
+        assert torch.equal(teacher.added["text_embeds"][3:], text.expand(3, -1))
+        assert torch.equal(target.added["text_embeds"], student.added["text_embeds"])
+
+    schedule = NoiseSchedule.from_config(
+        read_configs(source, family=family(program), resolution=64, num_ddim_timesteps=10).scheduler
+    )
+    solver, consistency = DDIMSolver(schedule, 10), ConsistencyFunction(schedule, 10.0)
+    index = torch.searchsorted(solver.timesteps, student.timesteps)
+    assert torch.equal(solver.timesteps[index], student.timesteps)
+    assert torch.equal(teacher.timesteps, student.timesteps.repeat(2))
+    assert torch.equal(target.timesteps, solver.previous_timesteps[index])
+    assert torch.equal(teacher.sample, student.sample.repeat(2, 1, 1, 1))
+    # By hand: (1 + w)·Ψ(c) − w·Ψ(∅).
+    branches = []
+    for output in teacher.output.chunk(2):
+        clean = schedule.predict_sample(output, student.sample, student.timesteps)
+        epsilon = schedule.predict_noise(output, student.sample, student.timesteps)
+        branches.append(solver.step(clean, epsilon, index))
+    previous = 4 * branches[0] - 3 * branches[1]
+    torch.testing.assert_close(target.sample, previous, rtol=1e-4, atol=1e-4)
+    goal = consistency(target.output, target.sample, target.timesteps)
+    difference = consistency(student.output, student.sample, student.timesteps) - goal
+    loss = ((difference**2 + 0.01**2).sqrt() - 0.01).mean()
+    assert losses[1][1] == pytest.approx(float(loss), rel=1e-5)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -572,14 +649,15 @@ def torchrun(argv: list[str], tmp_path: Path) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-def test_two_ranks_train_one_model_on_their_own_data_and_resume(command, tmp_path):
+@pytest.mark.parametrize("kind", ["sd", "lora_sdxl"])
+def test_two_ranks_train_one_model_on_their_own_data_and_resume(kind, command, tmp_path):
     """Two gloo processes: disjoint samples, other draws, equal weights, a resume that changes nothing."""
     script = tmp_path / "ranks.py"
     script.write_text(f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-import train_lcm_distill_sd_wds as program
+import train_lcm_distill_{kind}_wds as program
 from lcm_distill.progress import Progress
 
 rank = None
@@ -600,18 +678,21 @@ end = program.Progress.close
 def close(self):
     accelerator = self._accelerator
     assert accelerator.num_processes == 2
-    weights = torch.cat([p.detach().flatten() for p in accelerator._models[0].parameters()])
+    weights = torch.cat([p.detach().flatten() for p in accelerator._models[0].parameters() if p.requires_grad])
     torch.save({{"log": log, "weights": weights}}, sys.argv[1] + f"-rank{{accelerator.process_index}}.pt")
     end(self)
 program.Progress.close = close
 program.main(sys.argv[2:])
 """)
+    options = {"family": "sdxl", "lora_rank": 4, "ema_decay": 0.9} if "lora" in kind else {}
     for name, steps, more in (
         ("whole", 4, []),
         ("halves", 2, []),
         ("halves", 4, ["--resume_from_checkpoint", "latest"]),
     ):
-        done = torchrun([str(script), str(tmp_path / f"{name}{steps}"), *command(name, steps=steps), *more], tmp_path)
+        done = torchrun(
+            [str(script), str(tmp_path / f"{name}{steps}"), *command(name, steps, **options), *more], tmp_path
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     whole = [torch.load(tmp_path / f"whole4-rank{rank}.pt") for rank in (0, 1)]
     halves = [torch.load(tmp_path / f"halves4-rank{rank}.pt") for rank in (0, 1)]
@@ -620,6 +701,7 @@ program.main(sys.argv[2:])
     for rank in (0, 1):
         assert halves[rank]["log"] == whole[rank]["log"][-len(halves[rank]["log"]) :]
         assert torch.equal(halves[rank]["weights"], whole[rank]["weights"])
+    assert same(result(tmp_path / "whole"), result(tmp_path / "halves"))
 
 
 def test_accelerate_launch_prints_a_plain_message_for_a_mistake(command, tmp_path):

@@ -255,13 +255,6 @@ def test_a_file_of_another_network_than_its_configs_is_a_message(teacher, single
         (
             {
                 "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
-                "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": (320, 1024),
-            },
-            "stabilityai/stable-diffusion-2-1",
-        ),
-        (
-            {
-                "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
                 "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias": (1280,),
             },
             "stabilityai/stable-diffusion-xl-base-1.0",
@@ -274,6 +267,39 @@ def test_the_model_a_file_is_taken_for(shapes, source, tmp_path):
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
     assert Teacher(path).config_source == source
     assert Teacher(path, config="some/model").config_source == "some/model"
+
+
+def test_a_single_file_of_sd_2_needs_a_config(tmp_path):
+    """Diffusers takes all of them for 2.1, which predicts v; 2.0 base, of the same shapes, predicts noise."""
+    path = str(tmp_path / "model.safetensors")
+    name = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+    save_file({name: torch.zeros(320, 1024)}, path)
+    with pytest.raises(UsageError, match="Stable Diffusion 2 .*--teacher_config"):
+        Teacher(path).config_source  # noqa: B018
+    assert Teacher(path, config="some/model").config_source == "some/model"
+
+
+@pytest.mark.parametrize("kind", ["folder", "variant", "vae", "single file"])
+def test_the_model_card_s_code_loads_the_teacher(kind, teachers, tmp_path):
+    """It named a single file as a Hub id, and left out the variant: the lines did not run."""
+    folder = teachers["sd"]
+    if kind == "variant":
+        StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float16).save_pretrained(
+            tmp_path / "half", variant="fp16"
+        )
+        teacher = Teacher(str(tmp_path / "half"), variant="fp16")
+    elif kind == "single file":
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+        save_single_file(pipeline, tmp_path / "teacher.safetensors")
+        teacher = Teacher(str(tmp_path / "teacher.safetensors"), config=folder)
+    else:
+        teacher = Teacher(folder, vae=f"{folder}/vae" if kind == "vae" else None)
+    code = teacher.loading_code(StableDiffusionPipeline, "safety_checker=None")
+    assert code.endswith('.to("cuda")')
+    names: dict = {"torch": torch}
+    exec(code.replace('.to("cuda")', ""), names)
+    assert isinstance(names["pipe"], StableDiffusionPipeline) and names["pipe"].unet.dtype == torch.float16
+    assert (names["pipe"].vae is names.get("vae")) == (kind == "vae")
 
 
 def test_a_file_marked_as_predicting_v_needs_a_config_that_says_so(tmp_path):
