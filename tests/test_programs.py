@@ -183,9 +183,9 @@ def test_a_step_is_that_of_algorithm_1(program, command, run, monkeypatch, teach
         layers = [layer for layer in self.modules() if hasattr(layer, "lora_A")]
         adapters = {"off" if layer.disable_adapters else tuple(layer.active_adapters)[0] for layer in layers}
         calls.append(SimpleNamespace(
-            network=self, sample=sample.clone(), timesteps=timesteps.clone(), output=output.sample.detach().clone(),
+            network=self, sample=sample.clone(), timesteps=timesteps.clone(), output=output[0].detach().clone(),
             states=kwargs["encoder_hidden_states"], w=kwargs.get("timestep_cond"), adapters=adapters,
-            added=kwargs.get("added_cond_kwargs"), grad=torch.is_grad_enabled() and output.sample.requires_grad,
+            added=kwargs.get("added_cond_kwargs"), grad=torch.is_grad_enabled() and output[0].requires_grad,
         ))  # fmt: skip
         return output
 
