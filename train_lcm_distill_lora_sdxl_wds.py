@@ -27,6 +27,7 @@ from lcm_distill.consistency import ConsistencyFunction, consistency_loss, draw_
 from lcm_distill.ema import update_ema
 from lcm_distill.errors import run_program
 from lcm_distill.export import export_lora_student, open_hub
+from lcm_distill.filters import parse_filters
 from lcm_distill.latents import encode_pixels
 from lcm_distill.lora import TARGET, Lora, parse_target_modules
 from lcm_distill.optim import build_lr_scheduler, build_optimizer, keeping_settings
@@ -64,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     # What can be wrong with the flags is said here, before anything is loaded.
     trackers = parse_trackers(args.report_to)
     shards = expand_shards(args.train_shards_path_or_url)
+    filters = parse_filters(args.filter, max_pwatermark=args.max_pwatermark, min_aesthetic=args.min_aesthetic)
     teacher = Teacher(
         args.pretrained_teacher_model,
         revision=args.teacher_revision,
@@ -100,7 +102,13 @@ def main(argv: list[str] | None = None) -> None:
         local_rank=args.local_rank,
         dry_run=args.dry_run,
     )
-    preflight = inspect_shards(shards, resolution=args.resolution, caption_column=args.caption_column)
+    preflight = inspect_shards(
+        shards,
+        resolution=args.resolution,
+        caption_column=args.caption_column,
+        min_image_size=args.min_image_size,
+        filters=filters,
+    )
     logger.info("%s", preflight)
     seed = settle_seed(resumed.get("seed", args.seed))
     flags_to_record = public_flags(vars(args))
@@ -163,6 +171,11 @@ def main(argv: list[str] | None = None) -> None:
         random_flip=args.random_flip,
         proportion_empty_prompts=args.proportion_empty_prompts,
         caption_column=args.caption_column,
+        min_image_size=args.min_image_size,
+        filters=filters,
+        max_bad_fraction=args.max_bad_fraction,
+        shuffle_window=args.shuffle_window,
+        resampled=args.resampled_shards,
     )
     loader = make_loader(stream, num_workers=args.dataloader_num_workers)
     random = BatchRandom(seed, accelerator.process_index, accelerator.device)

@@ -114,8 +114,8 @@ def add_data_flags(parser: Parser, *, resolution: int) -> None:
         "--train_shards_path_or_url",
         type=str,
         default=None,
-        help="WebDataset shards: a tar, a folder of tars, a pattern such as data/{00000..00099}.tar, "
-        "a URL or 'pipe:COMMAND'; several are joined by '::'",
+        help="WebDataset shards: a tar, a folder of tars, a pattern such as data/{00000..00099}.tar, a .txt file with "
+        "one of these on each line, a URL (https, s3, hf, …) or 'pipe:COMMAND'; several are joined by '::'",
     )
     group.add_argument(
         "--caption_column",
@@ -143,6 +143,47 @@ def add_data_flags(parser: Parser, *, resolution: int) -> None:
     group.add_argument(
         "--proportion_empty_prompts", type=fraction, default=0, help="share of the captions replaced by the empty one"
     )
+    group.add_argument(
+        "--min_image_size",
+        type=count,
+        default=0,
+        metavar="PIXELS",
+        help="leave out pictures whose shorter side is shorter than this (default: 0, none)",
+    )
+    group.add_argument(
+        "--max_pwatermark",
+        type=number(float),
+        default=None,
+        help="leave out pictures whose JSON gives a higher pwatermark; a missing key never rejects",
+    )
+    group.add_argument(
+        "--min_aesthetic",
+        type=number(float),
+        default=None,
+        help="leave out pictures whose JSON gives a lower aesthetic (or aesthetic_score, AESTHETIC_SCORE)",
+    )
+    group.add_argument(
+        "--filter",
+        type=str,
+        nargs="+",
+        default=None,
+        metavar="CONDITION",
+        help="leave out pictures whose JSON does not satisfy this: a key, one of >= <= > < = !=, and a number or a "
+        "word, in quotes, such as 'punsafe<0.2' 'meta.language=en'",
+    )
+    group.add_argument(
+        "--max_bad_fraction",
+        type=fraction,
+        default=0.5,
+        help="stop when more than this share of the samples (of at least 500) cannot be used; filters do not count",
+    )
+    group.add_argument(
+        "--shuffle_window",
+        type=positive_int,
+        default=1000,
+        help="samples that each worker shuffles among themselves (at most 256 MiB); shards are shuffled in any case",
+    )
+    _switch(group, "--resampled_shards", "draw shards with replacement, instead of each once an epoch")
     group.add_argument(
         "--dataloader_num_workers", type=count, default=0, help="processes that load data; 0 loads in the main one"
     )

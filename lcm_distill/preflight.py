@@ -2,12 +2,14 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
 
 from lcm_distill.errors import UsageError
+from lcm_distill.filters import Filter, is_filtered
 from lcm_distill.samples import UNREADABLE_SHARD, BadSample, caption_reasons, prepare_sample, read_captions, read_json
 from lcm_distill.shards import FLAG, SHARD_NEEDS, RawSample, check_caption_column, list_counts, read_shard
 
@@ -19,9 +21,11 @@ class ShardReport:
     shards: int  # how many there are
     resolution: int
     caption_column: str | None = None  # the only place captions were taken from
+    min_image_size: int = 0
+    filters: tuple[Filter, ...] = ()
     opened: int = 0  # how many were looked into
     seen: int = 0  # samples
-    usable: int = 0
+    usable: int = 0  # and not left out by a filter
     enlarged: int = 0  # usable samples whose picture is smaller than the resolution
     extensions: Counter = field(default_factory=Counter)  # of all files, the unread ones too
     caption_sources: Counter = field(default_factory=Counter)
@@ -44,6 +48,9 @@ class ShardReport:
             lines.append(f"  picture sizes:   {w}x{h} to {W}x{H} (width x height)")
         if self.enlarged:
             lines.append(f"  {self.enlarged} of {self.usable} pictures are enlarged to --resolution {self.resolution}")
+        if self.min_image_size or self.filters:
+            filtered = sum(count for reason, count in self.dropped.items() if is_filtered(reason))
+            lines.append(f"  filters:         {self.seen - filtered} of {self.seen} samples pass")
         if self.dropped:
             lines.append(f"  dropped:         {list_counts(self.dropped)}")
         return "\n".join(lines + [f"  unreadable:      {problem}" for problem in self.problems[:3]])
@@ -54,6 +61,8 @@ def inspect_shards(
     *,
     resolution: int,
     caption_column: str | None = None,
+    min_image_size: int = 0,
+    filters: Sequence[Filter] = (),
     limit: int = 16,
     max_samples: int | None = 1000,
     max_shards: int | None = 32,
@@ -63,7 +72,7 @@ def inspect_shards(
     Args:
         shards: as `expand_shards` gives them.
         resolution: of the training, to tell which pictures are enlarged.
-        caption_column: as `ShardStream` takes it.
+        caption_column, min_image_size, filters: as `ShardStream` takes them.
         limit: samples to look at. As long as none of them is usable the search goes on, up to
         max_samples: samples, in up to
         max_shards: shards; None for no bound.
@@ -72,7 +81,13 @@ def inspect_shards(
         UsageError: no usable sample in what was looked at; says how many were dropped and why, which files and JSON
             keys were found, and what a shard needs. Or a `--caption_column` that may not be read.
     """
-    report = ShardReport(shards=len(shards), resolution=resolution, caption_column=check_caption_column(caption_column))
+    report = ShardReport(
+        shards=len(shards),
+        resolution=resolution,
+        caption_column=check_caption_column(caption_column),
+        min_image_size=min_image_size,
+        filters=tuple(filters),
+    )
 
     def done() -> bool:
         enough = report.usable and report.seen >= limit
@@ -94,6 +109,12 @@ def inspect_shards(
         return report
     all_seen = report.opened == report.shards and (max_samples is None or report.seen < max_samples)
     so_far = "" if all_seen else " as far as this first look went"
+    filtered = sum(count for reason, count in report.dropped.items() if is_filtered(reason))
+    if filtered:
+        raise UsageError(
+            f"{FLAG} gives nothing to train on{so_far}, and {filtered} of {report.seen} samples are filtered out: "
+            f"give milder filters. {report}"
+        )
     without = sum(report.dropped[reason] for reason in caption_reasons(report.caption_column))
     if report.caption_column is not None and without:
         raise UsageError(
@@ -116,6 +137,8 @@ def _inspect_sample(raw: RawSample, report: ShardReport) -> None:
             random_flip=False,
             proportion_empty_prompts=0.0,
             caption_column=report.caption_column,
+            min_image_size=report.min_image_size,
+            filters=report.filters,
             draws=np.zeros(5),
         )
         _, source = read_captions(raw, meta, report.caption_column)

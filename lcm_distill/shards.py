@@ -1,35 +1,41 @@
 """Which shards there are, and their files as raw samples: bytes, not decoded.
 
     shards = expand_shards("data/{000..010}.tar")
-    for raw in read_shard(shards[0]): ...
+    for raw in read_shard(shards[0]): ...               # through lcm_distill.sources
 
 Nothing in a shard is executed: only files whose extension is wanted are kept, as bytes.
 """
 
-import contextlib
 import glob
+import io
 import logging
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from urllib.parse import urlparse
-from urllib.request import url2pathname
+from typing import BinaryIO, cast
 
 from braceexpand import braceexpand
-from webdataset.gopen import gopen, gopen_schemes
-from webdataset.tariterators import base_plus_ext, tar_file_iterator
+from webdataset.tariterators import base_plus_ext
 
 from lcm_distill.errors import UsageError
+from lcm_distill.sources import expand_url, local_path, open_shard, why_not
 
 logger = logging.getLogger(__name__)
 
 FLAG = "--train_shards_path_or_url"
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+LIST_SUFFIXES = (".txt", ".list", ".lst")
 PICTURES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("txt", "text", "caption")
+
+MAX_FILE_BYTES = 256 * 2**20  # a larger picture is not read,
+MAX_TEXT_BYTES = 4 * 2**20  # nor a larger caption or JSON,
+MAX_HEADER_BYTES = 2**20  # nor longer names and attributes,
+MAX_SKIP_BYTES = 8 * 2**30  # nor anything passed over in a compressed tar, which can hold terabytes of nothing
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")  # how gzip, bzip2 and xz begin
 
 # What other readers unpickle or run: never read here, not even as the text of a caption.
 CODE_BEARING = frozenset("pyd pkl pickle dill joblib pth pt ckpt bin npy npz ten tb py pyc sh so dll exe".split())
@@ -39,7 +45,7 @@ SHARD_NEEDS = (
     '.png, .webp) with 0001.txt (or .text, .caption, or 0001.json with a "caption" or "text"); '
     "--caption_column names another extension or JSON key. "
     "An extension is what follows the first dot of a name: write a_b.jpg, not a.b.jpg. "
-    "To make a shard of a folder: tar --sort=name -cf 000.tar -C FOLDER ."
+    "To make shards of a folder of pictures: python -m lcm_distill.pack_shards FOLDER OUT"
 )
 
 
@@ -48,12 +54,13 @@ def expand_shards(spec: str | None) -> list[str]:
 
     Args:
         spec: a tar, a brace pattern (`data/{000..010}.tar`), a glob, a folder (its `.tar`, `.tar.gz` and `.tgz`,
-            or, if it has none, those of the folders in it), a URL or a `pipe:` command (passed on as they are,
-            braces expanded), or several of these with `::` between them.
+            or, if it has none, those of the folders in it), a list file (`.txt`: one of these on each line; `#`
+            begins a comment), a URL or a `pipe:` command (braces expanded; remote folders, which end in `/`, and
+            globs are listed where fsspec can), or several of these with `::` between them.
 
     Raises:
-        UsageError: nothing given, a local path that does not exist, a folder without tars, unbalanced braces, or
-            a URL that webdataset does not open.
+        UsageError: nothing given, a local path that does not exist, a folder or list without tars, unbalanced
+            braces, or a URL that nothing here opens.
     """
     parts = [part.strip() for part in (spec or "").split("::") if part.strip()]
     if not parts:
@@ -71,17 +78,13 @@ def _expand_one(spec: str) -> list[str]:
         raise UsageError(f"{FLAG}: the braces of {spec!r} do not match ({error}); write {{000..010}}.") from None
     found, missing = [], []
     for name in names:
-        path = _local_path(name)
+        path = local_path(name)
         if path is None:
-            scheme = urlparse(name).scheme
-            if scheme not in gopen_schemes:
-                raise UsageError(
-                    f"{FLAG}: webdataset does not open {scheme}: addresses ({name}). Name the command that does, "
-                    "such as 'pipe:aws s3 cp s3://bucket/000.tar -'."
-                )
-            found.append(name)
+            found += _remote(name)
         elif os.path.isdir(path):
             found += _tars_in(path)
+        elif os.path.isfile(path) and path.lower().endswith(LIST_SUFFIXES):
+            found += _listed_in(path)
         elif os.path.exists(path):
             found.append(path)
         else:
@@ -98,12 +101,36 @@ def _expand_one(spec: str) -> list[str]:
     return found
 
 
-def _local_path(shard: str) -> str | None:
-    """The path of a shard on this machine's file systems, None for a URL or a command."""
-    url = urlparse(shard)
-    if url.scheme == "file":
-        return url2pathname(url.path)
-    return os.path.expanduser(shard) if url.scheme == "" else None
+def _remote(url: str) -> list[str]:
+    problem = why_not(url)
+    if problem:
+        raise UsageError(f"{FLAG}: {problem}")
+    try:
+        found = expand_url(url, TAR_SUFFIXES)
+    except Exception as error:  # noqa: BLE001 - each file system has errors of its own
+        raise UsageError(f"{FLAG}: {url} cannot be listed: {error}") from None
+    if not found:
+        raise UsageError(f"{FLAG}: {url} matches no .tar, .tar.gz or .tgz.")
+    return found
+
+
+def _listed_in(path: str) -> list[str]:
+    """The shards of a list file: one entry on each line, relative paths start at the list's folder."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            lines = [line.strip() for line in file]
+    except UnicodeDecodeError:
+        raise UsageError(f"{FLAG}: {path} should be a list of shards, one on each line, but is not text.") from None
+    entries = [line for line in lines if line and not line.startswith("#")]
+    if not entries:
+        raise UsageError(f"{FLAG}: the list {path} is empty.")
+    found = []
+    for entry in entries:
+        if entry.lower().endswith(LIST_SUFFIXES):
+            raise UsageError(f"{FLAG}: the list {path} names another list, {entry}; name its shards instead.")
+        local = local_path(entry)
+        found += _expand_one(entry if local is None else os.path.join(os.path.dirname(path), local))
+    return found
 
 
 def _tars_in(folder: str) -> list[str]:
@@ -197,6 +224,9 @@ class RawSample:
     key: str
     files: dict[str, bytes] = field(default_factory=dict)
     duplicate: bool = False  # a name came twice: which caption goes with which picture cannot be known
+    too_large: bool = False  # one of its files was left unread
+    end: int | None = None  # the byte of the shard from which on the other samples are read; None: not known
+    last: bool = False  # the shard ends with it
 
     def has_parts(self, caption_column: str | None) -> bool:
         """It has a picture and something to take a caption from."""
@@ -216,38 +246,92 @@ def _split_name(name: str) -> tuple[str, str]:
     return (key, extension.lower()) if key else ("", "")
 
 
-def _group(files: Iterable[tuple[str, bytes]], caption_column: str | None) -> Iterator[RawSample]:
+@dataclass
+class _Member:
+    """A wanted file of a tar; `content` is None if it is too large to be read."""
+
+    name: str
+    content: bytes | None
+    start: int | None  # the byte where its header begins, if the tar is not compressed
+
+
+def _group(files: Iterable[_Member], caption_column: str | None) -> Iterator[RawSample]:
     """Consecutive files of one key make a sample (webdataset's own grouping raises on duplicates or mixes them)."""
     sample = None
     try:
-        for name, content in files:
-            key, extension = _split_name(name)
+        for member in files:
+            key, extension = _split_name(member.name)
             if sample is None or key != sample.key:
                 if sample is not None:
+                    sample.end = member.start
                     yield sample
                 sample = RawSample(key)
             if extension in sample.files:
                 sample.duplicate = True
+            elif member.content is None:
+                sample.too_large = True
             else:
-                sample.files[extension] = content
+                sample.files[extension] = member.content
     except Exception:
         # The tar is cut. Its last sample is good if it was whole by then; otherwise it is part of the damage.
         if sample is not None and sample.has_parts(caption_column):
             yield sample
         raise
     if sample is not None:
+        sample.last = True
         yield sample
 
 
+class _Header(tarfile.TarInfo):
+    """tarfile ends in silence at a header that is damaged or missing, and believes any size: here both are errors."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError):  # type: ignore[attr-defined]
+            raise tarfile.ReadError("the tar ends without its end mark: it is empty, or was cut short") from None
+        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"not a tar, or a damaged one: {error}") from None
+        # What is neither file nor folder (long names, attributes) is read whole, at once.
+        if header.size < 0 or (not header.isreg() and header.size > MAX_HEADER_BYTES):
+            raise tarfile.ReadError(f"a header tells of {header.size} bytes")
+        return header
+
+
+def _members(file: BinaryIO, *, offset: int, wanted: Callable[[str], bool]) -> Iterator[_Member]:
+    """The wanted regular files of a tar in their order; `file` stands at `offset`.
+
+    webdataset's own iterator reads files of any size, and does not tell where they are.
+    """
+    compressed = offset == 0 and cast(io.BufferedReader, file).peek(6).startswith(COMPRESSED)
+    with tarfile.open(fileobj=file, mode="r|*" if compressed else "r:", tarinfo=_Header) as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]  # or it keeps them all
+            if compressed and member.size > MAX_SKIP_BYTES:
+                raise tarfile.ReadError(f"a packed file of {member.size} bytes")
+            if not member.isreg() or member.issparse() or not wanted(member.name):
+                continue
+            content = None
+            if member.size <= (MAX_FILE_BYTES if member.name.lower().endswith(PICTURES) else MAX_TEXT_BYTES):
+                reader = tar.extractfile(member)
+                assert reader is not None
+                content = reader.read()
+                if len(content) < member.size:
+                    raise tarfile.ReadError("the tar is cut short in a file")
+            yield _Member(member.name, content, None if compressed else member.offset)
+
+
 def read_shard(
-    shard: str, *, caption_column: str | None = None, extensions: Counter | None = None
+    shard: str, *, caption_column: str | None = None, extensions: Counter | None = None, offset: int = 0
 ) -> Iterator[RawSample]:
     """The samples of a shard in file order, undecoded; files that are neither picture, caption nor JSON stay unread.
 
     Args:
-        shard: a path, URL or `pipe:` command, as webdataset's `gopen` takes it.
+        shard: a path, URL or `pipe:` command, as `open_shard` takes it.
         caption_column: where the caption is, as `check_caption_column` gives it; None for the usual places.
         extensions: if given, counts the extensions of all files passed, the unread ones too.
+        offset: 0, or the `end` of an earlier sample: read what comes after it.
 
     Raises:
         Exception: what opener and tar reader raise (many kinds), after the samples that could be read.
@@ -260,13 +344,8 @@ def read_shard(
             extensions[extension] += 1
         return extension in needed
 
-    source = gopen(shard)
-    try:
-        files = ((f["fname"], f["data"]) for f in tar_file_iterator(source, select_files=wanted))
-        yield from _group(files, caption_column)
-    finally:
-        with contextlib.suppress(OSError):  # the command behind a pipe minds that nobody listens any more
-            source.close()
+    with open_shard(shard, offset) as file:
+        yield from _group(_members(file, offset=offset, wanted=wanted), caption_column)
 
 
 def count_samples(shards: list[str], *, caption_column: str | None = None) -> int | None:
@@ -280,13 +359,13 @@ def count_samples(shards: list[str], *, caption_column: str | None = None) -> in
     needed = frozenset((*PICTURES, *caption_files(column)))
     total = 0
     for shard in shards:
-        path = _local_path(shard)
+        path = local_path(shard)
         if path is None:
             return None
         try:
-            with tarfile.open(path) as tar:
+            with tarfile.open(path, tarinfo=_Header) as tar:
                 names = (member.name for member in tar if member.isreg())
-                wanted = ((name, b"") for name in names if _split_name(name)[1] in needed)
+                wanted = (_Member(name, b"", None) for name in names if _split_name(name)[1] in needed)
                 for sample in _group(wanted, column):
                     total += sample.has_parts(column) and not sample.duplicate
         except Exception as error:  # noqa: BLE001 - as in the stream

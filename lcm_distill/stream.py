@@ -8,11 +8,12 @@
 
 Order. C = ranks x workers consumers share the shards. In each epoch the shards are permuted from (seed, epoch)
 and dealt whole as long as they go round; the S mod C that are left over are cut into C slots each, dealt evenly,
-so a consumer reads at most two of them. Over all consumers each sample comes once an epoch. A consumer permutes
-its samples inside consecutive blocks of up to `shuffle_window`, from (seed, epoch, consumer, block).
+so a consumer reads at most two of them. Over all consumers each sample comes once an epoch (`resampled`: each of S
+shards drawn with replacement). A consumer permutes its samples inside consecutive blocks of up to
+`shuffle_window`, from (seed, epoch, consumer, block).
 
-Place. (epoch, start of the block, place in the block) is the whole state: restoring reads one block again, and
-skims the part of its first shard that lies before it.
+Place. (epoch, start of the block, place in the block) is the whole state: restoring reads one block again, from
+the byte of its shard where it starts. (A compressed shard is read from its beginning, but not decoded.)
 
 Safety. Only pictures, captions and JSON are read; nothing in a shard is unpickled or handed to another program.
 """
@@ -22,7 +23,8 @@ import logging
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -32,12 +34,14 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lcm_distill.errors import UsageError
+from lcm_distill.filters import Filter, is_filtered
 from lcm_distill.preflight import inspect_shards
 from lcm_distill.samples import INTERPOLATIONS, UNREADABLE_SHARD, BadSample, Sample, prepare_sample
 from lcm_distill.shards import FLAG, RawSample, check_caption_column, list_counts, read_shard
 
 logger = logging.getLogger(__name__)
 
+LEAST_SEEN = 500  # samples that a process has seen before it judges how many are bad
 WINDOW_BYTES = 256 * 2**20  # a shuffle block ends here even when it has fewer than `shuffle_window` samples
 
 SHARD_ORDER, BLOCK_ORDER, SAMPLE_DRAWS = range(3)  # what a random stream is for, so that no two share numbers
@@ -58,21 +62,40 @@ class StreamError(UsageError):
         super().__init__(message.rpartition(f"{__name__}.StreamError: ")[2].strip())
 
 
-def deal_shards(num_shards: int, *, seed: int, epoch: int, consumer: int, consumers: int) -> list[tuple[int, int, int]]:
-    """What a consumer reads in an epoch: (shard, low, high), its samples i with low <= (i + epoch) % consumers < high.
+@dataclass(frozen=True)
+class Part:
+    """What a consumer reads of a shard: the samples i with `low` <= (i + epoch) % consumers < `high`."""
 
-    Over all consumers each sample comes exactly once. The epoch turns the slots, so that a consumer that gets
-    nothing of a tiny shard gets some the next time.
+    shard: int
+    turn: int  # how often the shard has come in this epoch before: 0, unless shards are drawn with replacement
+    low: int
+    high: int
+
+
+def deal_shards(
+    num_shards: int, *, seed: int, epoch: int, consumer: int, consumers: int, resampled: bool = False
+) -> list[Part]:
+    """What a consumer reads in an epoch, in order.
+
+    Over all consumers each sample comes exactly once; with `resampled`, those of `num_shards` shards drawn with
+    replacement. The epoch turns the slots, so that a consumer that gets nothing of a tiny shard gets some the
+    next time.
     """
-    order = _rng(seed, SHARD_ORDER, epoch).permutation(num_shards).tolist()
+    rng = _rng(seed, SHARD_ORDER, epoch)
+    order = (rng.integers(num_shards, size=num_shards) if resampled else rng.permutation(num_shards)).tolist()
+    seen: Counter = Counter()
+    turns = []
+    for shard in order:
+        turns.append((shard, seen[shard]))
+        seen[shard] += 1
     left_over = num_shards % consumers
-    dealt, shared = order[: num_shards - left_over], order[num_shards - left_over :]
-    parts = [(shard, 0, consumers) for shard in dealt[consumer::consumers]]
+    dealt, shared = turns[: num_shards - left_over], turns[num_shards - left_over :]
+    parts = [Part(*turn, 0, consumers) for turn in dealt[consumer::consumers]]
     slot, end = consumer * left_over, (consumer + 1) * left_over
     while slot < end:
         number, low = divmod(slot, consumers)
         high = min(consumers, low + end - slot)
-        parts.append((shared[number], low, high))
+        parts.append(Part(*shared[number], low, high))
         slot += high - low
     return parts
 
@@ -81,7 +104,7 @@ class ShardStream(IterableDataset):
     """Endless batches of captioned pictures; see the module's docstring for their order.
 
     A batch is a dict of
-        pixels: uint8 [batch_size, 3, resolution, resolution], 0 to 255
+        pixels: uint8 [batch_size, 3, resolution, resolution], 0 to 255, channels last in memory
         captions: list of str, "" with probability `proportion_empty_prompts`; of a sample's several captions one is
             drawn, anew in each epoch
         original_sizes: int64 [batch_size, 2], (height, width) by the JSON's original_height and original_width, else
@@ -105,11 +128,17 @@ class ShardStream(IterableDataset):
         proportion_empty_prompts: 0 to 1.
         caption_column: a file extension or a JSON key, the only place to take captions from (`check_caption_column`);
             None for the usual ones.
+        min_image_size: pictures whose shorter side is shorter than this many pixels are left out.
+        filters: what a sample's JSON must satisfy, by `parse_filters`.
+        max_bad_fraction: 0 to 1; the stream ends with an error when more of the samples than that (of at least 500
+            that this process and its workers have seen) cannot be used. What is left out on purpose is not bad.
         shuffle_window: samples in a shuffle block; a block also ends at 256 MiB. Each worker holds one in memory.
+        resampled: draw shards with replacement.
 
     Raises:
-        UsageError: from the constructor for an argument out of range; from the iterator, in the words of
-            `inspect_shards`, when it went through an epoch without a sample and no shard has one to give.
+        UsageError: from the constructor for an argument out of range; from the iterator for too many bad samples, or,
+            in the words of `inspect_shards`, when it went through an epoch without a sample and no shard has one to
+            give.
     """
 
     def __init__(
@@ -126,7 +155,11 @@ class ShardStream(IterableDataset):
         random_flip: bool = False,
         proportion_empty_prompts: float = 0.0,
         caption_column: str | None = None,
+        min_image_size: int = 0,
+        filters: Sequence[Filter] = (),
+        max_bad_fraction: float = 1.0,
         shuffle_window: int = 1000,
+        resampled: bool = False,
     ):
         assert 0 <= rank < world_size, (rank, world_size)
         if not shards:
@@ -146,8 +179,11 @@ class ShardStream(IterableDataset):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.max_bad_fraction = max_bad_fraction
         self.shuffle_window = shuffle_window
+        self.resampled = resampled
         self.start_epoch = 0
+        self.tally: torch.Tensor | None = None  # set by `make_loader`, for its workers to share
         names = [os.path.basename(shard.partition("?")[0]) for shard in shards]  # data may move between runs
         self._digest = hashlib.blake2b("\0".join(names).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
         self.prepare_options: dict[str, Any] = {
@@ -157,6 +193,8 @@ class ShardStream(IterableDataset):
             "random_flip": random_flip,
             "proportion_empty_prompts": proportion_empty_prompts,
             "caption_column": check_caption_column(caption_column),
+            "min_image_size": min_image_size,
+            "filters": tuple(filters),
         }
 
     def __iter__(self) -> "StreamIterator":
@@ -176,13 +214,32 @@ class ShardStream(IterableDataset):
             "shards": self._digest,
             "seed": self.seed,
             "shuffle_window": self.shuffle_window,
+            "resampled": self.resampled,
         }
+
+
+def _new_tally(workers: int) -> torch.Tensor:
+    """int64 [workers, 2]: the samples good and bad that each worker has seen, in memory they all see."""
+    return torch.zeros(max(1, workers), 2, dtype=torch.int64).share_memory_()
 
 
 def _resample_filter(interpolation: str) -> int:
     if interpolation not in INTERPOLATIONS:
         raise UsageError(f"--interpolation_type is {interpolation!r}; give one of {', '.join(INTERPOLATIONS)}.")
     return INTERPOLATIONS[interpolation]
+
+
+_PLACE = ("epoch", "block", "part", "sample", "offset", "place")
+
+
+@dataclass
+class _Read:
+    """A sample as it was read, and where the one after it is."""
+
+    raw: RawSample
+    part: Part
+    index: int  # its number in the shard
+    next: tuple[int, int, int | None]  # (part, sample, offset)
 
 
 class StreamIterator:
@@ -197,18 +254,20 @@ class StreamIterator:
         self.epoch = stream.start_epoch
         self.block = 0  # number of the block in the epoch
         self.part = 0  # the block starts in this part of what `deal_shards` gave,
-        self.sample = 0  # at this sample of the shard
+        self.sample = 0  # at this sample of the shard,
+        self.offset: int | None = 0  # which begins at this byte; None: not known, as in a compressed shard
         self.place = 0  # so many of the block's samples, in its shuffled order, are used up
         self.dropped: Counter = Counter()
+        self._tally = _new_tally(workers) if stream.tally is None else stream.tally
         self._samples = self._run()
 
     def state_dict(self) -> dict:
-        place = {name: getattr(self, name) for name in ("epoch", "block", "part", "sample", "place")}
+        place = {name: getattr(self, name) for name in _PLACE}
         return {"layout": self.stream.layout(self.workers), **place, "dropped": dict(self.dropped)}
 
     def load_state_dict(self, state: dict) -> None:
         assert state["layout"] == self.stream.layout(self.workers)  # `ShardLoader` sees to it
-        for name in ("epoch", "block", "part", "sample", "place"):
+        for name in _PLACE:
             setattr(self, name, state[name])
         self.dropped = Counter(state["dropped"])
         self._samples = self._run()
@@ -218,12 +277,12 @@ class StreamIterator:
 
     def __next__(self) -> dict:
         size, resolution = self.stream.batch_size, self.stream.prepare_options["resolution"]
-        pixels = torch.empty((size, 3, resolution, resolution), dtype=torch.uint8)
+        pixels = torch.empty((size, resolution, resolution, 3), dtype=torch.uint8)
         samples = list(islice(self._samples, size))
         for row, sample in zip(pixels.numpy(), samples, strict=True):
-            row[:] = sample.pixels.transpose(2, 0, 1)
+            row[:] = sample.pixels
         return {
-            "pixels": pixels,
+            "pixels": pixels.permute(0, 3, 1, 2),
             "captions": [sample.caption for sample in samples],
             "original_sizes": torch.tensor([sample.original_size for sample in samples]),
             "crop_top_lefts": torch.tensor([sample.crop_top_left for sample in samples]),
@@ -237,32 +296,33 @@ class StreamIterator:
         while True:
             reader, delivered = self._read_epoch(), False
             while window := self._fill(reader):
-                next_start = window[-1][:2]
+                next_start = window[-1].next
                 order = _rng(stream.seed, BLOCK_ORDER, self.epoch, self.consumer, self.block).permutation(len(window))
                 while self.place < len(window):
                     drawn = int(order[self.place])
-                    _, _, shard, index, raw = window[drawn]
-                    window[drawn] = None  # its bytes are not needed any more
+                    read, window[drawn] = window[drawn], None  # its bytes are not needed any more
                     self.place += 1
-                    draws = _rng(stream.seed, SAMPLE_DRAWS, self.epoch, shard, index).random(5)
+                    key = (read.part.shard, read.index) + ((read.part.turn,) if read.part.turn else ())
+                    draws = _rng(stream.seed, SAMPLE_DRAWS, self.epoch, *key).random(5)
                     try:
-                        sample = prepare_sample(raw, draws=draws, **stream.prepare_options)
+                        sample = prepare_sample(read.raw, draws=draws, **stream.prepare_options)
                     except BadSample as bad:
-                        self.dropped[bad.reason] += 1
+                        self._drop(bad.reason)
                         continue
                     delivered = True
+                    self._count(bad=False)
                     yield sample
-                (self.part, self.sample), self.block, self.place = next_start, self.block + 1, 0
-            self.epoch, self.block, self.part, self.sample, self.place = self.epoch + 1, 0, 0, 0, 0
+                (self.part, self.sample, self.offset), self.block, self.place = next_start, self.block + 1, 0
+            self.epoch, self.block, self.part, self.sample, self.offset, self.place = self.epoch + 1, 0, 0, 0, 0, 0
             # Nothing for this consumer: bad luck (others have the good shards), or nothing to be had? Looking costs
             # up to a pass over the data, so do it after 1, 2, 4, 8, ... such epochs.
             barren = 0 if delivered else barren + 1
             if barren.bit_count() == 1:
                 self._look_for_a_usable_sample()
 
-    def _read_epoch(self) -> Iterator[tuple[int, int, int, int, RawSample]]:
-        """From the block's start on: (part and sample after this one, shard, number in the shard, the sample)."""
-        epoch, start_part, start_sample = self.epoch, self.part, self.sample
+    def _read_epoch(self) -> Iterator[_Read]:
+        """What this consumer reads in the epoch, from the block's start on."""
+        epoch, start_part = self.epoch, self.part
         caption_column = self.stream.prepare_options["caption_column"]
         parts = deal_shards(
             len(self.stream.shards),
@@ -270,32 +330,58 @@ class StreamIterator:
             epoch=epoch,
             consumer=self.consumer,
             consumers=self.consumers,
+            resampled=self.stream.resampled,
         )
-        for part in range(start_part, len(parts)):
-            shard, low, high = parts[part]
-            first, index = start_sample if part == start_part else 0, 0
+        for number in range(start_part, len(parts)):
+            part, first, index, offset = parts[number], 0, 0, 0
+            if number == start_part and self.offset is not None:
+                index, offset = self.sample, self.offset
+            elif number == start_part:
+                first = self.sample
+            shard = self.stream.shards[part.shard]
             try:
-                for raw in read_shard(self.stream.shards[shard], caption_column=caption_column):
-                    if index >= first and low <= (index + epoch) % self.consumers < high:
-                        yield part, index + 1, shard, index, raw
+                for raw in read_shard(shard, caption_column=caption_column, offset=offset):
+                    if index >= first and part.low <= (index + epoch) % self.consumers < part.high:
+                        following = (number + 1, 0, 0) if raw.last else (number, index + 1, raw.end)
+                        yield _Read(raw, part, index, following)
                     index += 1
             except Exception as error:  # noqa: BLE001 - opener, decompressor and tar reader raise nearly anything
-                if low <= (index + epoch) % self.consumers < high:  # one of those who share the shard counts it
-                    self.dropped[UNREADABLE_SHARD] += 1
-                    logger.info("%s, sample %d: %s", self.stream.shards[shard], index, error)
+                if part.low <= (index + epoch) % self.consumers < part.high:  # one of those who share it counts it
+                    logger.info("%s, sample %d: %s", shard, index, error)
+                    self._drop(UNREADABLE_SHARD)
 
-    def _fill(self, reader: Iterator) -> list:
+    def _fill(self, reader: Iterator[_Read]) -> list:
         """The next block: up to `shuffle_window` samples, or `WINDOW_BYTES`; [] at the end of the epoch."""
-        window, nbytes = [], 0
+        window: list[_Read] = []
+        nbytes = 0
         dropped_before = Counter(self.dropped)
-        for item in reader:
-            window.append(item)
-            nbytes += item[-1].nbytes
+        for read in reader:
+            window.append(read)
+            nbytes += read.raw.nbytes
             if len(window) >= self.stream.shuffle_window or nbytes >= WINDOW_BYTES:
                 break
         if self.place:  # restored inside this block: what reading it again counted is in the saved counts already
             self.dropped = dropped_before
         return window
+
+    def _drop(self, reason: str) -> None:
+        self.dropped[reason] += 1
+        if not is_filtered(reason):
+            self._count(bad=True)
+
+    def _count(self, *, bad: bool) -> None:
+        """Adds one sample to what this process has seen; `StreamError` if too many of them are bad."""
+        self._tally[self.worker, int(bad)] += 1
+        if not bad:
+            return
+        good_ones, bad_ones = self._tally.sum(dim=0).tolist()
+        seen, most = good_ones + bad_ones, self.stream.max_bad_fraction
+        if seen >= LEAST_SEEN and bad_ones > most * seen:
+            whose = f" (those of worker {self.worker} of {self.workers})" if self.workers > 1 else ""
+            raise StreamError(
+                f"{bad_ones} of {seen} samples cannot be used, more than --max_bad_fraction {most:g} allows. "
+                f"The reasons{whose}: {list_counts(self.dropped)}. Mend the shards, or raise --max_bad_fraction."
+            )
 
     def _look_for_a_usable_sample(self) -> None:
         try:
@@ -303,6 +389,8 @@ class StreamIterator:
                 self.stream.shards,
                 resolution=1,
                 caption_column=self.stream.prepare_options["caption_column"],
+                min_image_size=self.stream.prepare_options["min_image_size"],
+                filters=self.stream.prepare_options["filters"],
                 limit=1,
                 max_samples=None,
                 max_shards=None,
@@ -386,6 +474,7 @@ def make_loader(stream: ShardStream, num_workers: int) -> ShardLoader:
     """
     if num_workers < 0:
         raise UsageError(f"--dataloader_num_workers is {num_workers}; give 0 or more.")
+    stream.tally = _new_tally(num_workers)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*set_vital.*")  # torchdata 0.11 calls what torch 2.13 deprecates
         return ShardLoader(

@@ -1,0 +1,530 @@
+"""Packing a folder into shards: what is stored, what is skipped, and what is left after a kill."""
+
+import contextlib
+import csv
+import errno
+import io
+import json
+import multiprocessing
+import os
+import re
+import select
+import signal
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lcm_distill import pack_shards as pack_module
+from lcm_distill.errors import UsageError
+from lcm_distill.pack_shards import MANIFEST, Settings, find_pictures, main, pack_shards
+from lcm_distill.preflight import inspect_shards
+from lcm_distill.samples import prepare_sample
+from lcm_distill.shards import count_samples, expand_shards, read_shard
+from lcm_distill.stream import ShardStream
+
+
+@pytest.fixture(autouse=True)
+def _fork():
+    """Workers see what a test has patched, on macOS too."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("fork", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+def picture(seed=0, size=(12, 8)):
+    """Noise of (width, height) `size`."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def save(path, seed=0, size=(12, 8), caption=None, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(seed, size).save(path, **options)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    return path
+
+
+def fill(folder, count):
+    """So many pictures; the captions are 'caption 0', ..."""
+    for i in range(count):
+        save(folder / f"{i:03d}.png", seed=i, caption=f"caption {i}")
+    return folder
+
+
+def write_jsonl(folder, *rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def pack(images, out, num_workers=1, **settings):
+    return pack_shards(images, out, Settings(**settings), num_workers)
+
+
+def read(out):
+    """file_name -> (extensions in their order, raw sample, JSON)."""
+    raws = [raw for shard in expand_shards(str(out)) for raw in read_shard(shard)]
+    told = [json.loads(raw.files["json"]) for raw in raws]
+    assert len({raw.key for raw in raws}) == len(raws) and not any(raw.duplicate for raw in raws)
+    return {meta["file_name"]: (list(raw.files), raw, meta) for raw, meta in zip(raws, told, strict=True)}
+
+
+def contents(out):
+    return {path.name: path.read_bytes() for path in out.glob("*.tar")}
+
+
+def names(out):
+    return sorted(path.name for path in out.iterdir())
+
+
+# ------------------------------------------------------------------------------------------ what is stored
+
+
+def test_round_trip(tmp_path):
+    """Every file is stored byte for byte with its caption, and trains."""
+    fill(tmp_path / "in", 7)
+    save(tmp_path / "in" / "sub" / "photo.jpeg", 50, (30, 20), caption=" a photo\n")
+    save(tmp_path / "in" / "sub" / "web.webp", 51, (20, 30), caption="ein Bild, größer")
+    packed = pack(tmp_path / "in", tmp_path / "out", samples_per_shard=4)
+    assert names(tmp_path / "out") == ["00000.tar", "00001.tar", "00002.tar", MANIFEST]
+    assert (packed.shards, packed.samples, packed.skipped) == (3, 9, {})
+    assert packed.bytes == sum(map(len, contents(tmp_path / "out").values()))
+    samples = read(tmp_path / "out")
+    for name, (extensions, raw, _) in samples.items():
+        assert raw.files[extensions[0]] == (tmp_path / "in" / name).read_bytes()
+        assert extensions[0] == {"photo.jpeg": "jpg", "web.webp": "webp"}.get(os.path.basename(name), "png")
+        assert extensions[1:] == ["txt", "json"]
+    assert samples["sub/photo.jpeg"][1].files["txt"] == b"a photo"
+    assert samples["sub/photo.jpeg"][2] == {"file_name": "sub/photo.jpeg", "width": 30, "height": 20}
+
+    shards = expand_shards(str(tmp_path / "out"))
+    assert count_samples(shards) == 9
+    report = inspect_shards(shards, resolution=8)
+    assert (report.usable, report.seen, dict(report.caption_sources)) == (9, 9, {".txt": 9})
+    stream = iter(ShardStream(shards=shards, batch_size=3, resolution=8, seed=0))
+    seen = [caption for _ in range(3) for caption in next(stream)["captions"]]
+    assert sorted(seen) == sorted(["a photo", "ein Bild, größer", *(f"caption {i}" for i in range(7))])
+
+
+def test_shards_are_even_and_mixed(tmp_path):
+    for folder in ("a", "b"):
+        fill(tmp_path / "in" / folder, 6)
+    pack(tmp_path / "in", tmp_path / "out", samples_per_shard=5)
+    shards = [list(read_shard(shard)) for shard in expand_shards(str(tmp_path / "out"))]
+    assert [len(shard) for shard in shards] == [4, 4, 4]
+    assert all(len({json.loads(raw.files["json"])["file_name"][0] for raw in shard}) == 2 for shard in shards)
+
+
+def test_a_shard_has_about_so_many_megabytes(tmp_path):
+    for i in range(4):
+        save(tmp_path / "in" / f"{i}.bmp", i, (500, 400), caption="noise")  # 0.6 MB each
+    assert pack(tmp_path / "in", tmp_path / "out", max_shard_mb=1).shards == 3
+    (tmp_path / "huge").mkdir()
+    save(tmp_path / "huge" / "a.bmp", 0, (1000, 800), caption="noise")
+    assert pack(tmp_path / "huge", tmp_path / "out2", max_shard_mb=1).shards == 1
+
+
+def test_same_bytes_whatever_the_workers_and_another_order_by_seed(tmp_path):
+    fill(tmp_path / "in", 12)
+    pack(tmp_path / "in", tmp_path / "a", samples_per_shard=3)
+    os.utime(tmp_path / "in" / "003.png", (1, 1))
+    pack(tmp_path / "in", tmp_path / "b", samples_per_shard=3, num_workers=3)
+    pack(tmp_path / "in", tmp_path / "c", samples_per_shard=3, seed=1)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert contents(tmp_path / "a") != contents(tmp_path / "c")
+    assert set(read(tmp_path / "a")) == set(read(tmp_path / "c"))
+
+
+def test_difficult_names(tmp_path):
+    """Dots, other scripts, capitals, one name in two folders or of two kinds, names that are no UTF-8."""
+    images = tmp_path / "in"
+    found = ["v1.5.best.PNG", "x/a.JPG", "y/a.jpg", "y/a.webp", "猫 & ü/写真.Jpeg"]
+    for i, name in enumerate(found):
+        save(images / name, i)
+        (images / os.path.splitext(name)[0]).with_name(os.path.splitext(os.path.basename(name))[0] + ".TXT").write_text(
+            os.path.dirname(name) or "top"
+        )
+    with contextlib.suppress(OSError):  # some file systems have none
+        raw_name = os.fsdecode(b"\xff\xfe.png")
+        save(images / "plain.png").rename(images / raw_name)
+        (images / os.fsdecode(b"\xff\xfe.txt")).write_text("raw")
+        found.append(raw_name)
+    pack(images, tmp_path / "out")
+    samples = read(tmp_path / "out")
+    assert sorted(samples) == sorted(found)
+    assert samples["v1.5.best.PNG"][1].files["txt"] == b"top"
+    assert samples["猫 & ü/写真.Jpeg"][1].files["txt"].decode() == "猫 & ü"
+    assert samples["y/a.jpg"][0][0] == "jpg" and samples["y/a.webp"][0][0] == "webp"
+    assert all(re.fullmatch(r"\d{9}", raw.key) for _, raw, _ in samples.values())
+
+
+def test_other_formats_become_png_and_wrong_suffixes_are_put_right(tmp_path):
+    images = tmp_path / "in"
+    for suffix in ("gif", "bmp", "tif", "avif"):
+        if suffix != "avif" or "AVIF" in pack_module.Image.SAVE:
+            save(images / f"{suffix}.{suffix}", 3, caption=suffix)
+    picture(3).convert("CMYK").save(images / "cmyk.tiff")
+    (images / "cmyk.text").write_text("cmyk")
+    deep = np.arange(12 * 8, dtype=np.uint16).reshape(8, 12) * 600
+    Image.fromarray(deep).save(images / "deep.tiff")
+    (images / "deep.caption").write_text("16 bits")
+    picture(3).save(images / "really_png.jpg", "PNG")
+    (images / "really_png.txt").write_text("png")
+    pack(images, tmp_path / "out")
+    samples = read(tmp_path / "out")
+    assert {extensions[0] for extensions, _, _ in samples.values()} == {"png"} and len(samples) >= 6
+    for lossless in ("bmp.bmp", "tif.tif", "really_png.jpg"):
+        stored = Image.open(io.BytesIO(samples[lossless][1].files["png"]))
+        assert np.array_equal(np.asarray(stored), np.asarray(picture(3)))
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(samples["deep.tiff"][1].files["png"]))), deep)
+
+
+def test_shrunk_pictures_look_as_the_readers_would_have_made_them(tmp_path):
+    """16-bit grey keeps its greys, transparent parts become white, a BMP becomes PNG."""
+    images = tmp_path / "in"
+    images.mkdir()
+    Image.fromarray(np.full((40, 40), 0x8080, dtype=np.uint16)).save(images / "deep.png")
+    Image.new("RGBA", (40, 40), (255, 0, 0, 0)).save(images / "clear.webp", lossless=True)
+    Image.new("RGB", (40, 40), (1, 2, 3)).save(images / "plain.bmp")
+    for name in ("deep", "clear", "plain"):
+        (images / f"{name}.txt").write_text(name)
+    pack(images, tmp_path / "out", max_size=10)
+    expected = {"deep.png": ("png", 128), "clear.webp": ("jpg", 255), "plain.bmp": ("png", (1, 2, 3))}
+    for name, (extensions, raw, _) in read(tmp_path / "out").items():
+        stored = np.asarray(Image.open(io.BytesIO(raw.files[extensions[0]])))
+        assert extensions[0] == expected[name][0] and stored.shape == (10, 10, 3)
+        assert (stored == expected[name][1]).all()
+
+
+def test_sizes_are_upright_and_original(tmp_path):
+    """What SDXL is told of a turned and shrunk picture is its true size, upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    save(tmp_path / "in" / "turned.jpg", 1, (60, 40), caption="turned", exif=exif, quality=95)
+    save(tmp_path / "in" / "large.png", 2, (64, 48), caption="large")
+    save(tmp_path / "in" / "large.webp", 2, (64, 48), caption="large")
+    save(tmp_path / "in" / "small.jpg", 3, (100, 16), caption="small")
+    pack(tmp_path / "in", tmp_path / "whole")
+    assert read(tmp_path / "whole")["turned.jpg"][2] == {"file_name": "turned.jpg", "width": 40, "height": 60}
+
+    pack(tmp_path / "in", tmp_path / "out", max_size=16)
+    samples = read(tmp_path / "out")
+    expected = {"turned.jpg": (16, 24, "jpg"), "large.png": (21, 16, "png"), "large.webp": (21, 16, "jpg")}
+    for name, (width, height, extension) in expected.items():
+        extensions, raw, meta = samples[name]
+        stored = Image.open(io.BytesIO(raw.files[extension]))
+        assert extensions[0] == extension and stored.size == (width, height) == (meta["width"], meta["height"])
+        assert not stored.getexif()
+    assert (samples["turned.jpg"][2]["original_width"], samples["turned.jpg"][2]["original_height"]) == (40, 60)
+    assert samples["small.jpg"][1].files["jpg"] == (tmp_path / "in" / "small.jpg").read_bytes()
+    assert "original_width" not in samples["small.jpg"][2]
+    options = {"resample": 0, "center_crop": True, "random_flip": False, "proportion_empty_prompts": 0.0}
+    for name, size in (("turned.jpg", (60, 40)), ("large.png", (48, 64)), ("small.jpg", (16, 100))):
+        trained = prepare_sample(samples[name][1], resolution=8, draws=np.zeros(5), **options)
+        assert trained.original_size == size
+
+
+# ----------------------------------------------------------------------------------------------- captions
+
+
+def test_jsonl(tmp_path):
+    """Strings, lists, several rows, other columns; metadata of a subfolder; a text file wins."""
+    images = tmp_path / "in"
+    for i, name in enumerate(["a.png", "b.png", "c.png", "sub/d.png", "sub/e.png"]):
+        save(images / name, i)
+    (images / "c.txt").write_text("from the text file")
+    (images / "f.png").touch()
+    write_jsonl(
+        images,
+        {"file_name": "a.png", "text": "an a", "licence": "CC0", "width": 9999},
+        {"file_name": "a.png", "text": "an a"},
+        {"file_name": "f.png", "text": "an f"},
+        {"file_name": "./b.png", "text": ["b one", " b two ", ""], "nested": {"ü": [1, None]}},
+        {"file_name": "c.png", "caption": "from the row"},
+        {"file_name": "sub/d.png", "caption": "d one", "text": "unused", "n": 1},
+        {"file_name": "sub/d.png", "caption": "d two", "n": 2},
+        {"file_name": "gone.png", "caption": "gone"},
+    )
+    write_jsonl(
+        images / "sub", {"file_name": "e.png", "caption": "an e", "original_width": 640, "original_height": 480}
+    )
+    packed = pack(images, tmp_path / "out")
+    assert packed.skipped == {pack_module.NO_FILE: ["gone.png"], pack_module.EMPTY_FILE: ["f.png"]}
+    samples = read(tmp_path / "out")
+    size = {"width": 12, "height": 8}
+    assert samples["a.png"][1].files["txt"] == b"an a"
+    assert samples["a.png"][2] == {"licence": "CC0", "file_name": "a.png"} | size
+    assert "txt" not in samples["b.png"][0]
+    assert (
+        samples["b.png"][2] == {"caption": ["b one", "b two"], "nested": {"ü": [1, None]}, "file_name": "b.png"} | size
+    )
+    assert samples["c.png"][1].files["txt"] == b"from the text file"
+    assert samples["c.png"][2]["caption"] == "from the row"  # --caption_column caption still finds it
+    assert samples["sub/d.png"][2] == {"caption": ["d one", "d two"], "text": "unused", "n": 1} | size | {
+        "file_name": "sub/d.png"
+    }
+    assert (samples["sub/e.png"][2]["original_width"], samples["sub/e.png"][2]["original_height"]) == (640, 480)
+    report = inspect_shards(expand_shards(str(tmp_path / "out")), resolution=8)
+    assert report.usable == 5 and report.caption_sources['JSON "caption"'] == 2
+
+
+def test_csv_and_caption_column(tmp_path):
+    images = fill(tmp_path / "in", 2)  # with text files, which --caption_column puts out of use
+    with open(images / "metadata.csv", "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file_name", "text", "blip", "original_width", "original_height"])
+        writer.writerow(["000.png", "a text", 'a "blip",\nin two lines', "300", "200"])
+        writer.writerow(["001.png", "another", "", "", ""])
+    packed = pack(images, tmp_path / "out", caption_column="blip")
+    assert packed.skipped == {pack_module.NO_CAPTION: ["001.png"]}
+    ((_, raw, meta),) = read(tmp_path / "out").values()
+    assert raw.files["txt"] == b'a "blip",\nin two lines'
+    assert meta == {
+        "text": "a text",
+        "file_name": "000.png",
+        "width": 12,
+        "height": 8,
+        "original_width": 300,
+        "original_height": 200,
+    }
+
+
+# -------------------------------------------------------------------------------------------- what is skipped
+
+
+def test_bad_pictures_are_skipped_counted_and_named(tmp_path, capsys):
+    images = fill(tmp_path / "in", 2)
+    whole = (images / "000.png").read_bytes()
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    bad = {
+        "cut.png": (whole[: len(whole) // 2], "cut"),
+        "text.jpg": (b"not a picture", "text"),
+        "bomb.png": ((tmp_path / "bomb.png").read_bytes(), "bomb"),
+        "empty.png": (b"", "empty"),
+        "none.png": (whole, None),
+        "blank.png": (whole, " \n"),
+        "latin.png": (whole, "größer".encode("latin-1")),
+    }
+    for name, (content, caption) in bad.items():
+        (images / name).write_bytes(content)
+        if caption is not None:
+            (images / name).with_suffix(".txt").write_bytes(caption if isinstance(caption, bytes) else caption.encode())
+    (images / "gone.png").symlink_to("nowhere.png")
+    (images / "linked.png").symlink_to("000.png")
+    (images / "linked.txt").write_text("a link to a file is followed")
+    os.mkfifo(images / "pipe.png")
+    save(images / ".hidden.png", caption="hidden")
+    save(images / ".cache" / "a.png", caption="hidden")
+    main([str(images), str(tmp_path / "out"), "--num_workers", "2"])
+    said = capsys.readouterr().out
+    assert sorted(read(tmp_path / "out")) == ["000.png", "001.png", "linked.png"]
+    manifest = [json.loads(line) for line in (tmp_path / "out" / MANIFEST).read_text().splitlines()]
+    skipped = {name: why for line in manifest for why, them in line["skipped"].items() for name in them}
+    assert skipped == {
+        "cut.png": "picture is damaged or cut short",
+        "text.jpg": "picture file holds no picture",
+        "bomb.png": "picture is too large (a decompression bomb)",
+        "empty.png": pack_module.EMPTY_FILE,
+        "none.png": pack_module.NO_CAPTION,
+        "blank.png": pack_module.NO_CAPTION,
+        "latin.png": "caption is not UTF-8",
+        "gone.png": pack_module.UNREADABLE,
+        "pipe.png": pack_module.UNREADABLE,
+    }
+    assert f"  2 x {pack_module.NO_CAPTION}: blank.png, none.png\n" in said
+    assert "  1 x caption is not UTF-8: latin.png\n" in said
+    *_, last = said.splitlines()
+    assert re.fullmatch(rf"1 shard, 3 samples, \d\.\d MB: train with --train_shards_path_or_url {tmp_path}/out", last)
+
+
+def test_files_that_the_readers_would_not_read_are_skipped(tmp_path, monkeypatch):
+    images = fill(tmp_path / "in", 2)
+    (images / "000.txt").write_text("long " * 100)
+    save(images / "large.bmp", 0, (100, 100), caption="large")
+    monkeypatch.setattr(pack_module, "MAX_FILE_BYTES", 20_000)
+    monkeypatch.setattr(pack_module, "MAX_TEXT_BYTES", 400)
+    assert pack(images, tmp_path / "out").skipped == {pack_module.HUGE_FILE: ["000.png", "large.bmp"]}
+
+
+@pytest.mark.parametrize("name, said", [("nothing", "no folder"), ("file", "no folder"), ("", "no picture.*nothing")])
+def test_nothing_to_pack(tmp_path, name, said):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "in").mkdir()
+    with pytest.raises(UsageError, match=f"IMAGES: there is {said}"):
+        pack(tmp_path / (name or "in"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_name_the_remedy(tmp_path):
+    images = tmp_path / "in"
+    save(images / "a.png")
+    (images / "notes.md").write_text("")
+
+    def refused(match, **settings):
+        with pytest.raises(UsageError, match=match):
+            pack(images, tmp_path / "out", **settings)
+        assert not (tmp_path / "out").exists()
+
+    refused(r'(?s)none of the 1 pictures .*a\.txt.*"file_name".*1 x \.md.*1 x no caption.*a\.png')
+    refused("--samples_per_shard is 0; give 1 or more", samples_per_shard=0)
+    refused("--max_size is -1", max_size=-1)
+    refused("--num_workers is 0", num_workers=0)
+    write_jsonl(images, {"file_name": "a.png", "text": "an a"})
+    refused("--caption_column blip: .*no such column, but 1 x text", caption_column="blip")
+    write_jsonl(images, {"file_name": "a.png", "text": "an a"}, {"image": "b.png", "text": "a b"})
+    refused(r"metadata.jsonl cannot be used: no file_name.*b\.png")
+    (images / "metadata.jsonl").write_text('{"file_name": "a.png"}\n{"file_na')
+    refused("metadata.jsonl cannot be used: .*Mend row 1 or the next")
+    (images / "metadata.jsonl").write_bytes(b'{"file_name": "a.png", "text": "\xff"}\n')
+    refused("metadata.jsonl cannot be used: .*utf-8")
+
+
+def test_nothing_usable_leaves_nothing(tmp_path):
+    save(tmp_path / "in" / "a.png", caption="a").write_bytes(b"no picture")
+    with pytest.raises(UsageError, match=r"(?s)nothing in .* can be trained on.*1 x picture file holds no.*: a\.png"):
+        pack(tmp_path / "in", tmp_path / "out")
+    assert names(tmp_path / "out") == []
+    save(tmp_path / "in" / "a.png")  # mended: the same command works
+    assert pack(tmp_path / "in", tmp_path / "out").samples == 1
+
+
+def test_shards_inside_the_images_are_not_packed(tmp_path):
+    images = fill(tmp_path, 3)
+    pack(images, images / "out")
+    save(images / "out" / "stray.png", caption="stray")
+    pictures, _ = find_pictures(str(images), str(images / "out"))
+    assert [p.path for p in pictures] == ["000.png", "001.png", "002.png"]
+    with pytest.raises(UsageError, match="holds other things"):
+        pack(images, images)
+
+
+# ------------------------------------------------------------------------------------- going on, and refusing to
+
+
+def test_again_keeps_what_is_there(tmp_path):
+    fill(tmp_path / "in", 9)
+    (tmp_path / "in" / "004.png").write_bytes(b"bad")
+    first = pack(tmp_path / "in", tmp_path / "out", samples_per_shard=3)
+    before, times = contents(tmp_path / "out"), {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.tar")}
+    manifest = (tmp_path / "out" / MANIFEST).read_text()
+    assert pack(tmp_path / "in", tmp_path / "out", samples_per_shard=3) == first
+    assert times == {p: p.stat().st_mtime_ns for p in times}
+    assert (tmp_path / "out" / MANIFEST).read_text() == manifest
+
+    (tmp_path / "out" / "00000.tar").unlink()
+    (tmp_path / "out" / "00001.tar").write_bytes(b"cut")
+    (tmp_path / "out" / ".00001.tar.77.partial").write_bytes(b"half")
+    (tmp_path / "out" / MANIFEST).write_text(manifest[:-9])  # the last line was cut by the kill
+    assert pack(tmp_path / "in", tmp_path / "out", samples_per_shard=3) == first
+    assert contents(tmp_path / "out") == before
+    assert names(tmp_path / "out") == ["00000.tar", "00001.tar", "00002.tar", MANIFEST]
+
+
+def test_an_error_in_the_middle_leaves_whole_shards(tmp_path, monkeypatch):
+    """A full disk: what was whole stays, nothing half-written does, and the same command goes on."""
+    fill(tmp_path / "in", 12)
+    pack(tmp_path / "in", tmp_path / "expected", samples_per_shard=3)
+
+    def full(source, target):
+        if str(target).endswith("00002.tar"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        os.rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_module.os, "replace", full)
+        with pytest.raises(UsageError, match=r"OUT .*No space left on device\. .*run the same command again"):
+            pack(tmp_path / "in", tmp_path / "out", samples_per_shard=3)
+    assert names(tmp_path / "out")[:2] == ["00000.tar", "00001.tar"] and "00002.tar" not in names(tmp_path / "out")
+    assert not list((tmp_path / "out").glob(".*"))
+    kept = (tmp_path / "out" / "00000.tar").stat().st_ino
+    pack(tmp_path / "in", tmp_path / "out", samples_per_shard=3)
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    assert (tmp_path / "out" / "00000.tar").stat().st_ino == kept
+
+
+def slowly(images, picture, settings, make_sample=pack_module.make_sample):
+    time.sleep(0.05)
+    return make_sample(images, picture, settings)
+
+
+def run_slowly(argv):
+    pack_module.make_sample = slowly
+    os.setsid()
+    with open(os.path.join(os.path.dirname(argv[1]), "said"), "w") as said, contextlib.redirect_stderr(said):
+        main(argv)
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
+def test_killed(tmp_path, kill):
+    """A real kill of the main process; with SIGINT, as Ctrl-C in a terminal, of all of its group."""
+    fill(tmp_path / "in", 24)
+    pack(tmp_path / "in", tmp_path / "expected", samples_per_shard=4)
+    out = tmp_path / "out"
+    argv = [str(tmp_path / "in"), str(out), "--samples_per_shard", "4", "--num_workers", "2"]
+    alive, held_by_all = os.pipe()
+    process = multiprocessing.get_context("fork").Process(target=run_slowly, args=(argv,))
+    process.start()
+    os.close(held_by_all)
+    deadline = time.monotonic() + 20
+    while not (out.exists() and (out / MANIFEST).exists() and len((out / MANIFEST).read_text().splitlines()) > 1):
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.01)
+    (os.kill if kill == signal.SIGKILL else os.killpg)(process.pid, kill)
+    process.join(10)
+    assert process.exitcode == (-signal.SIGKILL if kill == signal.SIGKILL else 130)
+    assert select.select([alive], [], [], 10)[0] and os.read(alive, 1) == b""  # the workers have ended too
+    os.close(alive)
+    if kill == signal.SIGINT:
+        assert "run the same command again" in (tmp_path / "said").read_text()
+        assert not list(out.glob(".*"))
+    left = contents(out)
+    assert 0 < len(left) < 6 and left.items() <= contents(tmp_path / "expected").items()
+    pack(tmp_path / "in", out, samples_per_shard=4)
+    assert contents(out) == contents(tmp_path / "expected")
+    assert names(out) == names(tmp_path / "expected")
+
+
+def test_a_worker_that_dies_is_told(tmp_path, monkeypatch):
+    fill(tmp_path / "in", 2)
+    monkeypatch.setattr(pack_module, "make_sample", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UsageError, match="a worker process died.*--num_workers"):
+        pack(tmp_path / "in", tmp_path / "out")
+
+
+def test_other_settings_or_files_are_refused(tmp_path):
+    images = fill(tmp_path / "in", 4)
+    pack(images, tmp_path / "out", samples_per_shard=2)
+    before = contents(tmp_path / "out")
+
+    def refused(match, **settings):
+        with pytest.raises(UsageError, match=match):
+            pack(images, tmp_path / "out", **{"samples_per_shard": 2} | settings)
+        assert contents(tmp_path / "out") == before
+
+    refused("begun with --samples_per_shard 2 and --seed 0. Name another folder", samples_per_shard=3, seed=1)
+    (images / "000.txt").write_text("edited: other")
+    refused("begun with 4 pictures, some of which have changed, gone or come since")
+    save(images / "new.png", caption="new")
+    refused("begun with 4 pictures")
+    (tmp_path / "out" / MANIFEST).write_text("{}")
+    refused("is not of this program")
+    (tmp_path / "out" / MANIFEST).unlink()
+    refused("holds other things; name a new or empty folder")
+
+
+def test_a_file_that_goes_away_stops_the_packing(tmp_path, monkeypatch):
+    """Not skipped: a network disk that went away would otherwise make shards of nothing."""
+    images = fill(tmp_path / "in", 2)
+    monkeypatch.setattr(pack_module, "find_pictures", lambda *a: (find_pictures(*a), (images / "001.png").unlink())[0])
+    with pytest.raises(UsageError, match=r"001\.png cannot be read any more .*run the same command again"):
+        pack(images, tmp_path / "out")
+    assert names(tmp_path / "out") == [MANIFEST]
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert said.index("pack_shards photos shards") < said.index("metadata.jsonl") < said.index("--samples_per_shard")
