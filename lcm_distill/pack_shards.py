@@ -54,7 +54,6 @@ from lcm_distill.shards import CAPTIONS, FLAG, MAX_FILE_BYTES, MAX_TEXT_BYTES, P
 
 MANIFEST = "manifest.jsonl"  # the settings, then a line for each whole shard
 METADATA = ("metadata.jsonl", "metadata.csv")
-SUFFIXES = frozenset((*PICTURES, "jfif", "gif", "bmp", "tif", "tiff", "avif"))
 STORED_AS_THEY_ARE = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # by content: names are often wrong
 KEPT = "The shards that are whole are kept: run the same command again to go on"
 
@@ -132,7 +131,7 @@ def find_pictures(images: str, out: str, caption_column: str | None = None) -> t
         for name in sorted(name for name in names if not name.startswith(".")):
             stem, dotted = os.path.splitext(name)
             suffix = dotted.lower().removeprefix(".")
-            if suffix in SUFFIXES:
+            if suffix in PICTURES:
                 pictures.append((stem, name))
                 continue
             other_files[dotted.lower() or "other file"] += 1
@@ -160,7 +159,7 @@ def find_pictures(images: str, out: str, caption_column: str | None = None) -> t
     if not found:
         raise UsageError(
             f"IMAGES: there is no picture that can be used in {images}, but {list_counts(other_files)}. Give a folder "
-            f"of {', '.join(sorted(SUFFIXES))}." + ("\nSkipped:\n" + _in_words(skipped) if skipped else "")
+            f"of {', '.join(sorted(PICTURES))}." + ("\nSkipped:\n" + _in_words(skipped) if skipped else "")
         )
     if caption_column is not None and caption_column not in columns:
         raise UsageError(
@@ -290,10 +289,8 @@ def _told_size(meta: dict) -> tuple[int, int] | None:
 
 def _read_picture(content: bytes, max_size: int | None) -> tuple[bytes, str, tuple[int, int], tuple[int, int]]:
     """(the bytes to store, their extension, their picture's (width, height), the true one), both upright."""
-    Image.init()  # not every Pillow has AVIF
-    formats = [name for name in (*samples.PILLOW_FORMATS, "TIFF", "AVIF") if name in Image.OPEN]
     try:
-        image: Image.Image = Image.open(io.BytesIO(content), formats=formats)
+        image: Image.Image = Image.open(io.BytesIO(content), formats=samples.PILLOW_FORMATS)
     except Image.DecompressionBombError:
         raise BadSample(samples.HUGE_PICTURE) from None
     except Exception:  # noqa: BLE001 - a damaged header can raise nearly anything

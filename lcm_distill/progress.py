@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class Progress:
             disable=not accelerator.is_main_process,
         )
         self._dropped = DropCounter()
-        self._told: Mapping[str, int] = {}
+        self._told = 0
         self._loader: ShardLoader | None = None
         self._loss = torch.zeros((), device=accelerator.device)
         self._grad_norm = torch.zeros((), device=accelerator.device)
@@ -118,9 +118,10 @@ class Progress:
             f"{values['data_wait']:.0%} waiting for data"
         )
         self._accelerator.log(values, step=global_step)
-        if self._dropped.total() != self._told:
-            self._told = self._dropped.total()
-            logger.warning("samples dropped so far%s: %s", self._of_ranks(), self._dropped)
+        dropped = sum(self._dropped.total().values())
+        if dropped and dropped >= 2 * self._told:  # at ever longer intervals
+            self._told = dropped
+            logger.warning("samples dropped so far%s: %d (%s)", self._of_ranks(), dropped, self._dropped)
         return values
 
     def _of_ranks(self) -> str:

@@ -17,7 +17,10 @@ from lcm_distill.shards import PICTURES, RawSample, caption_files, json_key
 CAPTION_KEYS = ("caption", "text")
 
 # By content, since pictures are often misnamed. Pillow reads more, but some of that runs programs (EPS: ghostscript).
-PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+Image.init()
+PILLOW_FORMATS = tuple(
+    name for name in ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF") if name in Image.OPEN
+)  # AVIF is not in every Pillow
 INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic", "lanczos", "box", "hamming")}
 INTERPOLATIONS |= {"nearest": Image.Resampling.NEAREST, "nearest_exact": Image.Resampling.NEAREST}
 _TORCH_MODES = {int(Image.Resampling.BILINEAR): "bilinear", int(Image.Resampling.BICUBIC): "bicubic"}
@@ -25,7 +28,7 @@ MAX_PIXELS = 178_956_970  # a picture of more is taken for a decompression bomb 
 MAX_CAPTION = 4096  # characters; text encoders read some 77 tokens
 
 # Why a sample is dropped.
-NO_PICTURE = "no picture (.jpg, .jpeg, .png or .webp)"
+NO_PICTURE = "no picture (.jpg, .png, .webp or another known kind)"
 NO_CAPTION = "no caption (.txt, .text, .caption or a JSON caption)"
 CAPTION_NOT_UTF8 = "caption is not UTF-8"
 NOT_A_PICTURE = "picture file holds no picture"

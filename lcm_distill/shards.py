@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 FLAG = "--train_shards_path_or_url"
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 LIST_SUFFIXES = (".txt", ".list", ".lst")
-PICTURES = ("jpg", "jpeg", "png", "webp")
+PICTURES = ("jpg", "jpeg", "png", "webp", "avif", "jfif", "bmp", "gif", "tif", "tiff")
 CAPTIONS = ("txt", "text", "caption")
 
 MAX_FILE_BYTES = 256 * 2**20  # a larger picture is not read,
@@ -41,8 +41,8 @@ COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")  # how gzip, bzip2 and xz be
 CODE_BEARING = frozenset("pyd pkl pickle dill joblib pth pt ckpt bin npy npz ten tb py pyc sh so dll exe".split())
 
 SHARD_NEEDS = (
-    "A shard is a tar in which the files of a sample share a name and stand next to each other: 0001.jpg (or .jpeg, "
-    '.png, .webp) with 0001.txt (or .text, .caption, or 0001.json with a "caption" or "text"); '
+    "A shard is a tar in which the files of a sample share a name and stand next to each other: 0001.jpg (or .png, "
+    '.webp, .avif, .bmp, .gif, .tif) with 0001.txt (or .text, .caption, or 0001.json with a "caption" or "text"); '
     "--caption_column names another extension or JSON key. "
     "An extension is what follows the first dot of a name: write a_b.jpg, not a.b.jpg. "
     "To make shards of a folder of pictures: python -m lcm_distill.pack_shards FOLDER OUT"

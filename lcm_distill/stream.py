@@ -42,6 +42,7 @@ from lcm_distill.shards import FLAG, RawSample, check_caption_column, list_count
 logger = logging.getLogger(__name__)
 
 LEAST_SEEN = 500  # samples that a process has seen before it judges how many are bad
+LEAN = 1024  # samples dropped in a row, and each doubling of that, are worth a message
 WINDOW_BYTES = 256 * 2**20  # a shuffle block ends here even when it has fewer than `shuffle_window` samples
 
 SHARD_ORDER, BLOCK_ORDER, SAMPLE_DRAWS = range(3)  # what a random stream is for, so that no two share numbers
@@ -258,6 +259,7 @@ class StreamIterator:
         self.offset: int | None = 0  # which begins at this byte; None: not known, as in a compressed shard
         self.place = 0  # so many of the block's samples, in its shuffled order, are used up
         self.dropped: Counter = Counter()
+        self._lean = 0  # samples dropped since the last that was not
         self._tally = _new_tally(workers) if stream.tally is None else stream.tally
         self._samples = self._run()
 
@@ -366,6 +368,10 @@ class StreamIterator:
 
     def _drop(self, reason: str) -> None:
         self.dropped[reason] += 1
+        self._lean += 1
+        if self._lean >= LEAN and self._lean & (self._lean - 1) == 0:  # whoever waits for a batch is told why
+            what = "worker %d of %d: none of the last %d samples can be used; dropped so far: %s"
+            logger.warning(what, self.worker, max(1, self.workers), self._lean, list_counts(self.dropped))
         if not is_filtered(reason):
             self._count(bad=True)
 
@@ -373,6 +379,7 @@ class StreamIterator:
         """Adds one sample to what this process has seen; `StreamError` if too many of them are bad."""
         self._tally[self.worker, int(bad)] += 1
         if not bad:
+            self._lean = 0
             return
         good_ones, bad_ones = self._tally.sum(dim=0).tolist()
         seen, most = good_ones + bad_ones, self.stream.max_bad_fraction
