@@ -1002,7 +1002,7 @@ def test_shards_without_a_usable_sample_end_in_one_clear_error(tmp_path, workers
     assert message == str(preflight.value)
     assert "0 of 3 samples usable, in the first 3 of 3 shards" in message
     assert f"2 x {samples.NO_CAPTION}, 1 x {samples.NOT_A_PICTURE}" in message
-    assert "1 x cls" in message and "1 x gif" in message
+    assert "1 x cls" in message and "1 x psd" in message
     assert "Traceback" not in message
 
 
