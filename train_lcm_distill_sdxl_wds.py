@@ -31,6 +31,7 @@ from lcm_distill.consistency import (
     unet_output,
 )
 from lcm_distill.ema import update_ema
+from lcm_distill.ending import Ending
 from lcm_distill.errors import run_program
 from lcm_distill.export import export_full_student, open_hub
 from lcm_distill.filters import parse_filters
@@ -40,11 +41,12 @@ from lcm_distill.plan import announce, plan_training
 from lcm_distill.preflight import inspect_shards
 from lcm_distill.progress import Progress
 from lcm_distill.randomness import BatchRandom
-from lcm_distill.runtime import inference_dtype, parse_trackers, settle_seed, start_accelerator, start_trackers
+from lcm_distill.runtime import inference_dtype, settle_seed, start_accelerator
 from lcm_distill.schedule import DDIMSolver, NoiseSchedule, lcm_scheduler
 from lcm_distill.shards import count_samples, expand_shards
 from lcm_distill.stream import ShardStream, make_loader
 from lcm_distill.teacher import Teacher, read_configs
+from lcm_distill.trackers import end_training, parse_trackers, start_trackers, tracker_runs
 from lcm_distill.validation import read_prompts, validate, validation_guidance_scale
 
 PROGRAM = "train_lcm_distill_sdxl_wds"
@@ -123,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     push = args.push_to_hub and not args.dry_run
     hub = open_hub(accelerator, args.hub_model_id, args.hub_token, args.output_dir) if push else None
-    start_trackers(accelerator, args.tracker_project_name, flags_to_record)
+    start_trackers(accelerator, args.tracker_project_name, flags_to_record, resumed=resumed)
 
     # The networks: the frozen parts with the teacher, the student θ, and its slow copy, the target θ⁻.
     dtype = inference_dtype(accelerator)
@@ -196,14 +198,17 @@ def main(argv: list[str] | None = None) -> None:
     # Resume, or start.
     parts = {"unet": unets.UNetPart(plain), "unet_target": unets.UNetPart(target)}
     checkpoints = Checkpoints(accelerator, args.output_dir, parts, args.checkpoints_total_limit)
-    run = dict(program=PROGRAM, architecture=design, seed=seed, flags=flags_to_record)
+    run = dict(
+        program=PROGRAM, architecture=design, seed=seed, flags=flags_to_record, trackers=tracker_runs(accelerator)
+    )
     global_step, batches = resumed.get("global_step", 0), resumed.get("batches", 0)
     if checkpoint:
         with keeping_settings(optimizer, lr_scheduler):
             loader.load_state_dict(checkpoints.load(checkpoint, dry_run=args.dry_run))
     announce(plan, accelerator, student, run, checkpoint=checkpoint, resumed=resumed)
 
-    progress = Progress(accelerator, total=plan.steps, initial=global_step)
+    progress = Progress(accelerator, total=plan.steps, initial=global_step, output_dir=args.output_dir)
+    ending = Ending(accelerator, args.max_train_time)
     data = progress.batches(loader)
     while global_step < plan.steps:
         with accelerator.accumulate(student):
@@ -268,21 +273,27 @@ def main(argv: list[str] | None = None) -> None:
         global_step += 1
         progress.step(grad_norm)
         last = global_step == plan.steps
-        save = last or global_step % args.checkpointing_steps == 0
+        stop = ending.asked() and not last
+        save = last or stop or global_step % args.checkpointing_steps == 0
         if save or global_step % args.logging_steps == 0:
             progress.log(global_step, lr_scheduler)
         if args.dry_run:
             continue
         if save:
             with progress.paused():
-                checkpoints.save(global_step, run | {"batches": batches}, loader.state_dict())
+                checkpoints.save(global_step, run | {"batches": batches}, loader.state_dict(), must=stop)
+        if stop:
+            break
         if last or global_step % args.validation_steps == 0:
             with progress.paused():
                 validate(accelerator, pipelines, output_dir=args.output_dir, global_step=global_step, **drawing)
     progress.close()
+    ending.close()
 
     # Export.
-    if args.dry_run:
+    if global_step < plan.steps:
+        logger.info("%s: ended behind step %d; --resume_from_checkpoint latest goes on", ending.reason, global_step)
+    elif args.dry_run:
         validate(accelerator, pipelines, output_dir=None, global_step=global_step, **drawing)
         logger.info("dry run: shards, models, a training step and a drawing all work; nothing was written")
     elif accelerator.is_main_process:
@@ -300,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
             hub=hub,
         )
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    end_training(accelerator)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,16 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
-from lcm_distill.errors import UsageError
+from lcm_distill.errors import SaveError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -54,35 +55,71 @@ class Checkpoints:
         accelerator.register_save_state_pre_hook(self._save_parts)
         accelerator.register_load_state_pre_hook(self._load_parts)
 
-    def save(self, global_step: int, run: Mapping[str, Any], stream_state: Mapping[str, Any]) -> Path:
-        """Writes `checkpoint-{global_step}`; `run` goes into run.json, `stream_state` is this rank's own."""
+    def save(
+        self, global_step: int, run: Mapping[str, Any], stream_state: Mapping[str, Any], *, must: bool = False
+    ) -> Path | None:
+        """Writes `checkpoint-{global_step}`; `run` goes into run.json, `stream_state` is this rank's own.
+
+        One that cannot be written on any rank (a full disk) is reported and leaves None, and the checkpoints before
+        it; if it `must` be, because the run is about to end, it is a `SaveError`.
+        """
         accelerator = self._accelerator
         final = self._output_dir / f"checkpoint-{global_step}"
         partial = self._output_dir / f".{final.name}.partial"
+
+        def begin() -> None:
+            if accelerator.is_main_process:
+                for leftover in self._output_dir.glob(".checkpoint-*"):  # of runs that were killed while they wrote
+                    shutil.rmtree(leftover)
+                partial.mkdir(parents=True)
+
+        def write() -> None:
+            accelerator.save_state(str(partial))
+            torch.save(dict(stream_state), partial / f"stream-{accelerator.process_index}.pt")
+
+        def finish() -> None:
+            if accelerator.is_main_process:
+                record = dict(run) | {
+                    "global_step": global_step,
+                    "processes": accelerator.num_processes,
+                    "versions": versions(),
+                }
+                (partial / "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+                _sync_to_disk(partial)
+                if final.exists():  # not whole, or saved before: the new one takes its place
+                    _remove(final)
+                partial.rename(final)
+                _sync_folder(self._output_dir)
+
+        if problem := next(filter(None, map(self._problem, (begin, write, finish))), None):
+            kept = list_checkpoints(self._output_dir)
+            told = (
+                f"checkpoint-{global_step} could not be written ({problem}); the last whole one is "
+                f"{kept[-1] if kept else 'none'}. Make room in {self._output_dir}"
+            )
+            if accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+            if must:
+                raise SaveError(f"{told}, then go on from there with --resume_from_checkpoint latest.")
+            logger.error("%s: the run goes on, and tries again at its next checkpoint.", told)
+            return None
         if accelerator.is_main_process:
-            for leftover in self._output_dir.glob(".checkpoint-*"):  # of runs that were killed while they wrote
-                shutil.rmtree(leftover)
-            partial.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial))
-        torch.save(dict(stream_state), partial / f"stream-{accelerator.process_index}.pt")
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            record = dict(run) | {
-                "global_step": global_step,
-                "processes": accelerator.num_processes,
-                "versions": versions(),
-            }
-            (partial / "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
-            _sync_to_disk(partial)
-            if final.exists():  # not whole, or saved before: the new one takes its place
-                _remove(final)
-            partial.rename(final)
-            _sync_folder(self._output_dir)
-            self._prune(keep=final)
             logger.info("saved %s", final)
+            try:
+                self._prune(keep=final)
+            except OSError as error:
+                logger.error("an older checkpoint could not be removed (%s)", error)
         accelerator.wait_for_everyone()
         return final
+
+    def _problem(self, action: Callable[[], None]) -> str | None:
+        """What went wrong in `action` on any rank, in words; None if nothing did. Every rank gets the same answer."""
+        problem = None
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 - a full disk has another exception in each writer
+            problem = f"{type(error).__name__}: {error}"
+        return next(filter(None, gather_object([problem])), None)
 
     def load(self, path: Path, *, dry_run: bool = False) -> dict[str, Any]:
         """Restores networks, optimizer, learning rate and scaler; returns this rank's stream state.

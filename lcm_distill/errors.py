@@ -12,11 +12,15 @@ class DivergenceError(RuntimeError):
     """The loss is not finite any more; the message says at which step, and what to try."""
 
 
+class SaveError(RuntimeError):
+    """What the run has to leave behind cannot be written; the message says what is there, and what to do."""
+
+
 def run_program(main: Callable[[], None]) -> None:
     """Runs a program's `main`; an error meant for its user is printed as a message, without the traceback."""
     try:
         main()
-    except (UsageError, DivergenceError) as error:
+    except (UsageError, DivergenceError, SaveError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:

@@ -1,7 +1,8 @@
 """What a finished run leaves for its users: weights that load with one line, a scheduler, a model card, the Hub."""
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from diffusers.utils import convert_state_dict_to_kohya
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from safetensors.torch import save_file
 
-from lcm_distill.errors import UsageError
+from lcm_distill.errors import SaveError, UsageError
 from lcm_distill.lora import STUDENT, TARGET, Lora
 from lcm_distill.teacher import Teacher
 
@@ -56,12 +57,13 @@ def export_full_student(
     the steps trained and the run's `settings`. Then all that users load goes to the `hub`, if there is one.
     """
     folder = Path(output_dir)
-    student.save_pretrained(folder / "unet")
-    target.save_pretrained(folder / "unet_target")
-    student.save_pretrained(folder)
-    half = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float16)  # what is saved does load
-    half.save_pretrained(folder, variant="fp16")
-    scheduler.save_pretrained(folder)
+    with _writing(folder):
+        student.save_pretrained(folder / "unet")
+        target.save_pretrained(folder / "unet_target")
+        student.save_pretrained(folder)
+        half = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float16)  # what is saved does load
+        half.save_pretrained(folder, variant="fp16")
+        scheduler.save_pretrained(folder)
     usage = _FULL_USAGE.format(
         model=_name(hub, folder), load=teacher.loading_code(pipeline, "unet=unet"), guidance_scale=guidance_scale
     )
@@ -91,11 +93,12 @@ def export_lora_student(
     pipeline class, `base_model_version` kohya's name for the family.
     """
     folder = Path(output_dir)
-    lora.part(STUDENT).save(folder / "adapter")
-    save_lora(folder, lora, STUDENT, pipeline=pipeline, base_model_version=base_model_version)
-    if lora.average:
-        save_lora(folder / "target", lora, TARGET, pipeline=pipeline, base_model_version=base_model_version)
-    scheduler.save_pretrained(folder)
+    with _writing(folder):
+        lora.part(STUDENT).save(folder / "adapter")
+        save_lora(folder, lora, STUDENT, pipeline=pipeline, base_model_version=base_model_version)
+        if lora.average:
+            save_lora(folder / "target", lora, TARGET, pipeline=pipeline, base_model_version=base_model_version)
+        scheduler.save_pretrained(folder)
     usage = _LORA_USAGE.format(model=_name(hub, folder), load=teacher.loading_code(pipeline))
     card = model_card(
         folder,
@@ -115,8 +118,21 @@ def _name(hub: "HubUpload | None", folder: Path) -> str:
     return hub.repo_id if hub else str(folder)
 
 
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """What cannot be written is a `SaveError`: the run is over, and its last checkpoint can write it again."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - each writer has its own for a full disk
+        raise SaveError(
+            f"the result could not be written ({type(error).__name__}: {error}). The run's last checkpoint has it: "
+            f"make room in {folder} and launch once more with --resume_from_checkpoint latest, which only writes it."
+        ) from error
+
+
 def _finish(folder: Path, card: ModelCard, hub: "HubUpload | None", global_step: int) -> None:
-    card.save(folder / "README.md")
+    with _writing(folder):
+        card.save(folder / "README.md")
     logger.info("the result is in %s", folder)
     if hub:
         hub.push(f"Distilled for {global_step} steps")

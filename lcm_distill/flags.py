@@ -5,6 +5,7 @@ defaults are those of Diffusers' consistency-distillation examples, so that thei
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -71,6 +72,19 @@ positive = number(float, 0, open_low=True)
 non_negative = number(float, 0)
 fraction = number(float, 0, 1)
 below_one = number(float, 0, 1 - 2**-24)
+
+
+def duration(text: str) -> float:
+    """Seconds of a time as people and clusters write it: 11.5h, 90m, 3600s or 3600, 11:30:00, 1-12:00:00."""
+    seconds = 0.0
+    if match := re.fullmatch(r"(\d+(?:\.\d*)?)\s*([hms]?)", text.strip().lower()):
+        seconds = float(match[1]) * {"h": 3600, "m": 60}.get(match[2], 1)
+    elif match := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text.strip()):
+        days, hours, minutes, rest = (int(part or 0) for part in match.groups())
+        seconds = ((days * 24 + hours) * 60 + minutes) * 60 + rest
+    if seconds <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time; write 11.5h, 90m, 3600s or 11:30:00")
+    return float(seconds)
 
 
 def _switch(group: Any, name: str, help: str, default: bool = False) -> None:
@@ -367,6 +381,13 @@ def add_run_flags(parser: Parser, *, guidance_default: str) -> None:
         type=positive_int,
         default=None,
         help="how many checkpoints to keep; older ones go after a new one is complete (default: keep all)",
+    )
+    group.add_argument(
+        "--max_train_time",
+        type=duration,
+        default=None,
+        metavar="TIME",
+        help="save a checkpoint and end when training has taken this long: 11.5h, 90m, 11:30:00 (default: no limit)",
     )
     group.add_argument(
         "--resume_from_checkpoint",

@@ -13,27 +13,27 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
+from lcm_distill.checkpoint import list_checkpoints
 from lcm_distill.errors import DivergenceError
 from lcm_distill.stream import DropCounter, ShardLoader
+from lcm_distill.trackers import log_values
 
 logger = logging.getLogger(__name__)
 
 
 _MOST_SKIPPED = 50  # a loss scale halves at each skipped step: none is left to halve long before
-_REMEDY = (
-    "Resume from the last checkpoint with a lower --learning_rate, a lower --max_grad_norm "
-    "or --mixed_precision bf16 in place of fp16."
-)
 
 
 class Progress:
     """The progress bar, and averages over the batches since the last `log`; only `log` waits for the device.
 
-    Every rank makes one and calls every method. `global_step` counts optimizer steps.
+    Every rank makes one and calls every method. `global_step` counts optimizer steps; `output_dir` is where the run's
+    checkpoints are.
     """
 
-    def __init__(self, accelerator: Accelerator, *, total: int, initial: int):
+    def __init__(self, accelerator: Accelerator, *, total: int, initial: int, output_dir: str):
         self._accelerator = accelerator
+        self._output_dir = output_dir
         self._bar = tqdm(
             total=total,
             initial=initial,
@@ -91,7 +91,7 @@ class Progress:
         if not torch.isfinite(self._loss) or self._skipped >= _MOST_SKIPPED:
             raise DivergenceError(
                 f"the gradients are not finite after step {global_step}, {self._skipped} times in a row, "
-                f"the loss is {float(self._loss) / max(1, self._batches)}. {_REMEDY}"
+                f"the loss is {float(self._loss) / max(1, self._batches)}. {self._remedy()}"
             )
 
     def log(self, global_step: int, lr_scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict[str, float]:
@@ -112,17 +112,24 @@ class Progress:
         self._reset()
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
-                raise DivergenceError(f"{name} is {values[name]} at step {global_step}. {_REMEDY}")
+                raise DivergenceError(f"{name} is {values[name]} at step {global_step}. {self._remedy()}")
         self._bar.set_postfix_str(
             f"loss {values['loss']:.4g}, lr {values['lr']:.2e}, {values['samples_per_second']:.1f} pictures/s, "
             f"{values['data_wait']:.0%} waiting for data"
         )
-        self._accelerator.log(values, step=global_step)
+        log_values(self._accelerator, values, global_step)
         dropped = sum(self._dropped.total().values())
         if dropped and dropped >= 2 * self._told:  # at ever longer intervals
             self._told = dropped
             logger.warning("samples dropped so far%s: %d (%s)", self._of_ranks(), dropped, self._dropped)
         return values
+
+    def _remedy(self) -> str:
+        good = list_checkpoints(self._output_dir)  # none is written of values that are not finite
+        return (
+            f"The last good checkpoint is {good[-1] if good else 'none'}: resume with a lower --learning_rate, a lower "
+            "--max_grad_norm or --mixed_precision bf16 in place of fp16."
+        )
 
     def _of_ranks(self) -> str:
         return " on this process" if self._accelerator.num_processes > 1 else ""

@@ -1,39 +1,19 @@
-"""How a run starts: the accelerator, its trackers, precision and seed."""
+"""How a run starts: the accelerator, its precision and seed."""
 
 import logging
 import os
 import random
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, set_seed
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from lcm_distill.errors import UsageError
-
-
-def parse_trackers(report_to: str | None) -> list[str]:
-    """The trackers named in `--report_to`, joined by commas or spaces; "all" is every installed one."""
-    names = [name for name in (report_to or "none").lower().replace(",", " ").split() if name != "none"]
-    installed = [str(getattr(name, "value", name)) for name in get_available_trackers()]
-    known = [str(getattr(name, "value", name)) for name in LOGGER_TYPE_TO_CLASS]
-    if "all" in names:
-        return installed
-    for name in names:
-        if name not in known:
-            raise UsageError(f"--report_to {name}: no such tracker; choose among {', '.join(known)}, all and none.")
-        if name not in installed:
-            raise UsageError(
-                f"--report_to {name}: its package is not installed; pip install {name}, or choose another."
-            )
-    return list(dict.fromkeys(names))
 
 
 def start_accelerator(
@@ -103,25 +83,6 @@ def settle_seed(seed: int | None) -> int:
     chosen = broadcast_object_list([random.SystemRandom().randrange(2**31) if seed is None else seed])[0]
     set_seed(chosen)
     return chosen
-
-
-def start_trackers(accelerator: Accelerator, project: str, flags: Mapping[str, Any]) -> None:
-    """Starts the trackers with the run's `flags` as their configuration; they write into the logging folder."""
-    if not accelerator.log_with:
-        return
-    config = {
-        name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in flags.items()
-    }
-    folder = str(accelerator.logging_dir)
-    if accelerator.is_main_process:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    try:
-        accelerator.init_trackers(project, config=config, init_kwargs={"wandb": {"dir": folder}})
-    except Exception as error:  # each tracker has its own: no login, no connection, no such project
-        raise UsageError(
-            f"--report_to: a tracker did not start ({str(error).strip().splitlines()[0]}). Log in to it, choose "
-            "another, or set WANDB_MODE=offline for wandb without a connection."
-        ) from None
 
 
 class _AroundProgressBar(logging.Handler):

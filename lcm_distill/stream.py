@@ -18,9 +18,12 @@ the byte of its shard where it starts. (A compressed shard is read from its begi
 Safety. Only pictures, captions and JSON are read; nothing in a shard is unpickled or handed to another program.
 """
 
+import atexit
+import functools
 import hashlib
 import logging
 import os
+import signal
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -426,6 +429,8 @@ class DropCounter:
 class ShardLoader(StatefulDataLoader):
     """A `StatefulDataLoader` that can also take the state of a run with other ranks, workers or shards."""
 
+    leaving: torch.Tensor  # bool, in memory the workers see: whether they may end
+
     def load_state_dict(self, state: dict) -> None:
         """Continue exactly behind the batch after which `state_dict` was called.
 
@@ -458,6 +463,7 @@ class ShardLoader(StatefulDataLoader):
         for in vain, for five seconds, at some later time.
         """
         if self._iterator is not None and self.num_workers:
+            self.leaving.fill_(True)
             self._iterator._shutdown_workers()
 
 
@@ -482,11 +488,14 @@ def make_loader(stream: ShardStream, num_workers: int) -> ShardLoader:
     if num_workers < 0:
         raise UsageError(f"--dataloader_num_workers is {num_workers}; give 0 or more.")
     stream.tally = _new_tally(num_workers)
+    leaving = torch.zeros((), dtype=torch.bool).share_memory_()
+    atexit.register(leaving.fill_, True)  # before multiprocessing ends the workers
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*set_vital.*")  # torchdata 0.11 calls what torch 2.13 deprecates
-        return ShardLoader(
+        loader = ShardLoader(
             stream,
             batch_size=None,
+            worker_init_fn=functools.partial(_heed_the_run_alone, leaving),
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=2 if num_workers else None,
@@ -495,3 +504,12 @@ def make_loader(stream: ShardStream, num_workers: int) -> ShardLoader:
             persistent_workers=False,
             generator=torch.Generator(),  # without it, making the iterator draws from the global one
         )
+    loader.leaving = leaving
+    return loader
+
+
+def _heed_the_run_alone(leaving: torch.Tensor, worker: int) -> None:
+    """Signals to all processes of a job are for the run to answer: its step needs the data, so the workers stay."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving else None)

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -15,6 +14,7 @@ from PIL import Image
 from lcm_distill.errors import UsageError
 from lcm_distill.latents import decode_latents
 from lcm_distill.pictures import labelled_grid
+from lcm_distill.trackers import log_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -122,22 +122,11 @@ def validate(
         if output_dir is not None:
             columns = [text for prompt in prompts for text in [prompt, *[""] * (drawing["images_per_prompt"] - 1)]]
             path = Path(output_dir) / "validation" / f"step-{global_step:06d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            labelled_grid(list(rows.items()), columns=columns, size=min(256, drawing["resolution"])).save(path)
+            grid = labelled_grid(list(rows.items()), columns=columns, size=min(256, drawing["resolution"]))
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                grid.save(path)
+            except OSError as error:
+                logger.error("%s could not be written (%s); the run goes on", path, error)
             log_pictures(accelerator, rows, global_step)
     accelerator.wait_for_everyone()
-
-
-def log_pictures(accelerator: Accelerator, rows: Mapping[str, Sequence[Image.Image]], global_step: int) -> None:
-    """Sends each row of pictures to every tracker that takes pictures: "student, 4 steps" as `student_4_steps`."""
-    for tracker in accelerator.trackers:
-        for label, pictures in rows.items():
-            tag = f"validation/{label.replace(',', '').replace(' ', '_')}"
-            if tracker.name == "tensorboard":
-                stacked = np.stack([np.asarray(picture) for picture in pictures])
-                tracker.log_images({tag: stacked}, step=global_step, dataformats="NHWC")
-            elif hasattr(tracker, "log_images"):
-                tracker.log_images({tag: list(pictures)}, step=global_step)
-            else:
-                logger.warning("the tracker %s takes no pictures; they are in the output folder", tracker.name)
-                break

@@ -4,6 +4,7 @@ import importlib
 import logging
 import os
 import shutil
+import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may look for anything on the Hub
@@ -13,6 +14,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from lcm_distill.ending import SIGNALS
 from toy.make_shards import make_shards
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,6 +116,11 @@ def run():
 
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
-        importlib.import_module(program).main(argv)
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        try:
+            importlib.import_module(program).main(argv)
+        finally:
+            for number, handler in before.items():  # a run that ends by an exception keeps listening
+                signal.signal(number, handler)
 
     return call

@@ -255,8 +255,8 @@ def test_two_plus_two_resumed_steps_equal_four(program, workers, command, run, t
     whole = list(losses)
     losses.clear()
 
-    def stop(self, global_step, *rest):
-        save(self, global_step, *rest)
+    def stop(self, global_step, *rest, **options):
+        save(self, global_step, *rest, **options)
         if global_step == 2:
             raise KeyboardInterrupt
 

@@ -16,7 +16,8 @@ from lcm_distill.pictures import labelled_grid
 from lcm_distill.plan import plan_training
 from lcm_distill.progress import Progress
 from lcm_distill.randomness import BatchRandom
-from lcm_distill.runtime import check_writable, parse_trackers, start_accelerator
+from lcm_distill.runtime import check_writable, start_accelerator
+from lcm_distill.trackers import parse_trackers
 
 # --- randomness
 
@@ -209,9 +210,9 @@ def test_a_folder_that_cannot_be_written_to_is_told(tmp_path):
     assert list((tmp_path / "new" / "folder").iterdir()) == []
 
 
-def test_gradients_that_never_become_finite_end_the_run():
+def test_gradients_that_never_become_finite_end_the_run(tmp_path):
     accelerator = SimpleNamespace(device="cpu", is_main_process=False, num_processes=1)
-    progress = Progress(accelerator, total=5, initial=0)
+    progress = Progress(accelerator, total=5, initial=0, output_dir=str(tmp_path))
     progress.add(torch.tensor(1.0), 2)
     for _ in range(49):
         progress.skip(3)
@@ -222,12 +223,12 @@ def test_gradients_that_never_become_finite_end_the_run():
         progress.skip(3)
 
 
-def test_gradients_that_are_not_finite_are_not_checkpointed():
+def test_gradients_that_are_not_finite_are_not_checkpointed(tmp_path):
     """With a finite loss a gradient can still be NaN, and then the weights are."""
     accelerator = SimpleNamespace(
         device="cpu", is_main_process=False, num_processes=1, reduce=lambda value, reduction: value
     )
-    progress = Progress(accelerator, total=5, initial=0)
+    progress = Progress(accelerator, total=5, initial=0, output_dir=str(tmp_path))
     progress.add(torch.tensor(1.0), 2)
     for norm in (1.0, float("nan"), 2.0):
         progress.step(torch.tensor(norm))

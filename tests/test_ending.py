@@ -1,0 +1,240 @@
+"""Runs that end early: signals, the clock, a full disk, trackers and hubs that fail."""
+
+import argparse
+import json
+import os
+import signal
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from lcm_distill import checkpoint as checkpoint_module
+from lcm_distill import ending as ending_module
+from lcm_distill import flags
+from lcm_distill.checkpoint import list_checkpoints
+from lcm_distill.ending import Ending
+from lcm_distill.errors import SaveError
+from lcm_distill.progress import Progress
+from lcm_distill.trackers import log_values
+
+PROGRAM = "train_lcm_distill_sd_wds"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("11.5h", 41400), ("90m", 5400), ("30 s", 30), ("3600", 3600), ("01:00:05", 3605), ("1-02:00:00", 93600)],
+)
+def test_times_as_people_and_clusters_write_them(text, seconds):
+    assert flags.duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1h", "1:00", "soon", "00:00:00", "nan", "inf"])
+def test_what_is_no_time_is_told(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a time"):
+        flags.duration(text)
+
+
+def signal_after(monkeypatch, number, step):
+    """Sends a signal to this process while the optimizer step `step` is under way."""
+    count = iter(range(1, 1000))
+    done = Progress.step
+
+    def sending(self, grad_norm):
+        if next(count) == step:
+            os.kill(os.getpid(), number)
+        done(self, grad_norm)
+
+    monkeypatch.setattr(Progress, "step", sending)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_finishes_the_step_saves_and_the_run_goes_on_as_if_nothing_were(
+    number, command, run, tmp_path, monkeypatch, caplog
+):
+    options = {"steps": 4, "learning_rate": 1e-3, "dataloader_num_workers": 1}
+    run(PROGRAM, command("whole", **options))
+    with monkeypatch.context() as patch:
+        signal_after(patch, number, 2)
+        run(PROGRAM, command("out", **options))
+    assert [path.name for path in list_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+    assert not (tmp_path / "out" / "unet").exists()
+    assert f"{number.name}: ended behind step 2; --resume_from_checkpoint latest goes on" in caplog.text
+    assert signal.getsignal(number) is not None
+    run(PROGRAM, command("out", resume_from_checkpoint="latest", **options))
+    for name in ("unet", "unet_target"):
+        files = [tmp_path / where / name / "diffusion_pytorch_model.safetensors" for where in ("whole", "out")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_second_signal_ends_at_once(monkeypatch):
+    monkeypatch.setattr(ending_module, "_ECHO", 0.05)
+    before = signal.getsignal(signal.SIGINT)
+    ending = Ending(Accelerator(cpu=True), None)
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)  # its echo, from the launcher
+    assert ending.asked() and ending.reason == "SIGINT"
+    time.sleep(0.06)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_clock_ends_a_run(command, run, tmp_path, caplog):
+    run(PROGRAM, command(steps=500, max_train_time="1s"))
+    (last,) = list_checkpoints(tmp_path / "out")
+    assert "--max_train_time 0:00:01 is over: ended behind step" in caplog.text
+    assert 0 < json.loads((last / "run.json").read_text())["global_step"] < 500
+
+
+def test_the_launcher_s_death_ends_a_run(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    ending = Ending(Accelerator(cpu=True), None)
+    assert not ending.asked()
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert ending.asked() and ending.reason == "the launcher is gone"
+    ending.close()
+
+
+def test_workers_leave_signals_to_the_run(command, run, tmp_path, monkeypatch, caplog):
+    """A job's signal reaches every process: a loader's worker that died of it took the run down with it."""
+    done = Progress.step
+
+    def sending(self, grad_norm):
+        for worker in self._loader._iterator._workers:
+            os.kill(worker.pid, signal.SIGTERM)
+            os.kill(worker.pid, signal.SIGINT)
+        time.sleep(0.1)
+        done(self, grad_norm)
+
+    monkeypatch.setattr(Progress, "step", sending)
+    run(PROGRAM, command(steps=8, dataloader_num_workers=2))
+    assert (tmp_path / "out" / "unet").exists()
+
+
+# ------------------------------------------------------------------------------------------------- a full disk
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_and_tried_again(command, run, tmp_path, monkeypatch, caplog):
+    """Of steps 1 to 4 the disk is full at 2 and 3: both are told, nothing torn is left, 1 stays until 4 stands."""
+    save = torch.save
+    full = {"at": False}
+
+    def failing(*args, **options):
+        if full["at"]:
+            raise OSError(28, "No space left on device")
+        return save(*args, **options)
+
+    original = checkpoint_module.Checkpoints.save
+
+    def switching(self, global_step, *args, **options):
+        full["at"] = global_step in (2, 3)
+        result = original(self, global_step, *args, **options)
+        names = [path.name for path in list_checkpoints(tmp_path / "out")]
+        assert (
+            names == {1: ["checkpoint-1"], 2: ["checkpoint-1"], 3: ["checkpoint-1"], 4: ["checkpoint-4"]}[global_step]
+        )
+        assert not list((tmp_path / "out").glob(".checkpoint-*"))
+        return result
+
+    monkeypatch.setattr(torch, "save", failing)
+    monkeypatch.setattr(checkpoint_module.Checkpoints, "save", switching)
+    run(PROGRAM, command(steps=4, checkpointing_steps=1, checkpoints_total_limit=1))
+    told = [r.getMessage() for r in caplog.records if "could not be written" in r.getMessage()]
+    assert len(told) == 2 and "No space left" in told[0] and "checkpoint-1. Make room" in told[1]
+
+
+def test_a_run_that_ends_on_a_full_disk_says_what_is_left(command, run, tmp_path, monkeypatch):
+    run(PROGRAM, command(steps=1))
+    with monkeypatch.context() as patch:
+        signal_after(patch, signal.SIGTERM, 1)
+        patch.setattr(torch, "save", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(SaveError, match="checkpoint-2 could not be written .*No space.* is .*checkpoint-1"):
+            run(PROGRAM, command(steps=4, resume_from_checkpoint="latest"))
+    run(PROGRAM, command(steps=2, resume_from_checkpoint="latest"))
+    assert [path.name for path in list_checkpoints(tmp_path / "out")] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_result_that_cannot_be_written_is_in_the_last_checkpoint(command, run, tmp_path, monkeypatch):
+    from diffusers import UNet2DConditionModel
+
+    save = UNet2DConditionModel.save_pretrained
+
+    def failing(self, folder, *args, **options):
+        if "checkpoint" in str(folder):
+            return save(self, folder, *args, **options)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UNet2DConditionModel, "save_pretrained", failing)
+        with pytest.raises(SaveError, match="result could not be written .*No space.*--resume_from_checkpoint latest"):
+            run(PROGRAM, command(steps=1))
+    run(PROGRAM, command(steps=1, resume_from_checkpoint="latest"))
+    assert (tmp_path / "out" / "unet" / "config.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- trackers
+
+
+def test_a_tracker_that_raises_is_left_out_and_the_run_goes_on(command, run, tmp_path, monkeypatch, caplog):
+    from accelerate.tracking import TensorBoardTracker
+
+    calls = []
+
+    def failing(self, values, step=None, **options):
+        calls.append(step)
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(TensorBoardTracker, "log", failing)
+    run(PROGRAM, command(steps=3, report_to="tensorboard"))
+    assert calls == [1] and (tmp_path / "out" / "unet").exists()
+    assert "the tracker tensorboard failed (ConnectionError: gone)" in caplog.text
+
+
+def test_the_other_trackers_hear_on(caplog):
+    heard = []
+    bad = SimpleNamespace(name="bad", log=lambda *a, **k: 1 / 0)
+    good = SimpleNamespace(name="good", log=lambda values, step: heard.append(step))
+    accelerator = SimpleNamespace(trackers=[bad, good])
+    log_values(accelerator, {"loss": 1.0}, 1)
+    log_values(accelerator, {"loss": 1.0}, 2)
+    assert heard == [1, 2] and accelerator.trackers == [good]
+
+
+def test_a_resumed_run_goes_on_in_the_same_tracker_run(command, run, tmp_path, monkeypatch):
+    """wandb's run by its id; tensorboard's curve without what it drew beyond the checkpoint."""
+    wandb = pytest.importorskip("wandb")
+    started = []
+    init = wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **options: started.append(options) or init(**options))
+    options = {"report_to": "wandb,tensorboard", "checkpointing_steps": 1}
+    run(PROGRAM, command(steps=1, **options))
+    known = json.loads((tmp_path / "out" / "checkpoint-1" / "run.json").read_text())["trackers"]["wandb"]
+    run(PROGRAM, command(steps=2, resume_from_checkpoint="latest", **options))
+    assert "id" not in started[0] and started[1]["id"] == known and started[1]["resume"] == "allow"
+    assert json.loads((tmp_path / "out" / "checkpoint-2" / "run.json").read_text())["trackers"]["wandb"] == known
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = (tmp_path / "out" / "logs").glob("text2image*")
+    events = EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]
+
+
+def test_ending_works_beside_the_main_thread():
+    """Signals can be heard in the main thread only; a notebook's worker thread has to do without."""
+    found = []
+
+    def elsewhere():
+        ending = Ending(Accelerator(cpu=True), 0.0)
+        found.append(ending.asked())
+        ending.close()
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert found == [True]
