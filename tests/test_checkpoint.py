@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 
 from lcm_distill.checkpoint import Checkpoints, changed_flags, find_checkpoint, find_run, list_checkpoints, public_flags
-from lcm_distill.errors import UsageError
+from lcm_distill.errors import SaveError, UsageError
 from lcm_distill.unets import UNetPart
 
 
@@ -175,13 +175,15 @@ def test_removal_killed_halfway_leaves_no_torn_checkpoint(tmp_path, monkeypatch)
     accelerator.free_memory()
 
 
-def test_a_save_that_dies_leaves_the_old_checkpoint_as_latest(tmp_path, monkeypatch):
+def test_a_save_that_fails_leaves_the_old_checkpoint_as_latest(tmp_path, monkeypatch):
     accelerator = Accelerator(cpu=True)
     unet = accelerator.prepare(tiny_unet())
     checkpoints = Checkpoints(accelerator, str(tmp_path), {"unet": UNetPart(unet)}, limit=1)
     checkpoints.save(1, {}, {})
     monkeypatch.setattr("lcm_distill.checkpoint._sync_to_disk", lambda folder: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
-        checkpoints.save(2, {}, {})
+    assert checkpoints.save(2, {}, {}) is None
+    with pytest.raises(SaveError, match="full.*checkpoint-1"):
+        checkpoints.save(2, {}, {}, must=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
     assert find_checkpoint("latest", str(tmp_path)) == tmp_path / "checkpoint-1"
     accelerator.free_memory()

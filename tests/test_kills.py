@@ -1,0 +1,23 @@
+"""A short form of benchmarks/kill_and_resume.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_a_run_killed_where_it_hurts_ends_as_if_nothing_had_happened():
+    """SIGKILL in the middle of a checkpoint's file, of the removal of an older one, and between: bitwise the same."""
+    command = [sys.executable, "-m", "benchmarks.kill_and_resume"]
+    options = ["--programs", "sd", "--workers", "0", "--kills", "5", "--steps", "16"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command + options, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    assert result["bitwise_equal"] and result["killed"] == 5
+    assert {"half of a file of the checkpoint written", "half of an older checkpoint removed"} <= {
+        moment["moment"] for moment in result["moments"] if moment["killed"]
+    }
