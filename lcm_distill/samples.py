@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in ("bilinear", 
 INTERPOLATIONS |= {"nearest": Image.Resampling.NEAREST, "nearest_exact": Image.Resampling.NEAREST}
 _TORCH_MODES = {int(Image.Resampling.BILINEAR): "bilinear", int(Image.Resampling.BICUBIC): "bicubic"}
 MAX_PIXELS = 178_956_970  # a picture of more is taken for a decompression bomb (where Pillow draws the line too)
+MAX_SCANS = 100  # of a JPEG; progressive ones have some 10. Each goes over the whole picture, and can be 50 bytes long
 MAX_CAPTION = 4096  # characters; text encoders read some 77 tokens
 
 # Why a sample is dropped.
@@ -116,6 +118,21 @@ def _size_in_json(meta: dict) -> tuple[int, int] | None:
     return None
 
 
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+
+
+def _count_scans(content: bytes) -> int:
+    """The scans of a JPEG; 0 of anything else."""
+    scans, position = 0, 2
+    while content.startswith(b"\xff\xd8") and (found := _MARKER.search(content, position)):
+        marker, position = found.group()[1], found.end()
+        if marker == 0xD9:
+            break
+        scans += marker == 0xDA
+        position += int.from_bytes(content[position : position + 2], "big")
+    return scans
+
+
 def decode_picture(
     content: bytes, *, resolution: int | None = None, min_image_size: int = 0
 ) -> tuple[Image.Image, tuple[int, int]]:
@@ -129,6 +146,8 @@ def decode_picture(
     Raises:
         BadSample: it is too small, too large, damaged, or no picture.
     """
+    if _count_scans(content) > MAX_SCANS:
+        raise BadSample(HUGE_PICTURE)
     try:
         image: Image.Image = Image.open(io.BytesIO(content), formats=PILLOW_FORMATS)
     except Image.DecompressionBombError:
@@ -144,11 +163,10 @@ def decode_picture(
         if resolution is not None:
             image.draft(image.mode, (resolution, resolution))
         image.load()
-        upright = image
+        lies = image.size
         with contextlib.suppress(Exception):  # broken EXIF: take the picture as it lies
-            upright = ImageOps.exif_transpose(image)
-        turned = upright.size != image.size
-        return to_rgb(upright), ((width, height) if turned else (height, width))
+            ImageOps.exif_transpose(image, in_place=True)  # without it, a copy of each picture that needs no turning
+        return to_rgb(image), ((width, height) if image.size != lies else (height, width))
     except Exception:  # noqa: BLE001 - decoders raise nearly anything
         raise BadSample(DAMAGED_PICTURE) from None
 
@@ -158,10 +176,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
-        return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
+        grey = np.empty((image.height, image.width), np.uint8)
+        for top in range(0, image.height, 256):  # a strip at a time: floats are eight times as large
+            strip = np.asarray(image.crop((0, top, image.width, min(top + 256, image.height))))
+            grey[top : top + 256] = (strip.clip(0, 65535) / 257).round()
+        return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image)
+        return white
     return image.convert("RGB")
 
 

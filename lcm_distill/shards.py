@@ -7,21 +7,19 @@ Nothing in a shard is executed: only files whose extension is wanted are kept, a
 """
 
 import glob
-import io
 import logging
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from braceexpand import braceexpand
-from webdataset.tariterators import base_plus_ext
 
 from lcm_distill.errors import UsageError
 from lcm_distill.sources import expand_url, local_path, open_shard, why_not
+from lcm_distill.tar import TarReader
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +30,7 @@ PICTURES = ("jpg", "jpeg", "png", "webp", "avif", "jfif", "bmp", "gif", "tif", "
 CAPTIONS = ("txt", "text", "caption")
 
 MAX_FILE_BYTES = 256 * 2**20  # a larger picture is not read,
-MAX_TEXT_BYTES = 4 * 2**20  # nor a larger caption or JSON,
-MAX_HEADER_BYTES = 2**20  # nor longer names and attributes,
-MAX_SKIP_BYTES = 8 * 2**30  # nor anything passed over in a compressed tar, which can hold terabytes of nothing
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")  # how gzip, bzip2 and xz begin
+MAX_TEXT_BYTES = 4 * 2**20  # nor a larger caption or JSON
 
 # What other readers unpickle or run: never read here, not even as the text of a caption.
 CODE_BEARING = frozenset("pyd pkl pickle dill joblib pth pt ckpt bin npy npz ten tb py pyc sh so dll exe".split())
@@ -162,11 +157,16 @@ def _describe_folder(folder: str) -> str:
 
 def list_counts(counts: dict[str, int]) -> str:
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    listed = [f"{count} x {what}" for what, count in ordered[:20]]
+    listed = [f"{count} x {_printable(what)}" for what, count in ordered[:20]]
     if ordered[20:]:
         listed.append(f"{len(ordered) - 20} more kinds")
-    # Names in a hostile tar may hold what no terminal can show.
-    return (", ".join(listed) or "nothing").encode("utf-8", "replace").decode()
+    return ", ".join(listed) or "nothing"
+
+
+def _printable(text: str) -> str:
+    """Names in a hostile tar may hold what no terminal can show, what it would obey, or a megabyte."""
+    shown = "".join(character if character.isprintable() else "?" for character in text[:200])
+    return shown + "..." * (len(text) > 200)
 
 
 def check_caption_column(column: str | None) -> str | None:
@@ -240,10 +240,12 @@ class RawSample:
 def _split_name(name: str) -> tuple[str, str]:
     """(key, extension in lower case) of a file in a tar, split at the first dot of its name as webdataset does.
 
-    Two empty strings for a name without a dot, or with one at its start.
+    Two empty strings for a name without a dot, or with one at its start. (webdataset's regular expression takes
+    hours for some names.)
     """
-    key, extension = base_plus_ext(name)
-    return (key, extension.lower()) if key else ("", "")
+    folder, slash, name = name.rpartition("/")
+    stem, _, extension = name.partition(".")
+    return (folder + slash + stem, extension.lower()) if stem and extension else ("", "")
 
 
 @dataclass
@@ -272,6 +274,8 @@ def _group(files: Iterable[_Member], caption_column: str | None) -> Iterator[Raw
                 sample.too_large = True
             else:
                 sample.files[extension] = member.content
+                if sample.nbytes > MAX_FILE_BYTES:
+                    sample.files, sample.too_large = {}, True
     except Exception:
         # The tar is cut. Its last sample is good if it was whole by then; otherwise it is part of the damage.
         if sample is not None and sample.has_parts(caption_column):
@@ -282,44 +286,17 @@ def _group(files: Iterable[_Member], caption_column: str | None) -> Iterator[Raw
         yield sample
 
 
-class _Header(tarfile.TarInfo):
-    """tarfile ends in silence at a header that is damaged or missing, and believes any size: here both are errors."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
-        try:
-            header = super().frombuf(buf, encoding, errors)
-        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError):  # type: ignore[attr-defined]
-            raise tarfile.ReadError("the tar ends without its end mark: it is empty, or was cut short") from None
-        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
-            raise tarfile.ReadError(f"not a tar, or a damaged one: {error}") from None
-        # What is neither file nor folder (long names, attributes) is read whole, at once.
-        if header.size < 0 or (not header.isreg() and header.size > MAX_HEADER_BYTES):
-            raise tarfile.ReadError(f"a header tells of {header.size} bytes")
-        return header
-
-
 def _members(file: BinaryIO, *, offset: int, wanted: Callable[[str], bool]) -> Iterator[_Member]:
-    """The wanted regular files of a tar in their order; `file` stands at `offset`.
-
-    webdataset's own iterator reads files of any size, and does not tell where they are.
-    """
-    compressed = offset == 0 and cast(io.BufferedReader, file).peek(6).startswith(COMPRESSED)
-    with tarfile.open(fileobj=file, mode="r|*" if compressed else "r:", tarinfo=_Header) as tar:
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # or it keeps them all
-            if compressed and member.size > MAX_SKIP_BYTES:
-                raise tarfile.ReadError(f"a packed file of {member.size} bytes")
-            if not member.isreg() or member.issparse() or not wanted(member.name):
-                continue
-            content = None
-            if member.size <= (MAX_FILE_BYTES if member.name.lower().endswith(PICTURES) else MAX_TEXT_BYTES):
-                reader = tar.extractfile(member)
-                assert reader is not None
-                content = reader.read()
-                if len(content) < member.size:
-                    raise tarfile.ReadError("the tar is cut short in a file")
-            yield _Member(member.name, content, None if compressed else member.offset)
+    """The wanted regular files of a tar in their order; `file` stands at `offset`."""
+    tar = TarReader(file, offset)
+    for entry in tar:
+        if not entry.readable or not wanted(entry.name):
+            continue
+        start = None if tar.compressed else entry.start
+        if entry.size > (MAX_FILE_BYTES if entry.name.lower().endswith(PICTURES) else MAX_TEXT_BYTES):
+            yield _Member(entry.name, None, start)
+        else:
+            yield _Member(entry.name, tar.content(), start)
 
 
 def read_shard(
@@ -363,8 +340,8 @@ def count_samples(shards: list[str], *, caption_column: str | None = None) -> in
         if path is None:
             return None
         try:
-            with tarfile.open(path, tarinfo=_Header) as tar:
-                names = (member.name for member in tar if member.isreg())
+            with open_shard(path) as file:
+                names = (entry.name for entry in TarReader(file) if entry.readable)
                 wanted = (_Member(name, b"", None) for name in names if _split_name(name)[1] in needed)
                 for sample in _group(wanted, column):
                     total += sample.has_parts(column) and not sample.duplicate
