@@ -1,0 +1,184 @@
+"""Several processes and machines: two ranks are one of twice the batch, signals, a rank that dies, two launches.
+
+All on gloo. tests/test_programs.py has the plain run of two ranks and its resume.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_lcm_distill_sd_wds as program
+from lcm_distill.checkpoint import list_checkpoints
+from lcm_distill.randomness import BatchRandom
+from lcm_distill.stream import ShardStream, make_loader
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = str(ROOT / "train_lcm_distill_sd_wds.py")
+ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(argv, tmp_path, name="log", launcher=None):
+    launcher = launcher or ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    log = open(tmp_path / f"{name}.txt", "w")
+    return subprocess.Popen(
+        [sys.executable, *launcher, SCRIPT, *argv], cwd=tmp_path, env=ENVIRONMENT, stdout=log, stderr=log
+    )
+
+
+def wait_for(condition, process, tmp_path, name="log", seconds=120):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < until, (tmp_path / f"{name}.txt").read_text()[-3000:]
+        time.sleep(0.05)
+
+
+def step_of(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / "run.json").read_text())
+
+
+class _Alternating:
+    """The batches of two ranks in turn, as one process would have to see them."""
+
+    def __init__(self, loaders):
+        self.loaders = loaders
+
+    def __iter__(self):
+        iterators = [iter(loader) for loader in self.loaders]
+        while True:
+            for iterator in iterators:
+                yield next(iterator)
+
+    def state_dict(self):
+        return {}
+
+    def close(self):
+        pass
+
+
+def test_two_ranks_of_a_batch_train_as_one_of_twice_the_batch(command, run, tmp_path, monkeypatch):
+    """The same samples and draws in one process, by accumulation: the same weights to rounding."""
+    options = {"steps": 3, "learning_rate": 1e-4, "num_validation_images": 1}
+    done = start(command("two", **options), tmp_path)
+    assert done.wait(timeout=240) == 0, (tmp_path / "log.txt").read_text()[-3000:]
+
+    def both(**arguments):
+        return [ShardStream(**arguments | {"rank": rank, "world_size": 2}) for rank in (0, 1)]
+
+    at = BatchRandom.at
+    monkeypatch.setattr(program, "ShardStream", both)
+    monkeypatch.setattr(program, "make_loader", lambda streams, num_workers: _Alternating([*map(_loader, streams)]))
+    monkeypatch.setattr(
+        BatchRandom, "at", lambda self, batch: at(BatchRandom(self.seed, batch % 2, self._generator.device), batch // 2)
+    )
+    run("train_lcm_distill_sd_wds", command("one", gradient_accumulation_steps=2, **options))
+    for name in ("unet", "unet_target"):
+        one, two = (
+            load_file(tmp_path / where / name / "diffusion_pytorch_model.safetensors") for where in ("one", "two")
+        )
+        before = load_file(ROOT / "toy/teachers/sd/unet/diffusion_pytorch_model.safetensors")
+        moved = max(float((one[key] - before[key].float()).abs().max()) for key in before)
+        worst = max(float((one[key] - two[key]).abs().max()) for key in one)
+        assert worst < 0.05 * moved, (worst, moved)  # Adam divides rounding of tiny gradients by themselves
+
+
+def _loader(stream):
+    return make_loader(stream, 0)
+
+
+def test_sigterm_to_the_launcher_saves_on_every_rank(command, tmp_path):
+    options = {"steps": 2000, "checkpointing_steps": 1, "checkpoints_total_limit": 1}
+    launched = start(command(**options), tmp_path)
+    out = tmp_path / "out"
+    wait_for(lambda: list_checkpoints(out), launched, tmp_path)
+    launched.send_signal(signal.SIGTERM)
+    launched.wait(timeout=60)
+    (last,) = list_checkpoints(out)
+    assert step_of(last)["processes"] == 2 and {p.name for p in last.glob("stream-*.pt")} == {
+        "stream-0.pt",
+        "stream-1.pt",
+    }
+    log = (tmp_path / "log.txt").read_text()
+    assert f"ended behind step {step_of(last)['global_step']}; --resume_from_checkpoint latest goes on" in log, log[
+        -3000:
+    ]
+
+
+def test_the_death_of_one_rank_ends_the_job_in_bounded_time(command, tmp_path):
+    launched = start(command(steps=2000, checkpointing_steps=2), tmp_path)
+    wait_for(lambda: list_checkpoints(tmp_path / "out"), launched, tmp_path)
+    ranks = [child for child in psutil.Process(launched.pid).children() if SCRIPT in child.cmdline()]
+    assert len(ranks) == 2
+    started = time.monotonic()
+    ranks[1].kill()
+    assert launched.wait(timeout=90) != 0
+    assert time.monotonic() - started < 60
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+
+
+def test_two_machines_train_save_and_resume(command, tmp_path):
+    """Two launches, as on two machines that share a disk, each with its --machine_rank."""
+    for steps, more in ((2, {}), (4, {"resume_from_checkpoint": "latest"})):
+        port = free_port()
+        machines = []
+        for rank in (0, 1):
+            launcher = [
+                *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "2", "--num_processes", "2"),
+                *("--machine_rank", str(rank), "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)),
+                *("--mixed_precision", "no", "--dynamo_backend", "no"),
+            ]
+            argv = command(steps=steps, learning_rate=1e-3, checkpointing_steps=2, **more)
+            machines.append(start(argv, tmp_path, f"machine{rank}", launcher))
+        for rank, machine in enumerate(machines):
+            assert machine.wait(timeout=200) == 0, (tmp_path / f"machine{rank}.txt").read_text()[-3000:]
+    assert [step_of(path)["global_step"] for path in list_checkpoints(tmp_path / "out")] == [2, 4]
+    assert step_of(tmp_path / "out" / "checkpoint-4")["processes"] == 2
+    assert (tmp_path / "out" / "unet" / "config.json").exists()
+    start(command("whole", steps=4, learning_rate=1e-3, checkpointing_steps=2), tmp_path).wait(timeout=200)
+    found = [load_file(tmp_path / where / "unet/diffusion_pytorch_model.safetensors") for where in ("out", "whole")]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="mounting needs root")
+def test_a_disk_that_fills_up_loses_nothing(command, tmp_path):
+    """A real one, of 40 MB: some checkpoints fit, then none; the run says so, keeps the last whole one, and ends."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=90m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        argv = command(steps=8, checkpointing_steps=1, report_to="tensorboard")
+        argv[argv.index("--output_dir") + 1] = str(disk / "out")
+        log = open(tmp_path / "log.txt", "w")
+        done = subprocess.run([sys.executable, SCRIPT, *argv], env=ENVIRONMENT, stdout=log, stderr=log, timeout=240)
+        text = (tmp_path / "log.txt").read_text()
+        assert "could not be written" in text and "the run goes on" in text and "Traceback" not in text, text[-3000:]
+        whole = list_checkpoints(disk / "out")
+        assert whole and f"the last whole one is {whole[-1]}" in text
+        assert not list((disk / "out").glob(".checkpoint-*"))
+        assert done.returncode == 1 and "error: the result could not be written" in text, text[-3000:]
+        # With room again the same command goes on, from the last that was whole, to the end.
+        for path in whole[:-1]:
+            subprocess.run(["rm", "-r", str(path)], check=True)
+        subprocess.run(["mount", "-o", "remount,size=400m", str(disk)], check=True)
+        more = [*argv, "--resume_from_checkpoint", "latest"]
+        done = subprocess.run([sys.executable, SCRIPT, *more], env=ENVIRONMENT, stdout=log, stderr=log, timeout=240)
+        assert done.returncode == 0, (tmp_path / "log.txt").read_text()[-3000:]
+        assert (disk / "out" / "unet" / "config.json").exists()
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)
