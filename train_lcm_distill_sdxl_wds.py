@@ -43,6 +43,7 @@ from lcm_distill.progress import Progress
 from lcm_distill.randomness import BatchRandom
 from lcm_distill.runtime import inference_dtype, settle_seed, start_accelerator
 from lcm_distill.schedule import DDIMSolver, NoiseSchedule, lcm_scheduler
+from lcm_distill.sharding import optimizer_parts, prepare, shard, whole_device
 from lcm_distill.shards import count_samples, expand_shards
 from lcm_distill.stream import ShardStream, make_loader
 from lcm_distill.teacher import Teacher, read_configs
@@ -102,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         allow_tf32=args.allow_tf32,
         local_rank=args.local_rank,
         dry_run=args.dry_run,
+        can_shard=True,
     )
     preflight = inspect_shards(
         shards,
@@ -130,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     # The networks: the frozen parts with the teacher, the student θ, and its slow copy, the target θ⁻.
     dtype = inference_dtype(accelerator)
     frozen = sdxl.load_frozen(teacher, device=accelerator.device, dtype=dtype)
-    student = unets.student_from_teacher(frozen.unet, args.unet_time_cond_proj_dim).to(accelerator.device)
+    student = unets.student_from_teacher(frozen.unet, args.unet_time_cond_proj_dim).to(whole_device(accelerator))
     target = unets.target_from_student(student)
     teacher_dtype = dtype if args.cast_teacher_unet else torch.float32
     unets.cast(frozen.unet, teacher_dtype)
@@ -138,6 +140,7 @@ def main(argv: list[str] | None = None) -> None:
         unets.enable_xformers(frozen.unet, student, target)
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
+    shard(accelerator, student, target, frozen.unet)
     optimizer = build_optimizer(
         student.parameters(),
         learning_rate=plan.learning_rate,
@@ -150,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     lr_scheduler = build_lr_scheduler(
         args.lr_scheduler, optimizer, warmup_steps=args.lr_warmup_steps, training_steps=plan.steps
     )
-    student, optimizer = accelerator.prepare(student, optimizer)
+    student, optimizer = prepare(accelerator, student, optimizer)
     accelerator.register_for_checkpointing(lr_scheduler)
 
     # The data and the random draws.
@@ -197,6 +200,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Resume, or start.
     parts = {"unet": unets.UNetPart(plain), "unet_target": unets.UNetPart(target)}
+    parts |= optimizer_parts(accelerator, optimizer)
     checkpoints = Checkpoints(accelerator, args.output_dir, parts, args.checkpoints_total_limit)
     run = dict(
         program=PROGRAM, architecture=design, seed=seed, flags=flags_to_record, trackers=tracker_runs(accelerator)
@@ -296,7 +300,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.dry_run:
         validate(accelerator, pipelines, output_dir=None, global_step=global_step, **drawing)
         logger.info("dry run: shards, models, a training step and a drawing all work; nothing was written")
-    elif accelerator.is_main_process:
+    else:
         export_full_student(
             args.output_dir,
             student=plain,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from diffusers import LCMScheduler, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_kohya
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from lcm_distill.errors import SaveError, UsageError
 from lcm_distill.lora import STUDENT, TARGET, Lora
+from lcm_distill.sharding import save_whole
 from lcm_distill.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -52,15 +53,18 @@ def export_full_student(
 ) -> None:
     """Writes `unet/`, `unet_target/`, and at the top the model with its fp16 variant, scheduler and card.
 
+    Every rank calls it: sharded networks are gathered first. The rest is the main process's.
+
     The model at the top is the student, so that `UNet2DConditionModel.from_pretrained(output_dir)` and, with
     `variant="fp16"`, its half-size twin both load. The card tells of the `teacher`, a guidance_scale to draw with,
     the steps trained and the run's `settings`. Then all that users load goes to the `hub`, if there is one.
     """
     folder = Path(output_dir)
     with _writing(folder):
-        student.save_pretrained(folder / "unet")
-        target.save_pretrained(folder / "unet_target")
-        student.save_pretrained(folder)
+        save_whole(student, folder / "unet", folder)
+        save_whole(target, folder / "unet_target")
+        if not PartialState().is_main_process:
+            return
         half = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float16)  # what is saved does load
         half.save_pretrained(folder, variant="fp16")
         scheduler.save_pretrained(folder)

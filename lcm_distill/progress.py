@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from lcm_distill.checkpoint import list_checkpoints
 from lcm_distill.errors import DivergenceError
+from lcm_distill.sharding import whole
 from lcm_distill.stream import DropCounter, ShardLoader
 from lcm_distill.trackers import log_values
 
@@ -81,7 +82,7 @@ class Progress:
 
     def step(self, grad_norm: torch.Tensor) -> None:
         """One optimizer step is done; `grad_norm` is the gradients' norm before it was clipped."""
-        self._grad_norm = torch.maximum(self._grad_norm, grad_norm.detach())  # a NaN stays
+        self._grad_norm = torch.maximum(self._grad_norm, whole(grad_norm.detach()))  # a NaN stays
         self._skipped = 0
         self._bar.update()
 

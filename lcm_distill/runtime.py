@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from lcm_distill.errors import UsageError
+from lcm_distill.sharding import settle_engine
 
 
 def start_accelerator(
@@ -26,10 +27,12 @@ def start_accelerator(
     allow_tf32: bool,
     local_rank: int = -1,
     dry_run: bool = False,
+    can_shard: bool = False,
 ) -> Accelerator:
     """Accelerate's engine as the run's flags want it, and a logger that speaks on the main process only.
 
-    A `dry_run` has no trackers and writes nothing; for others `output_dir` is made. `UsageError` for a precision
+    A `dry_run` has no trackers and writes nothing; for others `output_dir` is made. `can_shard`: the program can split
+    its networks over the ranks (FSDP). `UsageError` for a precision
     that the device does not have, an engine that is not supported, a folder that cannot be written to.
     """
     if local_rank != -1:
@@ -49,11 +52,7 @@ def start_accelerator(
         raise UsageError("--mixed_precision fp16 needs a GPU; on the CPU take bf16 or no.")
     if accelerator.mixed_precision == "fp8":
         raise UsageError("--mixed_precision: fp8 (from `accelerate config`) is not for this program; pass bf16.")
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UsageError(
-            f"`accelerate config` asks for {accelerator.distributed_type.value}, which this program does not do yet; "
-            "launch with --multi_gpu, or as one process."
-        )
+    settle_engine(accelerator, can_shard=can_shard)
     if accelerator.is_main_process and not dry_run:
         check_writable(output_dir)
     logging.basicConfig(

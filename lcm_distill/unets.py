@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.utils import is_xformers_available
 
 from lcm_distill.errors import UsageError
+from lcm_distill.sharding import load_whole, save_whole
 
 logger = logging.getLogger(__name__)
 
@@ -38,16 +39,16 @@ def cast(network: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 class UNetPart:
-    """A U-Net as a part of a checkpoint, as Diffusers saves it."""
+    """A U-Net as a part of a checkpoint, as Diffusers saves it, in one piece even where it is sharded."""
 
     def __init__(self, unet: UNet2DConditionModel):
         self._unet = unet
 
     def save(self, folder: Path) -> None:
-        self._unet.save_pretrained(folder)
+        save_whole(self._unet, folder)
 
     def load(self, folder: Path) -> None:
-        self._unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder).state_dict())
+        load_whole(self._unet, folder)
 
 
 def architecture(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from PIL import Image
 from lcm_distill.errors import UsageError
 from lcm_distill.latents import decode_latents
 from lcm_distill.pictures import labelled_grid
+from lcm_distill.sharding import shards
 from lcm_distill.trackers import log_pictures
 
 logger = logging.getLogger(__name__)
@@ -109,17 +110,18 @@ def validate(
     """Draws `prompts` with each pipeline in each number of steps, to `validation/step-N.png` and every tracker.
 
     A row for each pair, "student, 4 steps", from the same noise; a number given twice is drawn once. The main process
-    draws while the others wait. `drawing` are the further arguments of `draw`. Without an `output_dir` the pictures
-    go nowhere (a dry run). `within` has, by label, a context that a pipeline draws in.
+    draws while the others wait; with sharded networks all draw, the same. `drawing` are the further arguments of
+    `draw`. Without an `output_dir` the pictures go nowhere (a dry run). `within` has, by label, a context that a
+    pipeline draws in.
     """
-    if accelerator.is_main_process:
+    if accelerator.is_main_process or shards(accelerator):
         rows = {}
         for label, pipeline in pipelines.items():
             with accelerator.autocast(), (within or {}).get(label, contextlib.nullcontext)():
                 for steps in dict.fromkeys(inference_steps):
                     row = f"{label}, {steps} step{'' if steps == 1 else 's'}"
                     rows[row] = draw(pipeline, prompts, inference_steps=steps, **drawing)
-        if output_dir is not None:
+        if output_dir is not None and accelerator.is_main_process:
             columns = [text for prompt in prompts for text in [prompt, *[""] * (drawing["images_per_prompt"] - 1)]]
             path = Path(output_dir) / "validation" / f"step-{global_step:06d}.png"
             grid = labelled_grid(list(rows.items()), columns=columns, size=min(256, drawing["resolution"]))
