@@ -110,6 +110,13 @@ def prepare(
     return network, AcceleratedOptimizer(optimizer, device_placement=False)
 
 
+def release(network: torch.nn.Module) -> None:
+    """Frees what a forward pass without a backward pass, as drawing does, has left gathered."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor in one piece, on every rank; every rank calls it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -121,7 +128,7 @@ def save_whole(network: UNet2DConditionModel, *folders: Path) -> None:
     The main process then holds the whole network in the CPU's memory, and each rank one whole weight at a time.
     """
     is_main = PartialState().is_main_process
-    if isinstance(network, FSDPModule):
+    if _is_sharded(network):
         state = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if is_main:
             with torch.device("meta"):
@@ -135,7 +142,7 @@ def save_whole(network: UNet2DConditionModel, *folders: Path) -> None:
 def load_whole(network: UNet2DConditionModel, folder: Path) -> None:
     """Loads weights that `save_whole` saved, whether or not the network is sharded now or was then."""
     state = UNet2DConditionModel.from_pretrained(folder).state_dict()
-    if isinstance(network, FSDPModule):
+    if _is_sharded(network):
         own = network.state_dict()
         state = {name: _split_like(tensor, own[name]) for name, tensor in state.items()}
     network.load_state_dict(state)
@@ -176,9 +183,13 @@ class OptimizerPart:
         self._optimizer.load_state_dict(state)
 
 
-def optimizer_parts(accelerator: Accelerator, optimizer: AcceleratedOptimizer) -> dict[str, OptimizerPart]:
+def optimizer_parts(accelerator: Accelerator, optimizer: AcceleratedOptimizer) -> dict[str, Any]:
     """What a checkpoint must hold beside the networks: nothing where Accelerate saves the optimizer itself."""
     return {"optimizer.bin": OptimizerPart(optimizer)} if shards(accelerator) else {}
+
+
+def _is_sharded(network: torch.nn.Module) -> bool:
+    return isinstance(network, FSDPModule)
 
 
 def _split_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from PIL import Image
 from lcm_distill.errors import UsageError
 from lcm_distill.latents import decode_latents
 from lcm_distill.pictures import labelled_grid
-from lcm_distill.sharding import shards
+from lcm_distill.sharding import release, shards
 from lcm_distill.trackers import log_pictures
 
 logger = logging.getLogger(__name__)
@@ -121,6 +121,7 @@ def validate(
                 for steps in dict.fromkeys(inference_steps):
                     row = f"{label}, {steps} step{'' if steps == 1 else 's'}"
                     rows[row] = draw(pipeline, prompts, inference_steps=steps, **drawing)
+            release(pipeline.unet)
         if output_dir is not None and accelerator.is_main_process:
             columns = [text for prompt in prompts for text in [prompt, *[""] * (drawing["images_per_prompt"] - 1)]]
             path = Path(output_dir) / "validation" / f"step-{global_step:06d}.png"
