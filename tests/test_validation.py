@@ -224,7 +224,11 @@ class FakeTracker:
 
 def fake_accelerator(trackers=(), is_main_process=True, autocast=nullcontext):
     return SimpleNamespace(
-        is_main_process=is_main_process, autocast=autocast, wait_for_everyone=lambda: None, trackers=list(trackers)
+        distributed_type="NO",
+        is_main_process=is_main_process,
+        autocast=autocast,
+        wait_for_everyone=lambda: None,
+        trackers=list(trackers),
     )
 
 
