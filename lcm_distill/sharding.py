@@ -38,7 +38,7 @@ def settle_engine(accelerator: Accelerator, *, can_shard: bool) -> None:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise UsageError(
             "`accelerate config` asks for DeepSpeed, which this program does not do; take FSDP for a full student "
-            "(configs/fsdp2.yaml), or launch with --multi_gpu."
+            "(configs/fsdp2.yaml, or zero2.yaml in place of ZeRO-2), or launch with --multi_gpu."
         )
     if not shards(accelerator):
         return

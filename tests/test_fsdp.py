@@ -263,7 +263,7 @@ def test_8_bit_adam_is_refused():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_accelerate_takes_the_shipped_configurations(path, monkeypatch):
     """By its own loader, which refuses unknown keys, and its own launcher; FSDP's settings reach its plugin."""
-    config = load_config_from_file(str(path))
+    config, sharded = load_config_from_file(str(path)), path.stem in ("fsdp2", "zero2")
     args, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(path), "train.py"]))
     several = config.distributed_type in (DistributedType.MULTI_GPU, DistributedType.FSDP)
     assert (args.multi_gpu or args.use_fsdp) is several and args.num_processes == config.num_processes
@@ -272,18 +272,18 @@ def test_accelerate_takes_the_shipped_configurations(path, monkeypatch):
     assert (
         environment["ACCELERATE_MIXED_PRECISION"] == config.mixed_precision == ("no" if path.stem == "cpu" else "bf16")
     )
-    assert (environment.get("ACCELERATE_USE_FSDP") == "true") is (path.stem == "fsdp2")
+    assert (environment.get("ACCELERATE_USE_FSDP") == "true") is sharded
     assert (environment.get("ACCELERATE_USE_CPU") == "True") is (path.stem == "cpu")
-    if path.stem == "fsdp2":
+    if sharded:
         settings = {name: value for name, value in environment.items() if name.startswith("FSDP_")}
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
         plugin = FullyShardedDataParallelPlugin()
-        assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+        assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is (path.stem == "fsdp2")
         accelerator = engine()
         accelerator.state.fsdp_plugin = plugin
         settle_engine(accelerator, can_shard=True)
 
 
 def test_the_shipped_configurations_are_those_of_the_readme():
-    assert {path.stem for path in CONFIGS} == {"cpu", "one_gpu", "many_gpus", "several_machines", "fsdp2"}
+    assert {path.stem for path in CONFIGS} == {"cpu", "one_gpu", "many_gpus", "several_machines", "fsdp2", "zero2"}
