@@ -164,8 +164,8 @@ def challenge(kind: str, workers: int, kills: int, steps: int, folder: Path, see
             seconds = rng.uniform(0.02, 0.22) * quiet_seconds
             moments.append((f"after {seconds:.2f} s", lambda: None, seconds))
     told = []
-    for name, prepare, seconds in moments:
-        status = attempt(program, argv("killed"), log, prepare, seconds)
+    for name, prepare, after in moments:
+        status = attempt(program, argv("killed"), log, prepare, after)
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         if not killed and status != 0:
             sys.exit(f"{program}: {name}: ended by itself with status {status}:\n{log.read_text()[-3000:]}")

@@ -40,7 +40,7 @@ def settle_engine(accelerator: Accelerator, *, can_shard: bool) -> None:
             "`accelerate config` asks for DeepSpeed, which this program does not do; take FSDP for a full student "
             "(configs/fsdp2.yaml, or zero2.yaml in place of ZeRO-2), or launch with --multi_gpu."
         )
-    if not shards(accelerator):
+    if not is_split(accelerator):
         return
     if not can_shard:
         raise UsageError(
@@ -66,14 +66,14 @@ def _asks_for_fsdp() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-def shards(accelerator: Accelerator) -> bool:
+def is_split(accelerator: Accelerator) -> bool:
     """Whether the run splits its networks: then what uses them (drawing, saving) is done by all ranks together."""
     return accelerator.distributed_type == DistributedType.FSDP
 
 
 def whole_device(accelerator: Accelerator) -> torch.device:
     """Where to hold whole networks: on the run's device, or in the CPU's memory when `shard` splits them next."""
-    return torch.device("cpu") if shards(accelerator) else accelerator.device
+    return torch.device("cpu") if is_split(accelerator) else accelerator.device
 
 
 def shard(accelerator: Accelerator, *networks: UNet2DConditionModel) -> None:
@@ -82,7 +82,7 @@ def shard(accelerator: Accelerator, *networks: UNet2DConditionModel) -> None:
     In mixed precision units are gathered in it, which halves the traffic; slices, their gradients and the sums of
     gradients over the ranks keep float32. The networks are then on the accelerator's device and cannot be copied.
     """
-    if not shards(accelerator):
+    if not is_split(accelerator):
         return
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
@@ -103,7 +103,7 @@ def prepare(
 
     Accelerate itself would split the network by its own rules, and write it into each checkpoint a second time.
     """
-    if not shards(accelerator):
+    if not is_split(accelerator):
         return accelerator.prepare(network, optimizer)
     if type(optimizer).__module__.startswith("bitsandbytes"):
         raise UsageError("--use_8bit_adam does not go with FSDP, which splits the optimizer's state already; leave it.")
@@ -185,7 +185,7 @@ class OptimizerPart:
 
 def optimizer_parts(accelerator: Accelerator, optimizer: AcceleratedOptimizer) -> dict[str, Any]:
     """What a checkpoint must hold beside the networks: nothing where Accelerate saves the optimizer itself."""
-    return {"optimizer.bin": OptimizerPart(optimizer)} if shards(accelerator) else {}
+    return {"optimizer.bin": OptimizerPart(optimizer)} if is_split(accelerator) else {}
 
 
 def _is_sharded(network: torch.nn.Module) -> bool:

@@ -14,7 +14,7 @@ from PIL import Image
 from lcm_distill.errors import UsageError
 from lcm_distill.latents import decode_latents
 from lcm_distill.pictures import labelled_grid
-from lcm_distill.sharding import release, shards
+from lcm_distill.sharding import is_split, release
 from lcm_distill.trackers import log_pictures
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def validate(
     `draw`. Without an `output_dir` the pictures go nowhere (a dry run). `within` has, by label, a context that a
     pipeline draws in.
     """
-    if accelerator.is_main_process or shards(accelerator):
+    if accelerator.is_main_process or is_split(accelerator):
         rows = {}
         for label, pipeline in pipelines.items():
             with accelerator.autocast(), (within or {}).get(label, contextlib.nullcontext)():

@@ -91,7 +91,7 @@ for number, (engine, program, argv) in enumerate(json.loads(open(sys.argv[1]).re
         sharding.shard(accelerator, *given)
     def preparing(accelerator, network, optimizer):
         network, optimizer = sharding.prepare(accelerator, network, optimizer)
-        if sharding.shards(accelerator):
+        if sharding.is_split(accelerator):
             seen["optimizer"] = optimizer
         return network, optimizer
     module.shard, module.prepare = sharding_, preparing
