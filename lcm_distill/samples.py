@@ -123,12 +123,17 @@ _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 def _count_scans(content: bytes) -> int:
     """The scans of a JPEG; 0 of anything else."""
-    scans, position = 0, 2
+    scans, position, components = 0, 2, 0
     while content.startswith(b"\xff\xd8") and (found := _MARKER.search(content, position)):
         marker, position = found.group()[1], found.end()
         if marker == 0xD9:
             break
-        scans += marker == 0xDA
+        if marker in (0xC0, 0xC1):  # a baseline JPEG of so many components
+            components = content[position + 7] if len(content) > position + 7 else 0
+        elif marker == 0xDA:
+            scans += 1
+            if components and content[position + 2 : position + 3] == bytes([components]):
+                return scans  # all of them in this scan: the decoder looks for no other
         position += int.from_bytes(content[position : position + 2], "big")
     return scans
 
@@ -214,7 +219,7 @@ def resize_and_crop(
         per_x, per_y = image.width / width, image.height / height
         right, bottom = min((x + resolution) * per_x, image.width), min((y + resolution) * per_y, image.height)
         box = (x * per_x, y * per_y, right, bottom)
-        square = np.asarray(image.resize((resolution, resolution), resample, box=box))
+        square = np.array(image.resize((resolution, resolution), resample, box=box))
     return square, (y, x), width
 
 
@@ -223,8 +228,8 @@ def _resize(image: Image.Image, height: int, width: int, mode: str) -> np.ndarra
     with warnings.catch_warnings():  # nothing here writes to what it warns is read-only
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         pixels = torch.from_numpy(np.asarray(image))
-    resized = torch.nn.functional.interpolate(
-        pixels.permute(2, 0, 1)[None], (height, width), mode=mode, antialias=True, align_corners=False
+    resized = torch.nn.functional.interpolate(  # permuted in this order it is taken for channels-last, and not copied
+        pixels[None].permute(0, 3, 1, 2), (height, width), mode=mode, antialias=True, align_corners=False
     )
     return resized[0].permute(1, 2, 0).numpy()
 
@@ -274,7 +279,7 @@ def prepare_sample(
         image, true_size=true_size, resolution=resolution, resample=resample, top=top, left=left
     )
     if random_flip and flip < 0.5:
-        square = square[:, ::-1]
+        square = np.ascontiguousarray(square[:, ::-1])
         x = resized_width - resolution - x
     return Sample(
         pixels=square,

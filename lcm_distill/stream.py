@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lcm_distill.errors import UsageError
@@ -281,11 +281,9 @@ class StreamIterator:
         return self
 
     def __next__(self) -> dict:
-        size, resolution = self.stream.batch_size, self.stream.prepare_options["resolution"]
-        pixels = torch.empty((size, resolution, resolution, 3), dtype=torch.uint8)
-        samples = list(islice(self._samples, size))
-        for row, sample in zip(pixels.numpy(), samples, strict=True):
-            row[:] = sample.pixels
+        samples = list(islice(self._samples, self.stream.batch_size))
+        # In a worker process it stacks into shared memory: nothing is copied on the way to the main process.
+        pixels = default_collate([torch.from_numpy(sample.pixels) for sample in samples])
         return {
             "pixels": pixels.permute(0, 3, 1, 2),
             "captions": [sample.caption for sample in samples],
