@@ -24,6 +24,9 @@ PILLOW_FORMATS = tuple(
 )  # AVIF is not in every Pillow
 INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic", "lanczos", "box", "hamming")}
 INTERPOLATIONS |= {"nearest": Image.Resampling.NEAREST, "nearest_exact": Image.Resampling.NEAREST}
+with warnings.catch_warnings():  # torch says once in a process that an array is read-only: this is that once
+    warnings.simplefilter("ignore")
+    torch.from_numpy(np.frombuffer(bytes(1), np.uint8))
 _TORCH_MODES = {int(Image.Resampling.BILINEAR): "bilinear", int(Image.Resampling.BICUBIC): "bicubic"}
 MAX_PIXELS = 178_956_970  # a picture of more is taken for a decompression bomb (where Pillow draws the line too)
 MAX_SCANS = 100  # of a JPEG; progressive ones have some 10. Each goes over the whole picture, and can be 50 bytes long
@@ -118,7 +121,7 @@ def _size_in_json(meta: dict) -> tuple[int, int] | None:
     return None
 
 
-_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # of those that a length follows
 
 
 def _count_scans(content: bytes) -> int:
@@ -132,7 +135,7 @@ def _count_scans(content: bytes) -> int:
             components = content[position + 7] if len(content) > position + 7 else 0
         elif marker == 0xDA:
             scans += 1
-            if components and content[position + 2 : position + 3] == bytes([components]):
+            if scans == 1 and components and content[position + 2 : position + 3] == bytes([components]):
                 return scans  # all of them in this scan: the decoder looks for no other
         position += int.from_bytes(content[position : position + 2], "big")
     return scans
@@ -225,9 +228,7 @@ def resize_and_crop(
 
 def _resize(image: Image.Image, height: int, width: int, mode: str) -> np.ndarray:
     """uint8 [height, width, 3], within some grey levels of Pillow's resize, in a third of its time (with AVX2)."""
-    with warnings.catch_warnings():  # nothing here writes to what it warns is read-only
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        pixels = torch.from_numpy(np.asarray(image))
+    pixels = torch.from_numpy(np.asarray(image))
     resized = torch.nn.functional.interpolate(  # permuted in this order it is taken for channels-last, and not copied
         pixels[None].permute(0, 3, 1, 2), (height, width), mode=mode, antialias=True, align_corners=False
     )
@@ -279,7 +280,7 @@ def prepare_sample(
         image, true_size=true_size, resolution=resolution, resample=resample, top=top, left=left
     )
     if random_flip and flip < 0.5:
-        square = np.ascontiguousarray(square[:, ::-1])
+        square = torch.from_numpy(square).flip(1).numpy()  # NumPy copies three bytes at a time
         x = resized_width - resolution - x
     return Sample(
         pixels=square,

@@ -589,6 +589,23 @@ def test_every_kind_of_picture_is_read(tmp_path, extension):
     assert (batch["pixels"].float().mean((0, 2, 3)) - torch.tensor([255.0, 0, 0])).abs().max() < 6
 
 
+@pytest.mark.parametrize("hidden_by", ["an earlier partial scan", "a marker without a length"])
+def test_scans_cannot_hide_from_their_count(hidden_by):
+    """A JPEG of 20 kB with hundreds of scans, each over the whole picture, took a worker's hour."""
+    content = encode(Image.new("RGB", (64, 64), "red"), "JPEG")
+    start = content.index(b"\xff\xda")
+    length = int.from_bytes(content[start + 2 : start + 4], "big")
+    full = content[start : content.rindex(b"\xff\xd9")]
+    partial = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" + full[2 + length :]
+    if hidden_by == "an earlier partial scan":
+        scans = partial + full + partial * 300
+    else:
+        scans = (partial + b"\xff\x01") * 300
+    with pytest.raises(samples.BadSample, match="too large"):
+        decode_picture(content[:start] + scans + b"\xff\xd9")
+    assert decode_picture(content)[0].size == (64, 64)
+
+
 def test_exif_rotation_is_undone():
     upright = Image.fromarray(np.repeat(np.arange(32, dtype=np.uint8)[:, None] * 8, 16, axis=1)).convert("RGB")
     exif = Image.Exif()
