@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from lcm_distill.checkpoint import list_checkpoints
 from toy.make_shards import make_shards
@@ -128,7 +129,8 @@ def digest(output_dir: Path) -> str:
     found = hashlib.sha256()
     names = ("unet", "unet_target", "adapter", "target")
     for path in sorted(path for name in names for path in (output_dir / name).glob("*.safetensors")):
-        found.update(path.read_bytes())
+        for name, tensor in sorted(load_file(path).items()):  # not the file: safetensors shuffles its metadata
+            found.update(name.encode() + tensor.numpy().tobytes())
     return found.hexdigest()
 
 
@@ -187,7 +189,7 @@ def main() -> None:
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=PROGRAMS)
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 2])
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0, help="of the moments by the clock")
     args = parser.parse_args()
     torch.set_num_threads(1)
