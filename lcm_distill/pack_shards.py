@@ -49,7 +49,7 @@ from tqdm.auto import tqdm
 
 from lcm_distill import samples
 from lcm_distill.errors import UsageError, run_program
-from lcm_distill.samples import HUGE_FILE, BadSample, to_rgb
+from lcm_distill.samples import HUGE_FILE, BadSample, open_picture, to_rgb
 from lcm_distill.shards import CAPTIONS, FLAG, MAX_FILE_BYTES, MAX_TEXT_BYTES, PICTURES, list_counts
 
 MANIFEST = "manifest.jsonl"  # the settings, then a line for each whole shard
@@ -289,14 +289,7 @@ def _told_size(meta: dict) -> tuple[int, int] | None:
 
 def _read_picture(content: bytes, max_size: int | None) -> tuple[bytes, str, tuple[int, int], tuple[int, int]]:
     """(the bytes to store, their extension, their picture's (width, height), the true one), both upright."""
-    try:
-        image: Image.Image = Image.open(io.BytesIO(content), formats=samples.PILLOW_FORMATS)
-    except Image.DecompressionBombError:
-        raise BadSample(samples.HUGE_PICTURE) from None
-    except Exception:  # noqa: BLE001 - a damaged header can raise nearly anything
-        raise BadSample(samples.NOT_A_PICTURE) from None
-    if image.width * image.height > samples.MAX_PIXELS:
-        raise BadSample(samples.HUGE_PICTURE)
+    image = open_picture(content)
     extension = STORED_AS_THEY_ARE.get(image.format or "")
     try:
         image.load()

@@ -141,6 +141,21 @@ def _count_scans(content: bytes) -> int:
     return scans
 
 
+def open_picture(content: bytes) -> Image.Image:
+    """A picture, its header alone read from a file's bytes; `BadSample` for what is none, or is a bomb."""
+    if _count_scans(content) > MAX_SCANS:
+        raise BadSample(HUGE_PICTURE)
+    try:
+        image: Image.Image = Image.open(io.BytesIO(content), formats=PILLOW_FORMATS)
+    except Image.DecompressionBombError:
+        raise BadSample(HUGE_PICTURE) from None
+    except Exception:  # noqa: BLE001 - a damaged header can raise nearly anything (SyntaxError, struct.error, ...)
+        raise BadSample(NOT_A_PICTURE) from None
+    if image.width * image.height > MAX_PIXELS:
+        raise BadSample(HUGE_PICTURE)
+    return image
+
+
 def decode_picture(
     content: bytes, *, resolution: int | None = None, min_image_size: int = 0
 ) -> tuple[Image.Image, tuple[int, int]]:
@@ -154,17 +169,8 @@ def decode_picture(
     Raises:
         BadSample: it is too small, too large, damaged, or no picture.
     """
-    if _count_scans(content) > MAX_SCANS:
-        raise BadSample(HUGE_PICTURE)
-    try:
-        image: Image.Image = Image.open(io.BytesIO(content), formats=PILLOW_FORMATS)
-    except Image.DecompressionBombError:
-        raise BadSample(HUGE_PICTURE) from None
-    except Exception:  # noqa: BLE001 - a damaged header can raise nearly anything (SyntaxError, struct.error, ...)
-        raise BadSample(NOT_A_PICTURE) from None
+    image = open_picture(content)
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise BadSample(HUGE_PICTURE)
     if min(width, height) < min_image_size:
         raise BadSample(f"{FILTERED} --min_image_size {min_image_size}")
     try:

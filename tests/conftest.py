@@ -119,8 +119,9 @@ def run():
         before = {number: signal.getsignal(number) for number in SIGNALS}
         try:
             importlib.import_module(program).main(argv)
-        finally:
-            for number, handler in before.items():  # a run that ends by an exception keeps listening
+        except BaseException:  # a run that ends so keeps listening; one that ends well must not
+            for number, handler in before.items():
                 signal.signal(number, handler)
+            raise
 
     return call

@@ -56,6 +56,7 @@ def test_a_signal_finishes_the_step_saves_and_the_run_goes_on_as_if_nothing_were
     number, command, run, tmp_path, monkeypatch, caplog
 ):
     options = {"steps": 4, "learning_rate": 1e-3, "dataloader_num_workers": 1}
+    before = signal.getsignal(number)
     run(PROGRAM, command("whole", **options))
     with monkeypatch.context() as patch:
         signal_after(patch, number, 2)
@@ -63,7 +64,7 @@ def test_a_signal_finishes_the_step_saves_and_the_run_goes_on_as_if_nothing_were
     assert [path.name for path in list_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
     assert not (tmp_path / "out" / "unet").exists()
     assert f"{number.name}: ended behind step 2; --resume_from_checkpoint latest goes on" in caplog.text
-    assert signal.getsignal(number) is not None
+    assert signal.getsignal(number) is before
     run(PROGRAM, command("out", resume_from_checkpoint="latest", **options))
     for name in ("unet", "unet_target"):
         files = [tmp_path / where / name / "diffusion_pytorch_model.safetensors" for where in ("whole", "out")]

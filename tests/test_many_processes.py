@@ -156,7 +156,7 @@ def test_two_machines_train_save_and_resume(command, tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="mounting needs root")
 def test_a_disk_that_fills_up_loses_nothing(command, tmp_path):
-    """A real one, of 40 MB: some checkpoints fit, then none; the run says so, keeps the last whole one, and ends."""
+    """A real one, of 90 MB: some checkpoints fit, then none; the run says so, keeps the last whole one, and ends."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=90m", "tmpfs", str(disk)], capture_output=True).returncode:

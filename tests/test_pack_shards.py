@@ -20,7 +20,7 @@ from lcm_distill import pack_shards as pack_module
 from lcm_distill.errors import UsageError
 from lcm_distill.pack_shards import MANIFEST, Settings, find_pictures, main, pack_shards
 from lcm_distill.preflight import inspect_shards
-from lcm_distill.samples import prepare_sample
+from lcm_distill.samples import HUGE_PICTURE, prepare_sample
 from lcm_distill.shards import count_samples, expand_shards, read_shard
 from lcm_distill.stream import ShardStream
 
@@ -528,3 +528,20 @@ def test_help(capsys):
         main(["--help"])
     said = capsys.readouterr().out
     assert said.index("pack_shards photos shards") < said.index("metadata.jsonl") < said.index("--samples_per_shard")
+
+
+def test_a_jpeg_of_hundreds_of_scans_is_not_decoded(tmp_path):
+    """The packer opened pictures by itself, without the readers' count: 20 kB could hold a worker for an hour."""
+    images = tmp_path / "in"
+    images.mkdir()
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(buffer, "JPEG")
+    content = buffer.getvalue()
+    start = content.index(b"\xff\xda")
+    scan = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" + content[start + 14 : content.rindex(b"\xff\xd9")]
+    (images / "bomb.jpg").write_bytes(content[:start] + scan * 300 + b"\xff\xd9")
+    (images / "good.jpg").write_bytes(content)
+    for name in ("bomb", "good"):
+        (images / f"{name}.txt").write_text(name)
+    packed = pack_shards(images, tmp_path / "out", num_workers=1)
+    assert packed.samples == 1 and packed.skipped == {HUGE_PICTURE: ["bomb.jpg"]}
