@@ -24,6 +24,7 @@ import torch
 from lcm_distill import flags, sdxl, unets
 from lcm_distill.checkpoint import Checkpoints, find_run, public_flags
 from lcm_distill.consistency import ConsistencyFunction, consistency_loss, draw_guidance, guided_prediction, unet_output
+from lcm_distill.drawing import teacher_sampler
 from lcm_distill.ema import update_ema
 from lcm_distill.ending import Ending
 from lcm_distill.errors import run_program
@@ -42,7 +43,7 @@ from lcm_distill.shards import count_samples, expand_shards
 from lcm_distill.stream import ShardStream, make_loader
 from lcm_distill.teacher import Teacher, read_configs
 from lcm_distill.trackers import end_training, parse_trackers, start_trackers, tracker_runs
-from lcm_distill.validation import read_prompts, validate
+from lcm_distill.validation import Validation, read_prompts
 
 PROGRAM = "train_lcm_distill_lora_sdxl_wds"
 logger = logging.getLogger(f"lcm_distill.{PROGRAM}")
@@ -190,14 +191,20 @@ def main(argv: list[str] | None = None) -> None:
     pipelines = {"student": sdxl.build_pipeline(frozen, unet, sampler)}
     if lora.average:
         pipelines["target"] = pipelines["student"]
-    drawing = dict(
+    validation = Validation(
+        accelerator,
+        pipelines,
+        sdxl.build_pipeline(frozen, unet, teacher_sampler(configs.scheduler)),
         prompts=prompts or preflight.captions,
         images_per_prompt=args.num_validation_images,
         inference_steps=args.validation_inference_steps,
         guidance_scale=1.0 if args.validation_guidance_scale is None else args.validation_guidance_scale,
+        teacher_steps=args.validation_teacher_steps,
+        teacher_guidance_scale=1 + (args.w_min + args.w_max) / 2,
         resolution=args.resolution,
         seed=seed,
-        within={"target": lora.target},
+        output_dir=None if args.dry_run else args.output_dir,
+        within={"teacher": lora.off, "target": lora.target},
     )
 
     # Resume, or start.
@@ -291,7 +298,11 @@ def main(argv: list[str] | None = None) -> None:
             break
         if last or global_step % args.validation_steps == 0:
             with progress.paused():
-                validate(accelerator, pipelines, output_dir=args.output_dir, global_step=global_step, **drawing)
+                distances = validation(global_step)
+                if args.keep_best:
+                    checkpoints.keep_if_best(
+                        distances["distance/student"], global_step, run | {"batches": batches}, loader.state_dict()
+                    )
     progress.close()
     ending.close()
 
@@ -299,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
     if global_step < plan.steps:
         logger.info("%s: ended behind step %d; --resume_from_checkpoint latest goes on", ending.reason, global_step)
     elif args.dry_run:
-        validate(accelerator, pipelines, output_dir=None, global_step=global_step, **drawing)
+        validation(global_step)
         logger.info("dry run: shards, models, a training step and a drawing all work; nothing was written")
     elif accelerator.is_main_process:
         export_lora_student(

@@ -30,6 +30,7 @@ from lcm_distill.consistency import (
     guided_prediction,
     unet_output,
 )
+from lcm_distill.drawing import teacher_sampler
 from lcm_distill.ema import update_ema
 from lcm_distill.ending import Ending
 from lcm_distill.errors import run_program
@@ -48,7 +49,7 @@ from lcm_distill.shards import count_samples, expand_shards
 from lcm_distill.stream import ShardStream, make_loader
 from lcm_distill.teacher import Teacher, read_configs
 from lcm_distill.trackers import end_training, parse_trackers, start_trackers, tracker_runs
-from lcm_distill.validation import read_prompts, validate, validation_guidance_scale
+from lcm_distill.validation import Validation, read_prompts, validation_guidance_scale
 
 PROGRAM = "train_lcm_distill_sdxl_wds"
 logger = logging.getLogger(f"lcm_distill.{PROGRAM}")
@@ -189,13 +190,19 @@ def main(argv: list[str] | None = None) -> None:
         "target": sdxl.build_pipeline(frozen, target, sampler),
     }
     guidance_scale = validation_guidance_scale(args.validation_guidance_scale, args.w_min, args.w_max)
-    drawing = dict(
+    validation = Validation(
+        accelerator,
+        pipelines,
+        sdxl.build_pipeline(frozen, frozen.unet, teacher_sampler(configs.scheduler)),
         prompts=prompts or preflight.captions,
         images_per_prompt=args.num_validation_images,
         inference_steps=args.validation_inference_steps,
         guidance_scale=guidance_scale,
+        teacher_steps=args.validation_teacher_steps,
+        teacher_guidance_scale=guidance_scale,
         resolution=args.resolution,
         seed=seed,
+        output_dir=None if args.dry_run else args.output_dir,
     )
 
     # Resume, or start.
@@ -290,7 +297,11 @@ def main(argv: list[str] | None = None) -> None:
             break
         if last or global_step % args.validation_steps == 0:
             with progress.paused():
-                validate(accelerator, pipelines, output_dir=args.output_dir, global_step=global_step, **drawing)
+                distances = validation(global_step)
+                if args.keep_best:
+                    checkpoints.keep_if_best(
+                        distances["distance/student"], global_step, run | {"batches": batches}, loader.state_dict()
+                    )
     progress.close()
     ending.close()
 
@@ -298,7 +309,7 @@ def main(argv: list[str] | None = None) -> None:
     if global_step < plan.steps:
         logger.info("%s: ended behind step %d; --resume_from_checkpoint latest goes on", ending.reason, global_step)
     elif args.dry_run:
-        validate(accelerator, pipelines, output_dir=None, global_step=global_step, **drawing)
+        validation(global_step)
         logger.info("dry run: shards, models, a training step and a drawing all work; nothing was written")
     else:
         export_full_student(

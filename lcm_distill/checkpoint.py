@@ -5,13 +5,15 @@
       optimizer.bin, …             Accelerate's state: optimizer, learning rate, loss scaler, random state
       stream-RANK.pt               where each rank's data stream stood
       run.json                     step, flags, seed, layout, versions, architecture
+      rating.json                  how far from the teacher it was, if it was ever the best (--keep_best)
 
 One is written under a temporary name and renamed when it is on the disk, and loses its name before it is
-removed: a checkpoint that has its name is whole. Older ones go only after the new one stands.
+removed: a checkpoint that has its name is whole. Older ones go only after the new one stands; the best one stays.
 """
 
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -23,13 +25,14 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from lcm_distill.errors import SaveError, UsageError
 from lcm_distill.sharding import is_split
 
 logger = logging.getLogger(__name__)
 
+_RATING = "rating.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "webdataset", "torchdata")
 
@@ -45,7 +48,7 @@ class Part(Protocol):
 class Checkpoints:
     """Writes and restores the checkpoints of one run. Every rank calls every method.
 
-    `parts` are what trains, by folder name; `limit` is how many checkpoints to keep (None: all).
+    `parts` are what trains, by folder name; `limit` is how many checkpoints to keep (None: all), beside the best.
     """
 
     def __init__(self, accelerator: Accelerator, output_dir: str, parts: Mapping[str, Part], limit: int | None):
@@ -113,6 +116,29 @@ class Checkpoints:
         accelerator.wait_for_everyone()
         return final
 
+    def keep_if_best(
+        self, distance: float, global_step: int, run: Mapping[str, Any], stream_state: Mapping[str, Any]
+    ) -> bool:
+        """Keeps this step's checkpoint as the best if `distance` is less than that of any before; returns whether.
+
+        If the step has no checkpoint yet, it gets one. `distance` is the same on every rank.
+        """
+        best = find_best(self._output_dir) if self._accelerator.is_main_process else None
+        better = broadcast_object_list([best is None or distance < _rating(best)])[0]
+        if not better:
+            return False
+        path = self._output_dir / f"checkpoint-{global_step}"
+        saved = broadcast_object_list([path.exists()])[0] or self.save(global_step, run, stream_state)
+        if saved and self._accelerator.is_main_process:
+            partial = path / ".rating.json"
+            try:
+                partial.write_text(json.dumps({"distance": distance}) + "\n")
+                partial.rename(path / _RATING)
+                self._prune(keep=path)
+            except OSError as error:
+                logger.error("%s could not be marked as the best (%s)", path, error)
+        return bool(saved)
+
     def _problem(self, action: Callable[[], None]) -> str | None:
         """What went wrong in `action` on any rank, in words; None if nothing did. Every rank gets the same answer."""
         problem = None
@@ -164,7 +190,7 @@ class Checkpoints:
     def _prune(self, keep: Path) -> None:
         if self._limit is None:
             return
-        older = [path for path in list_checkpoints(self._output_dir) if path != keep]
+        older = [path for path in list_checkpoints(self._output_dir) if path not in (keep, find_best(self._output_dir))]
         for path in older[: max(0, len(older) + 1 - self._limit)]:
             _remove(path)
 
@@ -190,12 +216,32 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(whole, key=_step)
 
 
+def _rating(path: Path) -> float:
+    """The distance to the teacher that was measured at a checkpoint; infinity if it was never the best."""
+    try:
+        return float(json.loads((path / _RATING).read_text())["distance"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def find_best(output_dir: str | Path) -> Path | None:
+    """The checkpoint in `output_dir` that came closest to the teacher; None if none was rated."""
+    best = min(list_checkpoints(output_dir), key=_rating, default=None)
+    return best if best is not None and _rating(best) < math.inf else None
+
+
 def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> Path | None:
     """The folder that `--resume_from_checkpoint` means; None to start afresh ("latest" without any)."""
     if not resume_from_checkpoint:
         return None
     if resume_from_checkpoint == "latest":
         return next(reversed(list_checkpoints(output_dir)), None)
+    if resume_from_checkpoint == "best":
+        if best := find_best(output_dir):
+            return best
+        raise UsageError(
+            f"--resume_from_checkpoint best: no checkpoint in {output_dir} is rated; runs with --keep_best do that."
+        )
     for path in (Path(resume_from_checkpoint).expanduser(), Path(output_dir) / resume_from_checkpoint):
         if path.is_dir():
             if not (path / "run.json").is_file():

@@ -32,6 +32,11 @@ class Parser(argparse.ArgumentParser):
             sys.argv = [word.replace(args.hub_token, "***") for word in sys.argv]
         if args.w_min > args.w_max:
             self.error(f"argument --w_min: {args.w_min:g} is above --w_max {args.w_max:g}; give w_min <= w_max")
+        if args.keep_best and not args.validation_teacher_steps:
+            self.error(
+                "argument --keep_best: it goes by the distance to the teacher, "
+                "which --validation_teacher_steps 0 does not measure"
+            )
         return args
 
 
@@ -382,6 +387,12 @@ def add_run_flags(parser: Parser, *, guidance_default: str) -> None:
         default=None,
         help="how many checkpoints to keep; older ones go after a new one is complete (default: keep all)",
     )
+    _switch(
+        group,
+        "--keep_best",
+        "also keep the checkpoint that came closest to the teacher by the distance that validation measures: one is "
+        "saved whenever that is less than ever before",
+    )
     group.add_argument(
         "--max_train_time",
         type=duration,
@@ -393,7 +404,7 @@ def add_run_flags(parser: Parser, *, guidance_default: str) -> None:
         "--resume_from_checkpoint",
         type=str,
         default=None,
-        help="'latest', or the folder of a checkpoint: the run continues exactly there",
+        help="'latest', 'best' (with --keep_best), or the folder of a checkpoint: the run continues exactly there",
     )
     _switch(
         group,
@@ -428,6 +439,14 @@ def add_run_flags(parser: Parser, *, guidance_default: str) -> None:
         type=non_negative,
         default=None,
         help=f"the pipelines' guidance_scale of the pictures (default: {guidance_default})",
+    )
+    group.add_argument(
+        "--validation_teacher_steps",
+        type=count,
+        default=50,
+        metavar="STEPS",
+        help="DDIM steps of the teacher's row, drawn once; the distance between its pictures and the student's in one "
+        "step, in latents, is logged as distance/student; 0: neither",
     )
     group = parser.add_argument_group("Hub")
     _switch(group, "--push_to_hub", "upload the finished model to the Hub")

@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 
+from lcm_distill.drawing import draw_latents
 from lcm_distill.errors import UsageError
 from lcm_distill.latents import decode_latents
+from lcm_distill.measures import relative_distance
 from lcm_distill.pictures import labelled_grid
 from lcm_distill.sharding import is_split, release
-from lcm_distill.trackers import log_pictures
+from lcm_distill.trackers import log_pictures, log_values
 
 logger = logging.getLogger(__name__)
 
@@ -58,78 +61,111 @@ def validation_guidance_scale(chosen: float | None, w_min: float, w_max: float) 
     return min(max(8.0, w_min + 1), w_max + 1) if chosen is None else chosen
 
 
-@torch.no_grad()
-def draw(
-    pipeline: Any,
-    prompts: Sequence[str],
-    *,
-    images_per_prompt: int,
-    inference_steps: int,
-    guidance_scale: float,
-    resolution: int,
-    seed: int,
-) -> list[Image.Image]:
-    """`images_per_prompt` pictures of each prompt, prompt by prompt, from noise that depends on `seed` alone.
+class Validation:
+    """Draws the prompts with every pipeline, and measures how far the students are from their teacher.
 
-    The networks draw in eval mode and are given back in the mode they were in. Autocast, if it is on, holds for all
-    but the VAE, which decodes in its own dtype, one picture after the other (at 1024 pixels that takes gigabytes).
-    Nothing touches torch's global random state.
+    A grid has a row for each pipeline and each of `inference_steps`, "student, 4 steps", all from the same noise; a
+    number given twice is drawn once. The first row is the `teacher`'s, drawn once, in `teacher_steps` of DDIM at
+    `teacher_guidance_scale`: each of its pictures is the end of the trajectory that a student is to jump to in one
+    step, and how far off that jump lands is the distance (`measures.relative_distance`). With `teacher_steps` 0 there
+    is neither. Grids go to `validation/step-N.png` in `output_dir` and to every tracker; without an `output_dir`
+    nowhere, and the teacher takes one step (a dry run). `within` has, by a pipeline's label, a context to draw in.
+
+    Every rank makes one and calls it; the main process draws while the others wait. With sharded networks all draw,
+    the same.
     """
-    was_training = pipeline.unet.training
-    pipeline.unet.eval()
-    pictures: list[Image.Image] = []
-    for number, prompt in enumerate(prompts):
-        generators = [
-            torch.Generator().manual_seed(seed + number * images_per_prompt + k) for k in range(images_per_prompt)
-        ]
-        latents = pipeline(
-            [prompt] * images_per_prompt,
-            num_inference_steps=inference_steps,
-            guidance_scale=guidance_scale,
-            height=resolution,
-            width=resolution,
-            generator=generators,
-            output_type="latent",
-        ).images
-        pictures += decode_latents(pipeline.vae, latents, batch_size=1)
-    pipeline.unet.train(was_training)
-    return pictures
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        pipelines: Mapping[str, Any],
+        teacher: Any,
+        *,
+        prompts: Sequence[str],
+        images_per_prompt: int,
+        inference_steps: Sequence[int],
+        guidance_scale: float,
+        teacher_steps: int,
+        teacher_guidance_scale: float,
+        resolution: int,
+        seed: int,
+        output_dir: str | None,
+        within: Mapping[str, Callable[[], AbstractContextManager]] | None = None,
+    ):
+        self._accelerator = accelerator
+        self._pipelines = dict(pipelines)
+        self._teacher = teacher
+        self._inference_steps = list(dict.fromkeys(inference_steps))
+        self._guidance_scale = guidance_scale
+        self._teacher_steps = teacher_steps if output_dir else min(teacher_steps, 1)
+        self._teacher_guidance_scale = teacher_guidance_scale
+        self._resolution = resolution
+        self._output_dir = output_dir
+        self._within = dict(within or {})
+        self._prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+        self._seeds = [seed + number for number in range(len(self._prompts))]
+        self._columns = [text for prompt in prompts for text in [prompt, *[""] * (images_per_prompt - 1)]]
+        self._images_per_prompt = images_per_prompt
+        self._teacher_row: dict[str, list[Image.Image]] = {}
+        self._ends = torch.empty(0)
+
+    def __call__(self, global_step: int) -> dict[str, float]:
+        """Draws the grid of `global_step`; returns "distance/student" and the like, the same on every rank."""
+        distances: dict[str, float] = {}
+        if self._accelerator.is_main_process or is_split(self._accelerator):
+            fresh: dict[str, list[Image.Image]] = {}
+            if self._teacher_steps and not self._teacher_row:
+                self._ends = self._latents("teacher", self._teacher, self._teacher_steps, self._teacher_guidance_scale)
+                pictures = self._decode(self._teacher, self._ends)
+                self._teacher_row = fresh = {f"teacher, {_in_words(self._teacher_steps)}": pictures}
+            measured = [1] if self._teacher_steps else []
+            for label, pipeline in self._pipelines.items():
+                for steps in dict.fromkeys([*self._inference_steps, *measured]):
+                    latents = self._latents(label, pipeline, steps, self._guidance_scale)
+                    if steps in self._inference_steps:
+                        fresh = fresh | {f"{label}, {_in_words(steps)}": self._decode(pipeline, latents)}
+                    if steps in measured:
+                        distances[f"distance/{label}"] = relative_distance(latents, self._ends)
+            if self._output_dir is not None and self._accelerator.is_main_process:
+                self._write(self._teacher_row | fresh, global_step)
+                log_pictures(self._accelerator, fresh, global_step)
+        distances = broadcast_object_list([distances])[0]
+        if self._output_dir is not None:
+            log_values(self._accelerator, distances, global_step)
+            if distances:
+                logger.info(
+                    "step %d: %s from the teacher's own answer (0 is perfect)",
+                    global_step,
+                    ", ".join(f"{name.removeprefix('distance/')} {value:.3f}" for name, value in distances.items()),
+                )
+        return distances
+
+    def _latents(self, label: str, pipeline: Any, steps: int, guidance_scale: float) -> torch.Tensor:
+        with self._accelerator.autocast(), self._within.get(label, contextlib.nullcontext)():
+            latents = draw_latents(
+                pipeline,
+                self._prompts,
+                self._seeds,
+                inference_steps=steps,
+                guidance_scale=guidance_scale,
+                resolution=self._resolution,
+                batch_size=self._images_per_prompt,
+            )
+        release(pipeline.unet)
+        return latents.cpu()
+
+    def _decode(self, pipeline: Any, latents: torch.Tensor) -> list[Image.Image]:
+        return decode_latents(pipeline.vae, latents, batch_size=1)  # at 1024 pixels each takes gigabytes
+
+    def _write(self, rows: Mapping[str, Sequence[Image.Image]], global_step: int) -> None:
+        path = Path(self._output_dir or "") / "validation" / f"step-{global_step:06d}.png"
+        grid = labelled_grid(list(rows.items()), columns=self._columns, size=min(256, self._resolution))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            grid.save(path)
+        except OSError as error:
+            logger.error("%s could not be written (%s); the run goes on", path, error)
 
 
-def validate(
-    accelerator: Accelerator,
-    pipelines: Mapping[str, Any],
-    *,
-    prompts: Sequence[str],
-    inference_steps: Sequence[int],
-    output_dir: str | None,
-    global_step: int,
-    within: Mapping[str, Callable[[], AbstractContextManager]] | None = None,
-    **drawing: Any,
-) -> None:
-    """Draws `prompts` with each pipeline in each number of steps, to `validation/step-N.png` and every tracker.
-
-    A row for each pair, "student, 4 steps", from the same noise; a number given twice is drawn once. The main process
-    draws while the others wait; with sharded networks all draw, the same. `drawing` are the further arguments of
-    `draw`. Without an `output_dir` the pictures go nowhere (a dry run). `within` has, by label, a context that a
-    pipeline draws in.
-    """
-    if accelerator.is_main_process or is_split(accelerator):
-        rows = {}
-        for label, pipeline in pipelines.items():
-            with accelerator.autocast(), (within or {}).get(label, contextlib.nullcontext)():
-                for steps in dict.fromkeys(inference_steps):
-                    row = f"{label}, {steps} step{'' if steps == 1 else 's'}"
-                    rows[row] = draw(pipeline, prompts, inference_steps=steps, **drawing)
-            release(pipeline.unet)
-        if output_dir is not None and accelerator.is_main_process:
-            columns = [text for prompt in prompts for text in [prompt, *[""] * (drawing["images_per_prompt"] - 1)]]
-            path = Path(output_dir) / "validation" / f"step-{global_step:06d}.png"
-            grid = labelled_grid(list(rows.items()), columns=columns, size=min(256, drawing["resolution"]))
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                grid.save(path)
-            except OSError as error:
-                logger.error("%s could not be written (%s); the run goes on", path, error)
-            log_pictures(accelerator, rows, global_step)
-    accelerator.wait_for_everyone()
+def _in_words(steps: int) -> str:
+    return f"{steps} step{'' if steps == 1 else 's'}"

@@ -91,6 +91,7 @@ def command(shards, tmp_path):
             "num_validation_images": 1,
             "validation_prompts": ["a small red circle on a black background"],
             "validation_inference_steps": 1,
+            "validation_teacher_steps": 2,
             "logging_steps": 1,
             "report_to": "none",
             "seed": 7,

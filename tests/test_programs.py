@@ -108,10 +108,11 @@ def test_a_run_trains_exports_and_its_export_draws(program, command, run, tmp_pa
     reader = EventAccumulator(str(out / "logs" / "text2image-fine-tune"))
     reader.Reload()
     rows = {f"validation/{network}_{n}" for network in ("student", "target") for n in ("1_step", "2_steps")}
-    assert rows == set(reader.Tags()["images"])
-    assert {"loss", "lr", "samples_per_second", "data_wait"} <= set(reader.Tags()["scalars"])
+    assert rows | {"validation/teacher_2_steps"} == set(reader.Tags()["images"])
+    scalars = {"loss", "lr", "samples_per_second", "data_wait", "distance/student", "distance/target"}
+    assert scalars <= set(reader.Tags()["scalars"])
     media = list((out / "logs").rglob("media/images/**/*.png"))
-    assert len(media) == 8  # wandb: student and target in 1 and 2 steps, twice
+    assert len(media) == 9  # wandb: student and target in 1 and 2 steps, twice; the teacher once
     card = (out / "README.md").read_text()
     assert "LCMScheduler" in card and "validation/step-000003.png" in card
     assert (out / "checkpoint-3" / "run.json").exists()
