@@ -130,14 +130,13 @@ class Validation:
                 self._write(self._teacher_row | fresh, global_step)
                 log_pictures(self._accelerator, fresh, global_step)
         distances = broadcast_object_list([distances])[0]
-        if self._output_dir is not None:
+        if distances and self._output_dir is not None:
             log_values(self._accelerator, distances, global_step)
-            if distances:
-                logger.info(
-                    "step %d: %s from the teacher's own answer (0 is perfect)",
-                    global_step,
-                    ", ".join(f"{name.removeprefix('distance/')} {value:.3f}" for name, value in distances.items()),
-                )
+            logger.info(
+                "step %d: %s from the teacher's own answer (0 is perfect)",
+                global_step,
+                ", ".join(f"{name.removeprefix('distance/')} {value:.3f}" for name, value in distances.items()),
+            )
         return distances
 
     def _latents(self, label: str, pipeline: Any, steps: int, guidance_scale: float) -> torch.Tensor:

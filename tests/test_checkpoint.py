@@ -187,3 +187,47 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_as_latest(tmp_path, monkeyp
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
     assert find_checkpoint("latest", str(tmp_path)) == tmp_path / "checkpoint-1"
     accelerator.free_memory()
+
+
+def test_the_best_checkpoint_stays_beside_the_newest(tmp_path):
+    """One is saved whenever the distance is less than ever; older ones go by a limit without it."""
+    accelerator = Accelerator(cpu=True)
+    unet = accelerator.prepare(tiny_unet())
+    checkpoints = Checkpoints(accelerator, str(tmp_path), {"unet": UNetPart(unet)}, limit=1)
+
+    def names():
+        return [path.name for path in list_checkpoints(tmp_path)]
+
+    run = {"program": "p", "architecture": {"dim": (1, 2)}, "seed": 3}
+    with pytest.raises(UsageError, match="--resume_from_checkpoint best: no checkpoint .* is rated"):
+        find(tmp_path, resume="best")
+    assert checkpoints.keep_if_best(0.5, 1, run, {}) and names() == ["checkpoint-1"]
+    checkpoints.save(2, run, {})
+    assert not checkpoints.keep_if_best(0.6, 2, run, {})  # worse: what is there is not rated
+    checkpoints.save(3, run, {})
+    assert names() == ["checkpoint-1", "checkpoint-3"]
+    assert not checkpoints.keep_if_best(0.5, 4, run, {}) and names() == ["checkpoint-1", "checkpoint-3"]
+    assert find(tmp_path, resume="best")[0].name == "checkpoint-1"
+    assert find(tmp_path)[0].name == "checkpoint-3"
+    assert checkpoints.keep_if_best(0.4, 5, run, {})
+    assert names() == ["checkpoint-5"]  # the one before, and the newest before, are neither any more
+    checkpoints.save(6, run, {})
+    checkpoints.save(7, run, {})
+    assert names() == ["checkpoint-5", "checkpoint-7"]
+    assert find(tmp_path, resume="best")[0].name == "checkpoint-5"
+    (tmp_path / "checkpoint-5" / "rating.json").write_text("{torn")
+    with pytest.raises(UsageError, match="best"):
+        find(tmp_path, resume="best")
+    accelerator.free_memory()
+
+
+def test_a_best_checkpoint_that_cannot_be_written_is_no_best(tmp_path, monkeypatch, caplog):
+    accelerator = Accelerator(cpu=True)
+    unet = accelerator.prepare(tiny_unet())
+    checkpoints = Checkpoints(accelerator, str(tmp_path), {"unet": UNetPart(unet)}, limit=None)
+    with monkeypatch.context() as patch:
+        patch.setattr("lcm_distill.checkpoint._sync_to_disk", lambda folder: (_ for _ in ()).throw(OSError("full")))
+        assert not checkpoints.keep_if_best(0.5, 1, {}, {})
+    assert "could not be written" in caplog.text and not list_checkpoints(tmp_path)
+    assert checkpoints.keep_if_best(0.6, 2, {}, {})  # nothing was rated, so this is the best
+    accelerator.free_memory()

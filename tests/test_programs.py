@@ -413,15 +413,39 @@ def test_raising_max_train_steps_goes_on_and_a_finished_run_says_so(command, run
     assert "finished" in caplog.text and same(before, weights(tmp_path / "out"))
 
 
-def test_same_seed_same_run_and_validation_changes_nothing(command, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_same_seed_same_run_and_validation_changes_nothing(program, command, run, tmp_path, monkeypatch):
+    """Nor does keeping the best checkpoint, with what dropout and the moving average draw and do."""
     losses = captured_losses(monkeypatch)
+    options = {"steps": 2, "family": family(program), "ema_decay": 0.9, "learning_rate": 1e-3}
+    if program in LORA_PROGRAMS:
+        options |= {"lora_rank": 4, "lora_dropout": 0.1}
     results = []
-    for number, options in enumerate(({}, {"validation_steps": 1}, {"seed": 8})):
+    for number, more in enumerate(({"validation_steps": 1, "keep_best": True}, {}, {"seed": 8})):
         losses.clear()
-        run(PROGRAMS[0], command(f"out{number}", steps=2, **options))
-        results.append((list(losses), weights(tmp_path / f"out{number}")))
-    assert results[0][0] == results[1][0] and same(results[0][1], results[1][1])
+        run(program, command(f"out{number}", **options | more))
+        results.append((list(losses), result(tmp_path / f"out{number}")))
+        if number == 0:
+            again = len(list((tmp_path / "out0").glob("checkpoint-*")))
+    assert results[0][0] == results[1][0] and same(results[0][1], results[1][1]) and again == 2
     assert results[0][0] != results[2][0]
+
+
+def test_the_best_checkpoint_is_kept_and_goes_on(command, run, tmp_path, monkeypatch, caplog):
+    """By the measured distance, here made to order; `best` is what was there at that step, and can be exported."""
+    from lcm_distill import validation
+
+    measured = iter([0.9, 0.9, 0.5, 0.5, 0.7, 0.7, 0.8, 0.8])  # student and target at each step
+    monkeypatch.setattr(validation, "relative_distance", lambda answers, ends: next(measured))
+    out, options = tmp_path / "out", {"keep_best": True, "validation_steps": 1, "checkpoints_total_limit": 1}
+    run(PROGRAMS[0], command(steps=4, checkpointing_steps=3, learning_rate=1e-3, **options))
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    best = weights(out / "checkpoint-2" / "unet")
+    assert not same(best, weights(out))
+    # The best on its own, exported into another folder: the run is at its end there.
+    with caplog.at_level(logging.INFO, "lcm_distill"):
+        run(PROGRAMS[0], command("chosen", steps=2, resume_from_checkpoint=str(out / "checkpoint-2")))
+    assert "this run is finished" in caplog.text and same(best, weights(tmp_path / "chosen"))
 
 
 @pytest.mark.parametrize(

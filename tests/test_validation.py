@@ -1,7 +1,7 @@
 """Validation: the prompts, the pictures against the pipelines' own, and where they are shown."""
 
 import copy
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +11,14 @@ import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 from PIL import Image
 
-from lcm_distill import validation
+from lcm_distill import sd, sdxl, validation
+from lcm_distill.consistency import unet_output
+from lcm_distill.drawing import draw_latents, teacher_sampler
 from lcm_distill.errors import UsageError
 from lcm_distill.latents import decode_latents, encode_pixels
-from lcm_distill.validation import draw, read_prompts, validate, validation_guidance_scale
+from lcm_distill.measures import relative_distance
+from lcm_distill.schedule import DDIMSolver, NoiseSchedule
+from lcm_distill.validation import Validation, read_prompts, validation_guidance_scale
 
 PROMPTS = ["a small red circle on a black background", "a large blue square on a white background"]
 DRAWING = {"images_per_prompt": 2, "guidance_scale": 3.0, "resolution": 64, "seed": 3}
@@ -47,6 +51,14 @@ def seen_dtypes():
     yield watch
     for hook in hooks:
         hook.remove()
+
+
+def draw(pipeline, prompts, *, images_per_prompt, seed, **options):
+    """Pictures of each prompt, by `draw_latents` and `decode_latents`."""
+    prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+    seeds = range(seed, seed + len(prompts))
+    latents = draw_latents(pipeline, prompts, seeds, batch_size=images_per_prompt, **options)
+    return decode_latents(pipeline.vae, latents, 1)
 
 
 def as_array(pictures):
@@ -182,23 +194,29 @@ def test_under_autocast_the_unet_draws_in_half_precision_and_the_vae_does_not(pi
 
 
 class FakePipeline:
-    """Its latents are one random number over the whole picture, its VAE shows them in red."""
+    """Its latents are the first noise in the first channel, its VAE shows them in red; notes what it is asked."""
 
-    def __init__(self):
+    vae_scale_factor = 8
+
+    def __init__(self, answer=1.0):
+        self.answer = answer
         self.unet = torch.nn.Dropout().train()
+        self.unet.config = SimpleNamespace(in_channels=3)
+        self.unet.device, self.unet.dtype = torch.device("cpu"), torch.float32
         self.vae = SimpleNamespace(
-            config=SimpleNamespace(scaling_factor=2.0),
+            config=SimpleNamespace(scaling_factor=1.0),
             device=torch.device("cpu"),
             dtype=torch.float32,
-            decode=lambda latents: SimpleNamespace(sample=torch.cat([latents, latents * 0 - 1, latents * 0 - 1], 1)),
+            decode=lambda latents: SimpleNamespace(sample=latents.repeat_interleave(8, 2).repeat_interleave(8, 3)),
         )
         self.calls = []
 
-    def __call__(self, prompts, *, generator, height, width, **options):
-        assert not self.unet.training and options["output_type"] == "latent"
+    def __call__(self, prompts, *, generator, latents, height, width, **options):
+        assert not self.unet.training and options["output_type"] == "latent" and latents.dtype == torch.float32
+        assert len(generator) == len(latents) == len(prompts) and height == width == 8 * latents.shape[-1]
         self.calls.append((prompts, options["num_inference_steps"], torch.is_autocast_enabled("cpu")))
-        seeds = [torch.rand(1, generator=g).item() for g in generator]
-        return SimpleNamespace(images=torch.stack([torch.full((1, height, width), 2 * s) for s in seeds]))
+        self.guidance_scale = options["guidance_scale"]
+        return SimpleNamespace(images=self.answer * latents)
 
 
 def test_drawing_gives_back_the_mode_and_touches_no_global_randomness():
@@ -216,20 +234,27 @@ def test_drawing_gives_back_the_mode_and_touches_no_global_randomness():
 
 class FakeTracker:
     def __init__(self, name):
-        self.name, self.logged = name, []
+        self.name, self.logged, self.values = name, [], []
         if name == "mlflow":  # takes no pictures
             return
         self.log_images = lambda images, step, **options: self.logged.append((images, step, options))
 
+    def log(self, values, step):
+        self.values.append((step, values))
+
 
 def fake_accelerator(trackers=(), is_main_process=True, autocast=nullcontext):
     return SimpleNamespace(
-        distributed_type="NO",
-        is_main_process=is_main_process,
-        autocast=autocast,
-        wait_for_everyone=lambda: None,
-        trackers=list(trackers),
+        distributed_type="NO", is_main_process=is_main_process, autocast=autocast, trackers=list(trackers)
     )
+
+
+def make(pipelines, teacher, output_dir, *, accelerator=None, **options):
+    chosen = {
+        "prompts": ["a", "b"], "inference_steps": [4, 1, 4], "teacher_steps": 9, "teacher_guidance_scale": 5.0,
+    } | DRAWING | {"resolution": 8} | options  # fmt: skip
+    where = None if output_dir is None else str(output_dir)
+    return Validation(accelerator or fake_accelerator(), pipelines, teacher, output_dir=where, **chosen)
 
 
 def test_each_pipeline_draws_a_row_for_each_number_of_steps(tmp_path, monkeypatch, caplog):
@@ -241,58 +266,118 @@ def test_each_pipeline_draws_a_row_for_each_number_of_steps(tmp_path, monkeypatc
         return Image.new("RGB", (1, 1))
 
     monkeypatch.setattr(validation, "labelled_grid", grid)
-    student, target = FakePipeline(), FakePipeline()
-    validate(
-        fake_accelerator(trackers, autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16)),
-        {"student": student, "target": target},
-        prompts=["a", "b"],
-        inference_steps=[4, 1, 4],
-        output_dir=str(tmp_path),
-        global_step=7,
-        **DRAWING | {"resolution": 8},
-    )
+    student, target, teacher = FakePipeline(0.5), FakePipeline(0.75), FakePipeline(1.0)
+    accelerator = fake_accelerator(trackers, autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    validate = make({"student": student, "target": target}, teacher, tmp_path, accelerator=accelerator)
+    assert validate(7) == pytest.approx({"distance/student": 0.5, "distance/target": 0.25})
     ((rows, options),) = grids
-    assert [label for label, _ in rows] == ["student, 4 steps", "student, 1 step", "target, 4 steps", "target, 1 step"]
+    drawn = [f"{who}, {steps}" for who in ("student", "target") for steps in ("4 steps", "1 step")]
+    assert [label for label, _ in rows] == ["teacher, 9 steps", *drawn]
     assert options["columns"] == ["a", "", "b", ""]
     assert student.calls == target.calls == [([p] * 2, steps, True) for steps in (4, 1) for p in "ab"]
-    reds = [[picture.getpixel((0, 0))[0] for picture in pictures] for _, pictures in rows]
-    assert all(row == reds[0] for row in reds) and len(set(reds[0])) == 4  # the same noise in each row
+    assert teacher.calls == [([p] * 2, 9, True) for p in "ab"]
+    assert (teacher.guidance_scale, student.guidance_scale) == (5.0, 3.0)
+    reds = [[picture.getpixel((0, 0)) for picture in pictures] for _, pictures in rows]
+    assert reds[1] == reds[2] and reds[3] == reds[4] and len(set(reds[0])) == 4  # the same noise in each row
     assert (tmp_path / "validation" / "step-000007.png").is_file()
     tags = [f"validation/{name}" for name in ("student_4_steps", "student_1_step", "target_4_steps", "target_1_step")]
-    tensorboard, wandb, _ = trackers
+    tensorboard, wandb, mlflow = trackers
     for tracker in (tensorboard, wandb):
-        assert [next(iter(images)) for images, _, _ in tracker.logged] == tags
+        assert [next(iter(images)) for images, _, _ in tracker.logged] == ["validation/teacher_9_steps", *tags]
         assert {step for _, step, _ in tracker.logged} == {7}
     images, _, options = tensorboard.logged[0]
-    assert images[tags[0]].shape == (4, 8, 8, 3) and options == {"dataformats": "NHWC"}
+    assert images["validation/teacher_9_steps"].shape == (4, 8, 8, 3) and options == {"dataformats": "NHWC"}
     assert caplog.text.count("the tracker mlflow takes no pictures") == 1
+    assert mlflow.values == [(7, pytest.approx({"distance/student": 0.5, "distance/target": 0.25}))]
+
+    # Again: the teacher's row is shown once more, but neither drawn nor sent again.
+    student.answer = 1.0
+    assert validate(8)["distance/student"] == pytest.approx(0, abs=1e-6)
+    assert len(teacher.calls) == 2 and [label for label, _ in grids[1][0]] == ["teacher, 9 steps", *drawn]
+    assert [next(iter(images)) for images, _, _ in wandb.logged[5:]] == tags
 
 
-def test_a_grid_of_the_toy_teacher_is_on_disk(pipelines, tmp_path):
-    validate(
-        fake_accelerator(),
-        {"student": pipelines["sd"]},
-        prompts=PROMPTS,
-        inference_steps=[1, 2],
-        output_dir=str(tmp_path),
-        global_step=12,
-        **DRAWING | {"images_per_prompt": 1},
-    )
+def test_the_distance_needs_no_row_of_one_step_and_can_be_turned_off(tmp_path, monkeypatch):
+    grids = []
+    monkeypatch.setattr(validation, "labelled_grid", lambda rows, **_: grids.append(rows) or Image.new("RGB", (1, 1)))
+    student, teacher = FakePipeline(2.0), FakePipeline(1.0)
+    validate = make({"student": student}, teacher, tmp_path, inference_steps=[2], prompts=["a"])
+    assert validate(1) == pytest.approx({"distance/student": 1.0})
+    assert [steps for _, steps, _ in student.calls] == [2, 1]
+    assert [label for label, _ in grids[0]] == ["teacher, 9 steps", "student, 2 steps"]
+    tracker = FakeTracker("wandb")
+    accelerator = fake_accelerator([tracker])
+    validate = make({"student": student}, teacher, tmp_path, teacher_steps=0, accelerator=accelerator, prompts=["a"])
+    calls = len(teacher.calls)
+    assert validate(2) == {} and len(teacher.calls) == calls and not tracker.values
+    assert [label for label, _ in grids[1]] == ["student, 4 steps", "student, 1 step"]
+
+
+def test_a_pipeline_draws_within_its_context(tmp_path):
+    inside, seen = [], []
+
+    @contextmanager
+    def off():
+        inside.append("off")
+        yield
+        inside.clear()
+
+    class Watched(FakePipeline):
+        def __call__(self, *args, **options):
+            seen.append((self.answer, *inside))
+            return super().__call__(*args, **options)
+
+    make(
+        {"student": Watched(2.0)}, Watched(1.0), tmp_path, prompts=["a"], inference_steps=[1], within={"teacher": off}
+    )(1)
+    assert seen == [(1.0, "off"), (2.0,)]
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_grid_of_the_toy_teacher_is_on_disk(pipelines, tmp_path, family):
+    """The untrained student is the teacher: one step of its own, unguided, is what the distance compares."""
+    pipeline = pipelines[family]
+    teacher = pipeline.__class__(**pipeline.components)
+    teacher.set_progress_bar_config(disable=True)
+    teacher.scheduler = teacher_sampler(pipeline.scheduler.config)
+    validate = make(
+        {"student": pipeline}, teacher, tmp_path, prompts=PROMPTS, images_per_prompt=1, inference_steps=[1, 2],
+        resolution=64, guidance_scale=1.0, teacher_steps=10, teacher_guidance_scale=1.0,
+    )  # fmt: skip
+    distances = validate(12)
     with Image.open(tmp_path / "validation" / "step-000012.png") as grid:
-        assert grid.height > 2 * 64 and grid.width > 2 * 64
+        assert grid.height > 3 * 64 and grid.width > 2 * 64
+
+    # The same by the training's own solver, from the same noise.
+    schedule = NoiseSchedule.from_config(pipeline.scheduler.config)
+    solver = DDIMSolver(schedule, 10)
+    start = torch.cat([torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3 + k)) for k in range(2)])
+    module = {"sd": sd, "sdxl": sdxl}[family]
+    conditioning = module.encode_captions(pipeline, PROMPTS) if family == "sd" else sdxl.with_time_ids(
+        sdxl.encode_captions(SimpleNamespace(**pipeline.components, force_zeros_for_empty_prompt=True), PROMPTS),
+        torch.tensor([[64, 64, 0, 0, 64, 64]] * 2),
+    )  # fmt: skip
+
+    def predict(x, timestep):
+        timesteps = torch.full((2,), int(timestep))
+        with torch.no_grad():
+            output = unet_output(pipeline.unet, x, timesteps, conditioning)
+        return schedule.predict_sample(output, x, timesteps), schedule.predict_noise(output, x, timesteps)
+
+    x = start
+    for index in reversed(range(10)):
+        x = solver.step(*predict(x, solver.timesteps[index]), torch.tensor([index, index]))
+    expected = relative_distance(predict(start, 999)[0], x)
+    assert distances["distance/student"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_dry_run_and_the_other_ranks_write_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for main, output_dir, calls in ((True, None, 2), (False, "out", 0)):
-        tracker, pipeline = FakeTracker("wandb"), FakePipeline()
-        validate(
-            fake_accelerator([tracker], main),
-            {"student": pipeline},
-            prompts=["a"],
-            inference_steps=[1, 2],
-            output_dir=output_dir,
-            global_step=1,
-            **DRAWING | {"resolution": 8},
+        tracker, student, teacher = FakeTracker("wandb"), FakePipeline(), FakePipeline()
+        accelerator = fake_accelerator([tracker], main)
+        make({"student": student}, teacher, output_dir, accelerator=accelerator, prompts=["a"], inference_steps=[1, 2])(
+            1
         )
-        assert len(pipeline.calls) == calls and not tracker.logged and not list(tmp_path.iterdir())
+        assert len(student.calls) == calls and [steps for _, steps, _ in teacher.calls] == [1] * (calls // 2)
+        assert not tracker.logged and not list(tmp_path.iterdir())

@@ -1,0 +1,58 @@
+"""The distances between a student and its teacher against closed forms and properties."""
+
+import math
+
+import pytest
+import torch
+
+from lcm_distill.measures import energy_distance, relative_distance
+
+
+def test_relative_distance_of_known_answers():
+    ends = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert relative_distance(ends, ends) == 0
+    assert relative_distance(torch.zeros_like(ends), ends) == 1
+    assert relative_distance(ends + 0.25 * ends, ends) == pytest.approx(0.25)
+    # It is the mean of the samples' own ratios, whatever their sizes.
+    scale = torch.tensor([1e-2, 1.0, 1e2, 1.0, 1.0])[:, None, None, None]
+    worse = ends.clone()
+    worse[2] = -worse[2]
+    assert relative_distance(scale * worse, scale * ends) == pytest.approx(2 / 5)
+    with pytest.raises(ValueError, match="in pairs"):
+        relative_distance(ends[:4], ends)
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.5, 3.0])
+def test_energy_distance_of_two_normal_distributions(mean):
+    """E|N(m, s²)| = s √(2/π) exp(−m²/2s²) + m erf(m / s√2); the difference of two samples has s² = 2."""
+
+    def absolute(m):
+        return math.sqrt(4 / math.pi) * math.exp(-(m**2) / 4) + m * math.erf(m / 2)
+
+    expected = (2 * absolute(mean) - 2 * absolute(0)) / (2 * absolute(mean))
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2000, 1, generator=generator), mean + torch.randn(2000, 1, generator=generator)
+    assert energy_distance(a, b) == pytest.approx(expected, abs=0.01)
+    assert energy_distance(b, a) == pytest.approx(energy_distance(a, b), abs=1e-12)
+
+
+def test_energy_distance_is_zero_for_one_set_and_does_not_count_pairs_as_close():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(64, 4, 8, 8, generator=generator)
+    assert energy_distance(a, a) == 0
+    # Independent or in pairs: the same distribution either way. Over all pairs i, j the second would differ from 0.
+    assert abs(energy_distance(a, torch.randn(64, 4, 8, 8, generator=generator))) < 2e-3
+    assert abs(energy_distance(a, a + 1e-3 * torch.randn(a.shape, generator=generator))) < 1e-5
+    assert energy_distance(a, 0 * a) == pytest.approx(0.5 * (2 - _mean_distance(a) / _mean_norm(a)), rel=1e-6)
+    for other in (a[:10], a[:1]):
+        with pytest.raises(ValueError, match="as many samples"):
+            energy_distance(other[:1] if len(other) == 1 else a, other)
+
+
+def _mean_distance(a):
+    rows = a.double().flatten(1)
+    return float(torch.stack([(rows[i] - rows[j]).norm() for i in range(64) for j in range(64) if i != j]).mean())
+
+
+def _mean_norm(a):
+    return float(a.double().flatten(1).norm(dim=1).mean())
