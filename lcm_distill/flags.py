@@ -1,7 +1,8 @@
-"""The command-line flags that the four programs share, in groups, with their ranges and their help.
+"""The command-line flags that programs and commands share, in groups, with their ranges and their help.
 
-A program's `parse_args` adds the groups it wants, then flags of its own, and ends in `Parser.parse`. Names and
-defaults are those of Diffusers' consistency-distillation examples, so that their command lines run unchanged.
+A training program's `parse_args` adds the groups it wants, then flags of its own, and ends in `Parser.parse`. Names
+and defaults are those of Diffusers' consistency-distillation examples, so that their command lines run unchanged. The
+commands that draw with finished models have a `CommandParser`, `add_model_flags` and `add_device_flags`.
 """
 
 import argparse
@@ -15,15 +16,33 @@ from diffusers.optimization import SchedulerType
 from lcm_distill.samples import INTERPOLATIONS
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that answers a mistake with one line instead of sixty flags."""
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser that answers a mistake with one line instead of sixty flags.
 
-    def __init__(self, description: str):
-        usage = "%(prog)s --pretrained_teacher_model TEACHER --train_shards_path_or_url SHARDS [flags]"
-        super().__init__(usage=usage, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    `prog` is what a user types, such as "python -m lcm_distill.sample" (None: the file's name); `usage` is one line
+    with the flags that matter (None: "[flags]" alone).
+    """
+
+    def __init__(self, prog: str | None, description: str | None, usage: str | None = None):
+        super().__init__(
+            prog=prog,
+            usage=usage or "%(prog)s [flags]",
+            description=description,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n(--help lists every flag)\n")
+
+
+class Parser(CommandParser):
+    """The parser of a training program."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            None, description, "%(prog)s --pretrained_teacher_model TEACHER --train_shards_path_or_url SHARDS [flags]"
+        )
 
     def parse(self, argv: list[str] | None) -> argparse.Namespace:
         """Parses `argv` (None: the shell's) and checks what no single flag can."""
@@ -96,13 +115,13 @@ def _switch(group: Any, name: str, help: str, default: bool = False) -> None:
     group.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=help)
 
 
-def add_model_flags(parser: Parser) -> None:
+def add_model_flags(parser: CommandParser) -> None:
     group = parser.add_argument_group("models")
     group.add_argument(
         "--pretrained_teacher_model",
         type=str,
         required=True,
-        help="the teacher to distil: a Diffusers pipeline folder, a Hub id, or a single .safetensors checkpoint",
+        help="the teacher: a Diffusers pipeline folder, a Hub id, or a single .safetensors checkpoint",
     )
     group.add_argument(
         "--teacher_config",
@@ -125,6 +144,25 @@ def add_model_flags(parser: Parser) -> None:
     )
     group.add_argument("--variant", type=str, default=None, help="file variant of the teacher's weights, such as fp16")
     group.add_argument("--cache_dir", type=str, default=None, help="where models from the Hub are kept")
+
+
+def add_device_flags(parser: CommandParser) -> None:
+    """Where, and in what precision, finished models draw; `runtime.drawing_device` makes of it what torch needs."""
+    group = parser.add_argument_group("device")
+    group.add_argument(
+        "--device",
+        type=str,
+        default=None,
+        help="cuda, cuda:1, mps or cpu (default: the first of cuda, mps and cpu that is there)",
+    )
+    group.add_argument(
+        "--dtype",
+        type=str,
+        default=None,
+        choices=["fp16", "bf16", "fp32"],
+        help="precision of the networks (default: fp16 on a GPU, fp32 on a CPU); SDXL's VAE stays in fp32 unless its "
+        "config says that half is safe for it",
+    )
 
 
 def add_data_flags(parser: Parser, *, resolution: int) -> None:

@@ -77,6 +77,40 @@ def inference_dtype(accelerator: Accelerator) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
+def drawing_device(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    """Where finished models draw, and in what: `--device` and `--dtype`, or for None the best that is there.
+
+    That is CUDA, else MPS, else the CPU; "fp16" on a GPU, "fp32" on a CPU. `UsageError` for what this machine lacks.
+    """
+    there = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
+    try:
+        chosen = torch.device(device or there[0])
+    except RuntimeError:
+        raise UsageError(f"--device {device} is no device; there is {', '.join(there)}.") from None
+    if chosen.type not in there:
+        raise UsageError(
+            f"--device {device}: PyTorch {torch.__version__} finds none here; there is {', '.join(there)}."
+        )
+    if chosen.type == "cuda" and chosen.index is not None and chosen.index >= torch.cuda.device_count():
+        raise UsageError(f"--device {device}: the last GPU here is cuda:{torch.cuda.device_count() - 1}.")
+    if chosen.type == "cpu" and dtype == "fp16":
+        raise UsageError("--dtype fp16 needs a GPU; on the CPU take fp32 or bf16.")
+    names = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    return chosen, names[dtype or ("fp32" if chosen.type == "cpu" else "fp16")]
+
+
+def quiet_libraries() -> None:
+    """For commands: the libraries tell of what their users can do something about, and of nothing else."""
+    disable_progress_bar()  # transformers draws one for every network that it loads
+    for name in ("configuration_utils", "loaders.lora_base", "loaders.peft"):
+        logging.getLogger(f"diffusers.{name}").addFilter(_matters)
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    """Not when a sampler is made of another's config, or a LoRA has no part for the text encoder: both are meant."""
+    return not record.getMessage().startswith(("The config attributes", "No LoRA keys associated to CLIPTextModel"))
+
+
 def settle_seed(seed: int | None) -> int:
     """`seed`, or one drawn on the main process; the same on every rank. Libraries' global generators are seeded."""
     chosen = broadcast_object_list([random.SystemRandom().randrange(2**31) if seed is None else seed])[0]

@@ -23,8 +23,8 @@ from lcm_distill.trackers import log_pictures, log_values
 logger = logging.getLogger(__name__)
 
 
-def read_prompts(values: Sequence[str] | None) -> list[str] | None:
-    """The prompts of `--validation_prompts`: each value is one, or names a `.txt` file with a prompt on each line.
+def read_prompts(values: Sequence[str] | None, flag: str = "--validation_prompts") -> list[str] | None:
+    """The prompts of a `flag`: each of its values is one, or names a `.txt` file with a prompt on each line.
 
     Blank lines and the spaces around a line do not count. None, for a flag that is not given, stays None.
 
@@ -35,24 +35,24 @@ def read_prompts(values: Sequence[str] | None) -> list[str] | None:
         return None
     prompts: list[str] = []
     for value in values:
-        prompts += _prompts_of_file(value) if value.lower().endswith(".txt") else [value]
+        prompts += _prompts_of_file(value, flag) if value.lower().endswith(".txt") else [value]
     return prompts
 
 
-def _prompts_of_file(name: str) -> list[str]:
+def _prompts_of_file(name: str, flag: str) -> list[str]:
     try:
         text = Path(name).expanduser().read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise UsageError(f"--validation_prompts: {name} is not UTF-8; save it in that encoding.") from None
+        raise UsageError(f"{flag}: {name} is not UTF-8; save it in that encoding.") from None
     except (OSError, ValueError, RuntimeError) as error:  # ValueError: a NUL in the name; RuntimeError: ~nobody
         reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(
-            f"--validation_prompts: {name} cannot be read ({reason}). What ends in .txt is a file with a prompt on "
+            f"{flag}: {name} cannot be read ({reason}). What ends in .txt is a file with a prompt on "
             f"each line: correct its path (relative ones start at {Path.cwd()}), or end the prompt in another way."
         ) from None
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
-        raise UsageError(f"--validation_prompts: {name} is empty; write a prompt on each line.")
+        raise UsageError(f"{flag}: {name} is empty; write a prompt on each line.")
     return prompts
 
 
