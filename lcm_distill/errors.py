@@ -16,6 +16,11 @@ class SaveError(RuntimeError):
     """What the run has to leave behind cannot be written; the message says what is there, and what to do."""
 
 
+def brief(error: BaseException) -> str:
+    """An error of a library in one line."""
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:300]}"
+
+
 def run_program(main: Callable[[], None]) -> None:
     """Runs a program's `main`; an error meant for its user is printed as a message, without the traceback."""
     try:

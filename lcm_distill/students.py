@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 
 from lcm_distill import sd, sdxl
 from lcm_distill.drawing import teacher_sampler
-from lcm_distill.errors import UsageError
+from lcm_distill.errors import UsageError, brief
 from lcm_distill.teacher import Teacher, read_configs
 from lcm_distill.unets import architecture
 
@@ -116,7 +116,7 @@ def load_lora(pipeline: Any, source: str, adapter: str, *, flag: str, cache_dir:
         pipeline.load_lora_weights(source, adapter_name=adapter, **where)
     except Exception as error:  # no such file, other shapes, another model's names: each its own class
         raise UsageError(
-            f"{flag} {path}: this LoRA cannot be put into the teacher ({str(error).strip().splitlines()[0]:.200}). "
+            f"{flag} {path}: this LoRA cannot be put into the teacher ({brief(error)}). "
             "Give the teacher, or one of the same architecture, that it was made for."
         ) from None
 
@@ -161,6 +161,4 @@ def _has(source: str, file: str, cache_dir: str | None) -> bool:
     except HFValidationError:
         return False
     except Exception as error:  # no connection, no right
-        raise UsageError(
-            f"--student {source}: no such folder, and the Hub cannot be asked ({str(error).splitlines()[0]:.200})."
-        ) from None
+        raise UsageError(f"--student {source}: no such folder, and the Hub cannot be asked ({brief(error)}).") from None

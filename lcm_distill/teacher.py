@@ -17,7 +17,7 @@ from diffusers.loaders.single_file_utils import (
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from lcm_distill.errors import UsageError
+from lcm_distill.errors import UsageError, brief
 from lcm_distill.latents import vae_factor
 from lcm_distill.schedule import NoiseSchedule
 from lcm_distill.unets import check_teacher_config
@@ -108,7 +108,7 @@ class Teacher:
             with safe_open(self.model, "pt") as file:
                 shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
         except (OSError, SafetensorError) as error:
-            raise UsageError(f"{FLAG} {self.model}: not a whole .safetensors file. ({_brief(error)})") from None
+            raise UsageError(f"{FLAG} {self.model}: not a whole .safetensors file. ({brief(error)})") from None
         if self.config:
             return self.config
         if "v_pred" in shapes:  # the mark that such fine-tunes carry; no model on the Hub has their configs
@@ -164,7 +164,7 @@ class Teacher:
                     self.vae, torch_dtype=dtypes["vae"], revision=self.vae_revision, cache_dir=self.cache_dir
                 )
             except (OSError, ValueError, RuntimeError) as error:
-                raise UsageError(f"{VAE_FLAG} {self.vae}: its weights cannot be loaded. ({_brief(error)})") from None
+                raise UsageError(f"{VAE_FLAG} {self.vae}: its weights cannot be loaded. ({brief(error)})") from None
         for name, part in loaded.items():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()
@@ -189,7 +189,7 @@ class Teacher:
                 f"{FLAG} {self.model}: its weights cannot be loaded"
                 f"{'' if self.variant is None else f' in the variant {self.variant}'}; where a model has only "
                 "half-precision files, pass --variant fp16, where it has none, leave --variant out. "
-                f"({_brief(error)})"
+                f"({brief(error)})"
             ) from None
         return loaded
 
@@ -215,7 +215,7 @@ class Teacher:
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
             raise UsageError(
                 f"{FLAG} {self.model}: its weights are not those of a model with the configs of {source}; name a "
-                f"Diffusers folder or Hub id that has its own configs as --teacher_config. ({_brief(error)})"
+                f"Diffusers folder or Hub id that has its own configs as --teacher_config. ({brief(error)})"
             ) from None
         return loaded
 
@@ -293,9 +293,5 @@ def _config(kind: Any, model: str, flag: str, *, subfolder: str | None = None, *
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{flag} {model}: neither a folder here nor a model that the Hub gave us; check the name, the revision "
-            f"and the connection. ({_brief(error)})"
+            f"and the connection. ({brief(error)})"
         ) from None
-
-
-def _brief(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"

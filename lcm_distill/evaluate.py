@@ -1,0 +1,327 @@
+"""How good is a student? Its answers beside its teacher's, in a table like Table 1 of the LCM paper.
+
+    python -m lcm_distill.evaluate --pretrained_teacher_model TEACHER --student lcm-sd15 lcm-lora-sd15 \\
+        --prompts prompts.txt --num_pictures 256 --output_dir evaluation
+
+Every row draws the same prompts from the same noise, in 1, 2, 4 and 8 steps: the teacher under DDIM and under
+DPM-Solver++, an untrained control (the teacher under LCMScheduler, with guidance: what a student must beat for its
+training to have been worth anything), and the students. The reference is the teacher's own answer in 50 steps of
+DDIM at --guidance_scale, the end of the trajectory that a student is to jump to:
+
+    latents    how far the one-step answer is from that end, ‖answer − end‖ / ‖end‖ (what distillation promises);
+               in several steps LCMs add noise of their own, so there the two distributions are compared, by their
+               energy distance. In latents, without any further network, so for every teacher.
+    clip       CLIP score, by transformers' CLIP (--clip_model, a folder or Hub id)
+    cmmd       CMMD to the reference pictures (--cmmd_model)
+    fid        FID to the reference pictures, if torch-fidelity is installed
+    toy        caption accuracy and Fréchet distance of the toy world
+
+The reference pictures are the teacher's, or with --real those of your shards, whose captions are then the prompts.
+A full student draws at --guidance_scale. A LoRA is not told the guidance: it draws at --lora_guidance_scale 1, and the
+comparison is fair if it was trained at that guidance (w = guidance_scale − 1).
+
+Writes evaluation.md, evaluation.json and evaluation.png (the first pictures of each row) to --output_dir.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import LCMScheduler
+from PIL import Image
+
+from lcm_distill import flags
+from lcm_distill.checkpoint import versions
+from lcm_distill.drawing import SAMPLERS, draw_latents, teacher_sampler
+from lcm_distill.errors import UsageError, run_program
+from lcm_distill.metrics import ClipScore, Cmmd, Drawn, Fid, LatentDistances, Metric, Toy
+from lcm_distill.pictures import labelled_grid
+from lcm_distill.runtime import check_writable, drawing_device, quiet_libraries
+from lcm_distill.students import Student, find_students, load_teacher
+from lcm_distill.teacher import Teacher
+from lcm_distill.validation import read_prompts
+
+METRICS = ("latents", "clip", "cmmd", "fid", "toy")
+CONTROL = "untrained control"
+
+
+@dataclasses.dataclass
+class Row:
+    """One way to draw, and how good it was."""
+
+    model: str  # "DDIM", "DPM-Solver++", "untrained control" or a student's name
+    steps: int
+    guidance_scale: float
+    values: dict[str, float]
+    seconds_per_picture: float  # to the latents
+    pictures: list[Image.Image] = dataclasses.field(repr=False)  # the first ones
+    is_reference: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"{self.model}, {self.steps} step{'s' * (self.steps > 1)}"
+
+
+def evaluate(
+    pipeline: Any,
+    students: Sequence[Student],
+    *,
+    prompts: Sequence[str],
+    make_metrics: Callable[[Drawn], Sequence[Metric]],
+    steps: Sequence[int] = (1, 2, 4, 8),
+    samplers: Sequence[str] = ("DDIM", "DPM-Solver++"),
+    control: bool = True,
+    reference_steps: int = 50,
+    guidance_scale: float = 8.0,
+    lora_guidance_scale: float = 1.0,
+    resolution: int,
+    batch_size: int = 16,
+    seed: int = 0,
+    shown: int = 8,
+) -> Iterator[Row]:
+    """Draws and judges row after row: the reference first, then `samplers`, the control, the `students`.
+
+    One picture of each of `prompts`, number i from the noise of seed + i. `pipeline` is the teacher's, by
+    `load_teacher`; `make_metrics` is given the reference. `UsageError` for more `steps` than a student's sampler has.
+    """
+    scheduler_config = dict(pipeline.scheduler.config)
+    lcm = [student.sampler(scheduler_config) for student in students]
+    for student, sampler in zip(students, lcm, strict=True):
+        if max(steps) > (most := sampler.config.original_inference_steps):
+            raise UsageError(f"--steps {max(steps)}: {student.name} draws in at most {most} steps.")
+    seeds = range(seed, seed + len(prompts))
+
+    def draw(count: int, scale: float) -> tuple[Drawn, float]:
+        start = time.perf_counter()
+        latents = draw_latents(
+            pipeline,
+            prompts,
+            seeds,
+            inference_steps=count,
+            guidance_scale=scale,
+            resolution=resolution,
+            batch_size=batch_size,
+        ).cpu()
+        return Drawn(prompts, latents, count, pipeline.vae), (time.perf_counter() - start) / len(prompts)
+
+    def judge(model: str, count: int, scale: float) -> Row:
+        drawn, seconds = draw(count, scale)
+        values = {name: value for metric in metrics for name, value in metric(drawn).items()}
+        return Row(model, count, scale, values, seconds, drawn.first_pictures(shown))
+
+    pipeline.scheduler = teacher_sampler(scheduler_config)
+    reference, seconds = draw(reference_steps, guidance_scale)
+    metrics = make_metrics(reference)
+    values = {name: value for metric in metrics for name, value in metric(reference).items()}
+    yield Row("DDIM", reference_steps, guidance_scale, values, seconds, reference.first_pictures(shown), True)
+    for sampler in samplers:
+        pipeline.scheduler = teacher_sampler(scheduler_config, sampler)
+        for count in steps:
+            yield judge(sampler, count, guidance_scale)
+    if control:
+        pipeline.scheduler = lcm[0] if lcm else LCMScheduler.from_config(scheduler_config)
+        for count in steps:
+            yield judge(CONTROL, count, guidance_scale)
+    pipeline.scheduler = teacher_sampler(scheduler_config)
+    for student in students:
+        with student.drawing_in(pipeline):
+            for count in steps:
+                yield judge(student.name, count, guidance_scale if student.kind == "full" else lora_guidance_scale)
+
+
+def tables(rows: Sequence[Row], titles: dict[str, str], steps: Sequence[int]) -> str:
+    """A Markdown table for each metric: a line for each model, a column for each number of steps."""
+    found = {(row.model, row.steps): row.values for row in rows if not row.is_reference}
+    parts = []
+    for name, title in titles.items():
+        columns = [count for count in steps if any(name in found[model, count] for model, _ in found)]
+        if not columns:
+            continue
+        lines = [f"**{title}**", ""]
+        lines += ["| model | " + " | ".join(f"{count} step{'s' * (count > 1)}" for count in columns) + " |"]
+        lines += ["|---" * (len(columns) + 1) + "|"]
+        for model in dict.fromkeys(model for model, _ in found):
+            cells = [found[model, count].get(name) for count in columns]
+            lines += [f"| {model} | " + " | ".join("" if cell is None else number(cell) for cell in cells) + " |"]
+        own = [(row.label, row.values[name]) for row in rows if row.is_reference and name in row.values]
+        lines += ["", "The reference: " + "; ".join(f"{label}: {number(value)}" for label, value in own) + "."] * bool(
+            own
+        )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def number(value: float) -> str:
+    """Three digits, as tables give them."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def real_pictures(shards: str, count: int, resolution: int) -> tuple[list[Image.Image], list[str]]:
+    """The first `count` pictures of `shards`, resized and cropped in the middle, and their captions."""
+    # Here, since only this needs what the stream needs.
+    from lcm_distill.samples import BadSample, prepare_sample
+    from lcm_distill.shards import expand_shards, read_shard
+
+    pictures: list[Image.Image] = []
+    captions: list[str] = []
+    for raw in itertools.chain.from_iterable(map(read_shard, expand_shards(shards))):
+        try:
+            sample = prepare_sample(raw, **_AS_IT_IS, resolution=resolution, draws=np.zeros(5))
+        except BadSample:
+            continue
+        pictures.append(Image.fromarray(np.ascontiguousarray(sample.pixels)))
+        captions.append(sample.caption)
+        if len(pictures) == count:
+            return pictures, captions
+    raise UsageError(f"--real {shards} has {len(pictures)} usable pictures; --num_pictures asks for {count}.")
+
+
+_AS_IT_IS: dict[str, Any] = dict(
+    resample=Image.Resampling.BICUBIC, center_crop=True, random_flip=False, proportion_empty_prompts=0.0
+)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = flags.CommandParser(
+        "python -m lcm_distill.evaluate",
+        __doc__,
+        "%(prog)s --pretrained_teacher_model TEACHER --student STUDENT … --prompts PROMPT … [flags]",
+    )
+    flags.add_model_flags(parser)
+    group = parser.add_argument_group("what to evaluate")
+    add = group.add_argument
+    add("--student", nargs="*", default=[], help="output folders of distillations, Hub ids, or LoRA files")
+    add("--prompts", nargs="+", metavar="PROMPT", help="prompts, or .txt files with a prompt on each line")
+    add("--real", metavar="SHARDS", help="shards of real pictures, for cmmd and fid; their captions, unless --prompts")
+    add(
+        "--num_pictures",
+        type=flags.positive_int,
+        help="pictures in each row; prompts are repeated, with other noise (default: the prompts, or 64 of --real)",
+    )
+    add("--steps", type=flags.positive_int, nargs="+", default=[1, 2, 4, 8], help="(default: 1 2 4 8)")
+    add("--samplers", nargs="*", default=list(SAMPLERS), choices=SAMPLERS, help="of the teacher's rows (default: both)")
+    add("--reference_steps", type=flags.positive_int, default=50, help="DDIM steps of the reference")
+    add("--guidance_scale", type=flags.non_negative, default=8.0, help="w + 1, of teacher, control and full students")
+    add("--lora_guidance_scale", type=flags.non_negative, default=1.0, help="of LoRAs")
+    add("--resolution", type=flags.positive_int, help="pixels (default: what the teacher's U-Net is made for)")
+    add("--seed", type=flags.count, default=0, help="picture i starts from the noise of seed + i")
+    group = parser.add_argument_group("metrics")
+    add = group.add_argument
+    add("--metrics", nargs="+", default=["latents"], choices=METRICS, help="as explained above (default: latents)")
+    add("--clip_model", default="openai/clip-vit-base-patch16", help="folder or Hub id of the CLIP of clip")
+    add("--cmmd_model", default="openai/clip-vit-large-patch14-336", help="folder or Hub id of the CLIP of cmmd")
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add("--output_dir", required=True, help="where the tables and the grid go")
+    add("--shown", type=flags.positive_int, default=8, help="pictures of each row in evaluation.png")
+    add("--batch_size", type=flags.positive_int, default=16, help="pictures drawn at once")
+    flags.add_device_flags(parser)
+    args = parser.parse_args(argv)
+    if not args.prompts and not args.real:
+        parser.error("give --prompts, or --real shards with captions")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    quiet_libraries()
+    device, dtype = drawing_device(args.device, args.dtype)
+    prompts = read_prompts(args.prompts, "--prompts")
+    students = find_students(args.student, args.cache_dir)
+    check_writable(args.output_dir)
+    teacher = Teacher(
+        args.pretrained_teacher_model,
+        revision=args.teacher_revision,
+        variant=args.variant,
+        config=args.teacher_config,
+        vae=args.pretrained_vae_model_name_or_path,
+        vae_revision=args.revision,
+        cache_dir=args.cache_dir,
+    )
+    pipeline = load_teacher(teacher, device=device, dtype=dtype, resolution=args.resolution or 8)
+    resolution = args.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    count = args.num_pictures or (len(prompts) if prompts else 64)
+    real, captions = real_pictures(args.real, count, resolution) if args.real else (None, [])
+    prompts = list(itertools.islice(itertools.cycle(prompts or captions), count))
+
+    def make_metrics(reference: Drawn) -> list[Metric]:
+        makers: dict[str, Callable[[], Metric]] = {
+            "latents": lambda: LatentDistances(reference),
+            "clip": lambda: ClipScore(args.clip_model, device, args.cache_dir),
+            "cmmd": lambda: Cmmd(real or reference.pictures, args.cmmd_model, device, args.cache_dir),
+            "fid": lambda: Fid(real or reference.pictures, device),
+            "toy": lambda: Toy(prompts, args.seed),
+        }
+        made = [makers[name]() for name in dict.fromkeys(args.metrics)]
+        titles.update({name: title for metric in made for name, title in metric.titles.items()})
+        return made
+
+    titles: dict[str, str] = {}
+    rows: list[Row] = []
+    steps = list(dict.fromkeys(args.steps))
+    total = 1 + len(steps) * (len(args.samplers) + 1 + len(students))
+    for row in evaluate(
+        pipeline,
+        students,
+        prompts=prompts,
+        make_metrics=make_metrics,
+        steps=steps,
+        samplers=args.samplers,
+        reference_steps=args.reference_steps,
+        guidance_scale=args.guidance_scale,
+        lora_guidance_scale=args.lora_guidance_scale,
+        resolution=resolution,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        shown=args.shown,
+    ):
+        rows.append(row)
+        said = "  ".join(f"{name} {number(value)}" for name, value in row.values.items())
+        print(f"{len(rows):3d} of {total}  {row.label:32s} {said}", flush=True)
+
+    settings = {
+        "teacher": args.pretrained_teacher_model,
+        "students": args.student,
+        "pictures": count,
+        "resolution": resolution,
+        "guidance_scale": args.guidance_scale,
+        "lora_guidance_scale": args.lora_guidance_scale,
+        "seed": args.seed,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
+        "reference": "real pictures" if real else rows[0].label,
+    }
+    write(rows, titles, steps, settings, Path(args.output_dir), prompts[: args.shown])
+    print("", tables(rows, titles, steps), "", f"written to {args.output_dir}", sep="\n")
+
+
+def write(
+    rows: Sequence[Row],
+    titles: dict[str, str],
+    steps: Sequence[int],
+    settings: dict[str, Any],
+    output_dir: Path,
+    columns: Sequence[str],
+) -> None:
+    """`evaluation.md`, `evaluation.json` and `evaluation.png` in `output_dir`."""
+    grid = labelled_grid(
+        [(row.label, row.pictures) for row in rows], columns=columns, size=min(256, rows[0].pictures[0].width)
+    )
+    grid.save(output_dir / "evaluation.png")
+    said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if name != "students")
+    (output_dir / "evaluation.md").write_text(f"{tables(rows, titles, steps)}\n\n{said}\n", encoding="utf-8")
+    kept = [{k: v for k, v in dataclasses.asdict(row).items() if k != "pictures"} for row in rows]
+    record = {"settings": settings, "versions": versions(), "rows": kept}
+    (output_dir / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_program(main)

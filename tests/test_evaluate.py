@@ -1,0 +1,335 @@
+"""`evaluate`: a student equal to its teacher, a perfect one, the metrics against their formulas, the command."""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from diffusers import UNet2DConditionModel
+from PIL import Image
+
+from lcm_distill import evaluate, metrics, sd
+from lcm_distill.drawing import teacher_sampler
+from lcm_distill.errors import UsageError
+from lcm_distill.export import save_lora
+from lcm_distill.lora import STUDENT, Lora
+from lcm_distill.metrics import ClipScore, Cmmd, Drawn, Fid, LatentDistances, Toy, squared_mmd
+from lcm_distill.schedule import lcm_scheduler
+from lcm_distill.students import Student, find_students, load_teacher
+from lcm_distill.teacher import Teacher
+from lcm_distill.unets import student_from_teacher
+from toy import compare
+from toy.score import real_pictures
+
+CAPTIONS = real_pictures(6, 0)[1]
+
+
+@pytest.fixture(scope="module")
+def untrained(teacher, tmp_path_factory) -> list[str]:
+    """A full student and a LoRA that have learnt nothing yet, as their programs leave them."""
+    folder = tmp_path_factory.mktemp("students")
+    pipeline = load_teacher(Teacher(teacher), device="cpu", dtype=torch.float32)
+    sampler = lcm_scheduler(pipeline.scheduler.config)
+    student_from_teacher(pipeline.unet, 16).save_pretrained(folder / "full")
+    save_lora(
+        folder / "lora", Lora(pipeline.unet, rank=2, alpha=2), STUDENT, pipeline=sd.PIPELINE, base_model_version="sd_v1"
+    )
+    for name in ("full", "lora"):
+        sampler.save_pretrained(folder / name)
+    return [str(folder / "full"), str(folder / "lora")]
+
+
+@pytest.fixture()
+def pipeline(teacher):
+    return load_teacher(Teacher(teacher), device="cpu", dtype=torch.float32)
+
+
+def rows_of(pipeline, students, **options):
+    chosen = dict(
+        prompts=CAPTIONS, make_metrics=lambda reference: [LatentDistances(reference), Toy(CAPTIONS, 0)], steps=(1, 2),
+        samplers=["DDIM"], reference_steps=10, guidance_scale=1.0, resolution=64, batch_size=4, shown=2,
+    )  # fmt: skip
+    return list(evaluate.evaluate(pipeline, students, **chosen | options))
+
+
+def test_a_student_equal_to_its_teacher_is_the_untrained_control(pipeline, untrained):
+    rows = rows_of(pipeline, find_students(untrained))
+    labels = ["DDIM, 10 steps", "DDIM, 1 step", "DDIM, 2 steps"]
+    labels += [
+        f"{model}, {steps}" for model in ("untrained control", "full", "lora") for steps in ("1 step", "2 steps")
+    ]
+    assert [row.label for row in rows] == labels and [row.is_reference for row in rows] == [True] + [False] * 8
+    values = {(row.model, row.steps): row.values for row in rows}
+    for steps in (1, 2):
+        for model in ("full", "lora"):
+            assert values[model, steps] == pytest.approx(values["untrained control", steps], rel=1e-4)
+        assert values["untrained control", steps].keys() == values["DDIM", steps].keys()
+    assert {"distance", "energy", "caption_accuracy", "frechet_distance"} == values["full", 1].keys()
+    assert "distance" not in values["full", 2] and values["full", 1]["distance"] > 0.3
+    # The reference is its own distribution.
+    assert rows[0].values["energy"] == 0 and len(rows[0].pictures) == 2
+    # The teacher has its pipeline back.
+    assert isinstance(pipeline.unet, UNet2DConditionModel) and pipeline.scheduler.__class__.__name__ == "DDIMScheduler"
+    assert not any("lora" in name for name, _ in pipeline.unet.named_parameters())
+
+
+def test_a_full_student_is_told_the_guidance_and_a_lora_is_not(pipeline, untrained, monkeypatch):
+    scales = []
+
+    def draw(pipeline, prompts, seeds, *, guidance_scale, **_):
+        scales.append(guidance_scale)
+        return torch.ones(6, 4, 16, 16)
+
+    monkeypatch.setattr(evaluate, "draw_latents", draw)
+    monkeypatch.setattr(metrics, "decode_latents", lambda *_, **__: [])
+    rows = rows_of(
+        pipeline, find_students(untrained), guidance_scale=4.0, lora_guidance_scale=1.5, steps=[1],
+        make_metrics=lambda reference: [],
+    )  # fmt: skip
+    assert scales == [4.0, 4.0, 4.0, 4.0, 1.5] == [row.guidance_scale for row in rows]
+
+
+class PerfectStudent(Student):
+    """Its U-Net's answer is, from any noise, the end of the teacher's trajectory from the first noise."""
+
+    ends: torch.Tensor
+
+    def sampler(self, scheduler_config):
+        return lcm_scheduler(scheduler_config)
+
+    @contextlib.contextmanager
+    def drawing_in(self, pipeline, *, fuse=False):
+        teacher, scheduler = pipeline.unet, pipeline.scheduler
+        pipeline.unet, pipeline.scheduler = copy.copy(teacher), self.sampler(scheduler.config)
+        alphas, seen = scheduler.alphas_cumprod, {"picture": 0}
+
+        def forward(sample, timestep, **_):
+            if timestep == 999:
+                seen["now"] = range(seen["picture"], seen["picture"] + len(sample))
+                seen["picture"] = (seen["picture"] + len(sample)) % len(self.ends)
+            alpha = alphas[int(timestep)]
+            return ((sample - alpha.sqrt() * self.ends[list(seen["now"])]) / (1 - alpha).sqrt(),)
+
+        pipeline.unet.forward = forward
+        yield pipeline
+        pipeline.unet, pipeline.scheduler = teacher, scheduler
+
+
+def test_a_perfect_student_has_no_distance(pipeline):
+    """Neither at one step, in pairs, nor at several, as distributions; its pictures are the teacher's."""
+    ends = []
+
+    def make_metrics(reference):
+        ends.append(reference.latents)
+        return [LatentDistances(reference)]
+
+    students = [PerfectStudent("perfect", "lora")]  # so that it draws without guidance of its own
+    rows_of(pipeline, [], make_metrics=make_metrics, samplers=[], control=False, guidance_scale=3.0)
+    object.__setattr__(students[0], "ends", ends[0])
+    rows = rows_of(
+        pipeline, students, make_metrics=make_metrics, samplers=[], control=False, guidance_scale=3.0, steps=[1, 2, 4]
+    )
+    assert [row.label for row in rows[1:]] == ["perfect, 1 step", "perfect, 2 steps", "perfect, 4 steps"]
+    assert rows[1].values["distance"] < 1e-4
+    assert all(abs(row.values["energy"]) < 1e-3 for row in rows[1:])
+    for row in rows[1:]:
+        for picture, other in zip(row.pictures, rows[0].pictures, strict=True):
+            assert np.abs(np.asarray(picture, int) - np.asarray(other, int)).max() <= 1
+
+
+def test_more_steps_than_the_student_s_grid_are_told(pipeline, untrained):
+    with pytest.raises(UsageError, match="--steps 51: full draws in at most 50 steps"):
+        rows_of(pipeline, find_students(untrained[:1]), steps=[1, 51])
+
+
+# --- metrics
+
+
+def drawn(pictures, prompts=(), steps=1, latents=None):
+    made = Drawn(prompts, torch.zeros(0) if latents is None else latents, steps, None)
+    made.__dict__["pictures"] = pictures
+    return made
+
+
+def noise_pictures(count, seed):
+    rng = np.random.default_rng(seed)
+    return [Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def clip(teacher, tmp_path_factory) -> str:
+    """A small CLIP with random weights, as transformers saves it."""
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(teacher, subfolder="tokenizer")
+    torch.manual_seed(0)
+    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    config = transformers.CLIPConfig(
+        text_config=size | dict(
+            vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length,
+            **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+        ),
+        vision_config=size | dict(image_size=32, patch_size=8), projection_dim=16,
+    )  # fmt: skip
+    transformers.CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
+    return str(folder)
+
+
+def test_clip_score_is_the_cosine_of_picture_and_prompt(clip):
+    pictures, prompts = noise_pictures(20, 0), (CAPTIONS * 4)[:20]
+    model = transformers.CLIPModel.from_pretrained(clip).eval()
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(clip)
+    process = transformers.CLIPImageProcessorPil.from_pretrained(clip)
+    scores = []
+    with torch.no_grad():
+        for picture, prompt in zip(pictures, prompts, strict=True):
+            hidden = model.vision_model(process([picture], return_tensors="pt").pixel_values).pooler_output
+            image = model.visual_projection(hidden)
+            text = model.text_projection(model.text_model(**tokenizer([prompt], return_tensors="pt")).pooler_output)
+            scores.append(max(0.0, torch.nn.functional.cosine_similarity(image, text).item()))
+    assert len(set(scores)) > 10
+    score = ClipScore(clip, "cpu")(drawn(pictures, prompts))["clip_score"]
+    assert score == pytest.approx(100 * sum(scores) / 20, rel=1e-3)
+
+
+def test_cmmd_is_the_squared_mmd_of_the_embeddings(clip):
+    a, b = noise_pictures(5, 0), [Image.new("RGB", (40, 40), colour) for colour in ("red", "green", "white")]
+    metric = Cmmd(b, clip, "cpu")
+    assert metric(drawn(b))["cmmd"] == pytest.approx(0, abs=1e-9)
+    process = transformers.CLIPImageProcessorPil.from_pretrained(clip)
+    model = transformers.CLIPModel.from_pretrained(clip).eval()
+    with torch.no_grad():
+        x, y = (
+            torch.nn.functional.normalize(
+                model.visual_projection(
+                    model.vision_model(process(pictures, return_tensors="pt").pixel_values).pooler_output
+                )
+            ).double()
+            for pictures in (a, b)
+        )
+
+    def mean(first, second):
+        values = [np.exp(-float((u - v).square().sum()) / 200) for u in first for v in second]
+        return sum(values) / len(values)
+
+    expected = 1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
+    assert metric(drawn(a))["cmmd"] == pytest.approx(expected, rel=1e-4) and expected > 0
+    assert squared_mmd(torch.zeros(1, 2), torch.tensor([[0.0, 10.0]])) == pytest.approx(2 - 2 * np.exp(-0.5))
+
+
+def test_fid_is_torch_fidelity_s(monkeypatch):
+    """The library wants torchvision, so a stand-in checks what it is given."""
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(UsageError, match="--metrics fid needs torch-fidelity"):
+        Fid([], "cpu")
+    calls = []
+    library = ModuleType("torch_fidelity")
+    library.calculate_metrics = lambda **options: calls.append(options) or {"frechet_inception_distance": 12.5}
+    monkeypatch.setitem(sys.modules, "torch_fidelity", library)
+    reference, pictures = noise_pictures(3, 0), noise_pictures(2, 1)
+    assert Fid(reference, "cpu")(drawn(pictures)) == {"fid": 12.5}
+    (call,) = calls
+    assert call["fid"] and not call["cuda"] and len(call["input1"]) == 2 and len(call["input2"]) == 3
+    assert call["input1"][1].dtype == torch.uint8 and call["input1"][1].shape == (3, 40, 40)
+    assert torch.equal(call["input1"][1].permute(1, 2, 0), torch.from_numpy(np.array(pictures[1])))
+
+
+def test_mistakes_with_metrics_are_told(tmp_path):
+    for make, message in (
+        (lambda: ClipScore(str(tmp_path), "cpu"), "--clip_model .*no CLIP model"),
+        (lambda: Cmmd([], str(tmp_path / "none"), "cpu"), "--cmmd_model .*no CLIP model"),
+        (lambda: Toy(["a castle at dusk"], 0), "--metrics toy: .*a castle at dusk.*captions of the toy world"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            make()
+
+
+# --- the command
+
+
+def command(teacher, output_dir, *more):
+    return [
+        *("--pretrained_teacher_model", teacher, "--output_dir", str(output_dir), "--reference_steps", "4"),
+        *("--steps", "1", "2", "--guidance_scale", "3", "--num_pictures", "4", "--resolution", "64", *more),
+    ]
+
+
+def test_the_command_writes_tables_numbers_and_a_grid(teacher, untrained, shards, tmp_path, capsys, clip):
+    evaluate.main(command(
+        teacher, tmp_path / "out", "--student", *untrained, "--real", shards, "--samplers", "DPM-Solver++",
+        "--metrics", "latents", "toy", "cmmd", "clip", "--cmmd_model", clip, "--clip_model", clip, "--shown", "3",
+    ))  # fmt: skip
+    said = capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    models = [(row["model"], row["steps"]) for row in record["rows"]]
+    assert models == [("DDIM", 4)] + [
+        (model, steps) for model in ("DPM-Solver++", "untrained control", "full", "lora") for steps in (1, 2)
+    ]
+    assert record["settings"]["reference"] == "real pictures" and record["versions"]["torch"]
+    tables = (tmp_path / "out" / "evaluation.md").read_text()
+    assert tables.split("\n\n**")[0] in said and "Loading weights" not in said
+    values = record["rows"][3]["values"]
+    assert values.keys() == {"distance", "energy", "caption_accuracy", "frechet_distance", "cmmd", "clip_score"}
+    for name in ("energy", "frechet_distance"):
+        cells = [evaluate.number(row["values"][name]) for row in record["rows"][3:5]]
+        assert f"| untrained control | {cells[0]} | {cells[1]} |" in tables
+    assert f"The reference: DDIM, 4 steps: {evaluate.number(record['rows'][0]['values']['cmmd'])}." in tables
+    with Image.open(tmp_path / "out" / "evaluation.png") as grid:
+        assert grid.height > 9 * 64 and 3 * 64 < grid.width < 3 * 64 + 400
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "give --prompts, or --real"),
+        (["--prompts", "none.txt"], "--prompts: none.txt cannot be read"),
+        (["--prompts", "a", "--student", "/nowhere"], "--student /nowhere: neither"),
+        (["--prompts", "a", "--resolution", "63"], "--resolution 63 is not a multiple"),
+        (["--prompts", "a", "--metrics", "beauty"], "--metrics: invalid choice"),
+        (["--prompts", "a", "--dtype", "fp16", "--device", "cpu"], "--dtype fp16"),
+        (["--real", "SHARDS", "--num_pictures", "5000"], "usable pictures; --num_pictures asks for 5000"),
+    ],
+)
+def test_mistakes_are_told(teacher, shards, tmp_path, more, message, capsys):
+    argv = command(teacher, tmp_path / "out", *[shards if word == "SHARDS" else word for word in more])
+    with pytest.raises((UsageError, SystemExit)) as error:
+        evaluate.main(argv)
+    assert message in str(error.value) + capsys.readouterr().err
+
+
+def test_tables_leave_out_what_no_row_has():
+    row = evaluate.Row("DDIM", 1, 8.0, {"distance": 1.0}, 0.1, [])
+    rows = [dataclasses.replace(row, steps=50, values={}, is_reference=True), row]
+    rows += [evaluate.Row("mine", 1, 8.0, {"distance": 123.4}, 0.1, [])]
+    rows += [evaluate.Row(model, 2, 8.0, {}, 0.1, []) for model in ("DDIM", "mine")]
+    assert evaluate.tables(rows, {"distance": "Distance", "fid": "FID"}, [1, 2]) == (
+        "**Distance**\n\n| model | 1 step |\n|---|---|\n| DDIM | 1.000 |\n| mine | 123 |"
+    )
+
+
+def test_the_toy_comparison_draws_and_judges(untrained, tmp_path, capsys, monkeypatch):
+    draw = evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: draw(*a, **k | {"reference_steps": 4}))
+    rows = compare.main(["--student", *untrained, "--output_dir", str(tmp_path), "--count", "2"])
+    assert len(rows) == 1 + 4 * 5 and rows[-1].label == "SD lora, 8 steps"
+    said = capsys.readouterr().out
+    assert said.count("caption error at") == 4 and "SD full" in said and "**Caption accuracy" in said
+    assert (tmp_path / "evaluation.png").is_file() and (tmp_path / "evaluation.md").is_file()
+
+
+def test_the_reference_is_the_trajectory_of_the_training(pipeline):
+    """`teacher_sampler` walks the solver's own grid: 999, 979, …, and ends at timestep 0."""
+    sampler = teacher_sampler(pipeline.scheduler.config)
+    sampler.set_timesteps(50)
+    assert sampler.timesteps.tolist() == list(range(999, 0, -20))
+    assert torch.equal(sampler.final_alpha_cumprod, sampler.alphas_cumprod[0])
+    other = teacher_sampler(SimpleNamespace(**pipeline.scheduler.config).__dict__, "DPM-Solver++")
+    other.set_timesteps(4)
+    assert other.timesteps.tolist()[0] == 999
