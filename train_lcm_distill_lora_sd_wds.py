@@ -27,8 +27,9 @@ from lcm_distill.drawing import teacher_sampler
 from lcm_distill.ema import update_ema
 from lcm_distill.ending import Ending
 from lcm_distill.errors import run_program
-from lcm_distill.export import export_lora_student, open_hub
+from lcm_distill.export import export_lora_student
 from lcm_distill.filters import parse_filters
+from lcm_distill.hub import open_hub
 from lcm_distill.latents import encode_pixels
 from lcm_distill.lora import TARGET, Lora, parse_target_modules
 from lcm_distill.optim import build_lr_scheduler, build_optimizer, keeping_settings

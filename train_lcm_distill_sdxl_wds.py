@@ -34,8 +34,9 @@ from lcm_distill.drawing import teacher_sampler
 from lcm_distill.ema import update_ema
 from lcm_distill.ending import Ending
 from lcm_distill.errors import run_program
-from lcm_distill.export import export_full_student, open_hub
+from lcm_distill.export import export_full_student
 from lcm_distill.filters import parse_filters
+from lcm_distill.hub import open_hub
 from lcm_distill.latents import encode_pixels
 from lcm_distill.optim import build_lr_scheduler, build_optimizer, keeping_settings
 from lcm_distill.plan import announce, plan_training

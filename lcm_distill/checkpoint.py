@@ -324,10 +324,12 @@ def changed_flags(run: Mapping[str, Any], flags: Mapping[str, Any]) -> list[str]
 
 
 def public_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags as they may be written down: no tokens, no commands and URL queries (they carry credentials)."""
+    """The flags as they may be written down: no tokens, and of shards no commands, logins and queries of URLs."""
     public = {name: value for name, value in flags.items() if "token" not in name}
     if shards := public.get("train_shards_path_or_url"):
-        public["train_shards_path_or_url"] = re.sub(r"pipe:.*", "pipe:…", re.sub(r"\?[^:]*", "?…", shards))
+        for secret, instead in ((r"\?.*?(?=::|$)", "?…"), (r"://[^/@]*@", "://…@"), (r"pipe:.*", "pipe:…")):
+            shards = re.sub(secret, instead, shards)
+        public["train_shards_path_or_url"] = shards
     return public
 
 

@@ -488,7 +488,9 @@ def add_run_flags(parser: Parser, *, guidance_default: str) -> None:
     )
     group = parser.add_argument_group("Hub")
     _switch(group, "--push_to_hub", "upload the finished model to the Hub")
-    group.add_argument("--hub_token", type=str, default=None, help="Hub token (default: that of `hf auth login`)")
+    group.add_argument(
+        "--hub_token", type=str, default=None, help="Hub token (default: HF_TOKEN, or that of `hf auth login`)"
+    )
     group.add_argument(
         "--hub_model_id", type=str, default=None, help="Hub repository (default: the output folder's name)"
     )

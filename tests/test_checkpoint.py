@@ -97,9 +97,15 @@ def test_tokens_are_never_written_and_changes_are_listed():
     flags = public_flags({"hub_token": "secret", "lr": 1, "resume_from_checkpoint": "latest"})
     assert flags == {"lr": 1, "resume_from_checkpoint": "latest"}
     secret = "pipe:curl -H 'Authorization: Bearer secret' https://host/{0..9}.tar"
-    for shards in (secret, "https://host/0.tar?sig=secret", f"a.tar::https://h/b.tar?secret::{secret}"):
+    urls = [
+        "https://host/0.tar?sig=secret", f"a.tar::https://h/b.tar?secret::{secret}", "https://secret@h/a@b.tar",
+        "https://alice:secret@host/0.tar::https://a:secret@h/1.tar", "https://h/0.tar?se=10:00:00Z&sig=secret::b.tar",
+    ]  # fmt: skip
+    for shards in [secret, *urls]:
         public = public_flags({"train_shards_path_or_url": shards})["train_shards_path_or_url"]
         assert "secret" not in public and public.startswith(shards[:5])
+    kept = "hf://datasets/org/name@main/{0..9}.tar::s3://bucket/a.tar"
+    assert public_flags({"train_shards_path_or_url": kept}) == {"train_shards_path_or_url": kept}
     assert changed_flags({"flags": {"lr": 2, "resume_from_checkpoint": None}}, flags) == ["--lr: 2 → 1"]
 
 

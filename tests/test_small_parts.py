@@ -1,4 +1,4 @@
-"""Randomness, the plan, trackers, grids and the model card."""
+"""Randomness, the plan, trackers and grids."""
 
 import logging
 import os
@@ -10,7 +10,6 @@ from PIL import Image
 
 from lcm_distill import plan as plan_module
 from lcm_distill.errors import DivergenceError, UsageError, run_program
-from lcm_distill.export import HubUpload, model_card
 from lcm_distill.optim import build_lr_scheduler, build_optimizer, keeping_settings
 from lcm_distill.pictures import labelled_grid
 from lcm_distill.plan import plan_training
@@ -250,55 +249,6 @@ def test_grid_holds_every_picture_where_it_belongs():
 
 
 # --- what is shared
-
-
-def test_model_card_links_hub_teachers_and_hides_local_paths(tmp_path):
-    card = model_card(tmp_path, base_model="org/model", usage="draw()", settings={"lr": 1, "x": None}, tags=["sd"])
-    assert card.data.base_model == "org/model" and "lcm" in card.data.tags and "draw()" in card.text
-    assert "| `--lr` | 1 |" in card.text and "--x" not in card.text
-    local = model_card(tmp_path, base_model=str(tmp_path), usage="", settings={}, tags=[])
-    assert local.data.base_model is None and str(tmp_path.parent) not in local.text
-
-
-def test_a_hub_that_refuses_is_told_before_training(monkeypatch):
-    def refuse(self, *_, **__):
-        raise OSError("401 no\nmore")
-
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
-    with pytest.raises(UsageError, match="--push_to_hub.*401 no"):
-        HubUpload("me/model", "token", "out")
-
-
-def test_upload_takes_what_users_load_and_survives_a_failure(monkeypatch, tmp_path, caplog):
-    """The public programs upload optimizer states too."""
-    from huggingface_hub.utils import filter_repo_objects
-
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: SimpleNamespace(repo_id="me/model"))
-    calls = []
-    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **options: calls.append(options))
-    upload = HubUpload("me/model", "token", str(tmp_path))
-    assert upload.push("done")
-    files = [
-        "README.md", "config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors",
-        "scheduler_config.json", "unet/config.json", "unet_target/diffusion_pytorch_model.safetensors",
-        "validation/step-000002.png",
-    ]  # fmt: skip
-    private = [
-        "logs/wandb/run-1/files/wandb-metadata.json", "logs/x/deep.safetensors", "sub/checkpoint-2/run.json",
-        "abandoned-checkpoint-2/run.json", "checkpoint-2/optimizer.bin", "checkpoint-2/unet/config.json",
-        "checkpoint-2/run.json", "logs/x/events.1",
-        ".checkpoint-4.partial/unet/config.json", "wandb/config.yaml",
-    ]  # fmt: skip
-    kept = list(filter_repo_objects(files + private, allow_patterns=calls[0]["allow_patterns"]))
-    assert kept == files
-
-    def fail(self, **_):
-        raise OSError("gone")
-
-    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", fail)
-    with caplog.at_level(logging.ERROR):
-        assert not upload.push("done")
-    assert "gone" in caplog.text and "hf upload me/model" in caplog.text
 
 
 def test_announcement_says_when_a_run_is_finished(caplog):
