@@ -328,6 +328,8 @@ def main(argv: list[str] | None = None) -> None:
         )
     accelerator.wait_for_everyone()
     end_training(accelerator)
+    if hub:
+        hub.push()  # after the other ranks are gone: none can be kept waiting for so long
 
 
 if __name__ == "__main__":

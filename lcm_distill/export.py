@@ -57,8 +57,8 @@ def export_full_student(
 
     The model at the top is the student, so that `UNet2DConditionModel.from_pretrained(output_dir)` and, with
     `variant="fp16"`, its half-size twin both load. The card tells of the `teacher`, a guidance_scale to draw with,
-    the steps trained, the run's `settings` and what was `measured`, numbers by their names in words. Then all that
-    users load goes to the `hub`, if there is one.
+    the steps trained, the run's `settings` and what was `measured`, numbers by their names in words. All that users
+    load is staged for the `hub`, if there is one; its `push` uploads it.
     """
     folder = Path(output_dir)
     for network in (student, target):
@@ -155,7 +155,7 @@ def _finish(
     settings: Mapping[str, Any],
     **card: Any,
 ) -> None:
-    """Writes the card and uploads. `usage` makes code of where the model and its teacher are found."""
+    """Writes the card and stages the upload. `usage` makes code of where the model and its teacher are found."""
     licence, name, shown = {}, str(folder), teacher
     if hub:
         licence = hub.prepare(hub_id(teacher.model))
@@ -177,7 +177,7 @@ def _finish(
         ).save(folder / "README.md")
     logger.info("the result is in %s", folder)
     if hub:
-        hub.push(["README.md", *_written(folder), *([picture] if drawn else [])], f"Distilled for {global_step} steps")
+        hub.stage(["README.md", *_written(folder), *([picture] if drawn else [])], f"Distilled for {global_step} steps")
 
 
 def _written(folder: Path) -> list[str]:

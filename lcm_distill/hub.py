@@ -52,6 +52,7 @@ class HubUpload:
         self.repo_id = repo_id or Path(output_dir).resolve().name
         self._folder = Path(output_dir)
         self._silence, self._pauses, self._patience = silence, tuple(pauses), patience
+        self._staged: tuple[list[str], str] = [], ""
         self._missing: str | None = None  # why the repository is not there
         self._token = token or get_token()
         if not self._token:
@@ -98,13 +99,21 @@ class HubUpload:
             licence["license_link"] = f"https://huggingface.co/{base_model}/blob/main/{licence['license_link']}"
         return licence
 
-    def push(self, files: Sequence[str], message: str) -> bool:
-        """Uploads `files`, named relative to the output folder, in one commit; whether they are there now.
+    def stage(self, files: Sequence[str], message: str) -> None:
+        """What `push` shall upload: `files`, named relative to the output folder."""
+        self._staged = list(files), message
 
-        A failure is told with the command that mends it, never raised: the result is on the disk.
+    def push(self) -> bool:
+        """Uploads what is staged in one commit; whether it is there now (True too if there is nothing).
+
+        It may take longer than other ranks can be kept waiting: a program calls it last of all. A failure is told with
+        the command that mends it, never raised: the result is on the disk.
         """
+        files, message = self._staged
+        if not files:
+            return True
         patience = self._patience + sum((self._folder / name).stat().st_size for name in files) / 1e6
-        request: dict[str, Any] = dict(folder=str(self._folder.resolve()), files=list(files), message=message)
+        request: dict[str, Any] = dict(folder=str(self._folder.resolve()), files=files, message=message)
         try:
             if self._missing:
                 raise _Unreachable(self._missing)

@@ -236,7 +236,7 @@ class _Handler(BaseHTTPRequestHandler):
                 changed[value["path"]] = self.stand_in.objects[value["oid"]]
             else:
                 return self._answer(400, {"error": f"{value['path']} was never uploaded"})
-        self.stand_in.files[repo] |= changed
+        self.stand_in.files[repo] = self.stand_in.files[repo] | changed
         self.stand_in.commits[repo].append(lines[0]["value"]["summary"])
         sha = self.stand_in.sha(repo)
         self._answer(200, {"commitUrl": f"{self.stand_in.url}/{repo}/commit/{sha}", "commitOid": sha, "success": True})
