@@ -39,6 +39,7 @@ from lcm_distill.preflight import inspect_shards
 from lcm_distill.progress import Progress
 from lcm_distill.randomness import BatchRandom
 from lcm_distill.runtime import inference_dtype, settle_seed, start_accelerator
+from lcm_distill.samples import Preparation
 from lcm_distill.schedule import DDIMSolver, NoiseSchedule, lcm_scheduler
 from lcm_distill.shards import count_samples, expand_shards
 from lcm_distill.stream import ShardStream, make_loader
@@ -69,7 +70,16 @@ def main(argv: list[str] | None = None) -> None:
     # What can be wrong with the flags is said here, before anything is loaded.
     trackers = parse_trackers(args.report_to)
     shards = expand_shards(args.train_shards_path_or_url)
-    filters = parse_filters(args.filter, max_pwatermark=args.max_pwatermark, min_aesthetic=args.min_aesthetic)
+    preparation = Preparation(
+        resolution=args.resolution,
+        interpolation=args.interpolation_type,
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        proportion_empty_prompts=args.proportion_empty_prompts,
+        caption_column=args.caption_column,
+        min_image_size=args.min_image_size,
+        filters=parse_filters(args.filter, max_pwatermark=args.max_pwatermark, min_aesthetic=args.min_aesthetic),
+    )
     teacher = Teacher(
         args.pretrained_teacher_model,
         revision=args.teacher_revision,
@@ -106,13 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         local_rank=args.local_rank,
         dry_run=args.dry_run,
     )
-    preflight = inspect_shards(
-        shards,
-        resolution=args.resolution,
-        caption_column=args.caption_column,
-        min_image_size=args.min_image_size,
-        filters=filters,
-    )
+    preflight = inspect_shards(shards, preparation)
     logger.info("%s", preflight)
     seed = settle_seed(resumed.get("seed", args.seed))
     flags_to_record = public_flags(vars(args))
@@ -165,18 +169,11 @@ def main(argv: list[str] | None = None) -> None:
     # The data and the random draws.
     stream = ShardStream(
         shards=shards,
+        preparation=preparation,
         batch_size=args.train_batch_size,
-        resolution=args.resolution,
         seed=seed,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        interpolation=args.interpolation_type,
-        center_crop=args.center_crop,
-        random_flip=args.random_flip,
-        proportion_empty_prompts=args.proportion_empty_prompts,
-        caption_column=args.caption_column,
-        min_image_size=args.min_image_size,
-        filters=filters,
         max_bad_fraction=args.max_bad_fraction,
         shuffle_window=args.shuffle_window,
         resampled=args.resampled_shards,

@@ -62,7 +62,7 @@ from torch.utils.data import default_collate
 import lcm_distill.samples
 import lcm_distill.stream
 from lcm_distill.checkpoint import versions
-from lcm_distill.samples import prepare_sample
+from lcm_distill.samples import Preparation, prepare_sample
 from lcm_distill.shards import read_shard
 from lcm_distill.stream import DropCounter, ShardStream, make_loader
 
@@ -184,9 +184,8 @@ def straightforward_loader(shards: list[str], workers: int) -> wds.WebLoader:
 
 
 def stream_of(shards: list[str]) -> ShardStream:
-    return ShardStream(
-        shards=shards, batch_size=BATCH, resolution=RESOLUTION, seed=0, random_flip=True, shuffle_window=WINDOW
-    )
+    preparation = Preparation(resolution=RESOLUTION, random_flip=True)
+    return ShardStream(shards=shards, preparation=preparation, batch_size=BATCH, seed=0, shuffle_window=WINDOW)
 
 
 def to_float(batch: dict) -> torch.Tensor:
@@ -278,15 +277,7 @@ def pixel_difference(shard: str) -> dict:
     """How far the stream's pictures are from a full decode resized by Pillow: the middle crop, in grey levels."""
     differences = []
     for raw in read_shard(shard):
-        ours = prepare_sample(
-            raw,
-            resolution=RESOLUTION,
-            resample=Image.Resampling.BILINEAR,
-            center_crop=True,
-            random_flip=False,
-            proportion_empty_prompts=0.0,
-            draws=np.full(5, 0.5),
-        )
+        ours = prepare_sample(raw, Preparation(resolution=RESOLUTION, center_crop=True), draws=np.full(5, 0.5))
         image = Image.open(io.BytesIO(raw.files["jpg"])).convert("RGB")
         short = min(image.size)
         width, height = (RESOLUTION * side // short for side in image.size)
@@ -480,11 +471,9 @@ def run_memory(folder: Path, samples: int) -> dict:
     loader = make_loader(
         ShardStream(
             shards=make_memory_shards(folder),
+            preparation=Preparation(resolution=16, random_flip=True, proportion_empty_prompts=0.1),
             batch_size=BATCH,
-            resolution=16,
             seed=0,
-            random_flip=True,
-            proportion_empty_prompts=0.1,
         ),
         num_workers=1,
     )

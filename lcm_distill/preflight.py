@@ -2,16 +2,22 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from PIL import Image
 
 from lcm_distill.errors import UsageError
-from lcm_distill.filters import Filter, is_filtered
-from lcm_distill.samples import UNREADABLE_SHARD, BadSample, caption_reasons, prepare_sample, read_captions, read_json
-from lcm_distill.shards import FLAG, SHARD_NEEDS, RawSample, check_caption_column, list_counts, read_shard
+from lcm_distill.filters import is_filtered
+from lcm_distill.samples import (
+    UNREADABLE_SHARD,
+    BadSample,
+    Preparation,
+    caption_reasons,
+    prepare_sample,
+    read_captions,
+    read_json,
+)
+from lcm_distill.shards import FLAG, SHARD_NEEDS, RawSample, list_counts, read_shard
 
 
 @dataclass
@@ -19,10 +25,7 @@ class ShardReport:
     """What a first look into the shards found; print it."""
 
     shards: int  # how many there are
-    resolution: int
-    caption_column: str | None = None  # the only place captions were taken from
-    min_image_size: int = 0
-    filters: tuple[Filter, ...] = ()
+    preparation: Preparation
     opened: int = 0  # how many were looked into
     seen: int = 0  # samples
     usable: int = 0  # and not left out by a filter
@@ -47,8 +50,9 @@ class ShardReport:
             (h, w), (H, W) = self.smallest, self.largest
             lines.append(f"  picture sizes:   {w}x{h} to {W}x{H} (width x height)")
         if self.enlarged:
-            lines.append(f"  {self.enlarged} of {self.usable} pictures are enlarged to --resolution {self.resolution}")
-        if self.min_image_size or self.filters:
+            resolution = self.preparation.resolution
+            lines.append(f"  {self.enlarged} of {self.usable} pictures are enlarged to --resolution {resolution}")
+        if self.preparation.min_image_size or self.preparation.filters:
             filtered = sum(count for reason, count in self.dropped.items() if is_filtered(reason))
             lines.append(f"  filters:         {self.seen - filtered} of {self.seen} samples pass")
         if self.dropped:
@@ -58,11 +62,8 @@ class ShardReport:
 
 def inspect_shards(
     shards: list[str],
+    preparation: Preparation,
     *,
-    resolution: int,
-    caption_column: str | None = None,
-    min_image_size: int = 0,
-    filters: Sequence[Filter] = (),
     limit: int = 16,
     max_samples: int | None = 1000,
     max_shards: int | None = 32,
@@ -71,23 +72,17 @@ def inspect_shards(
 
     Args:
         shards: as `expand_shards` gives them.
-        resolution: of the training, to tell which pictures are enlarged.
-        caption_column, min_image_size, filters: as `ShardStream` takes them.
+        preparation: as the training's stream gets it.
         limit: samples to look at. As long as none of them is usable the search goes on, up to
         max_samples: samples, in up to
         max_shards: shards; None for no bound.
 
     Raises:
         UsageError: no usable sample in what was looked at; says how many were dropped and why, which files and JSON
-            keys were found, and what a shard needs. Or a `--caption_column` that may not be read.
+            keys were found, and what a shard needs.
     """
-    report = ShardReport(
-        shards=len(shards),
-        resolution=resolution,
-        caption_column=check_caption_column(caption_column),
-        min_image_size=min_image_size,
-        filters=tuple(filters),
-    )
+    report = ShardReport(shards=len(shards), preparation=preparation)
+    column = preparation.caption_column
 
     def done() -> bool:
         enough = report.usable and report.seen >= limit
@@ -96,7 +91,7 @@ def inspect_shards(
     for shard in shards[:max_shards]:
         report.opened += 1
         try:
-            for raw in read_shard(shard, caption_column=report.caption_column, extensions=report.extensions):
+            for raw in read_shard(shard, caption_column=column, extensions=report.extensions):
                 _inspect_sample(raw, report)
                 if done():
                     break
@@ -115,10 +110,10 @@ def inspect_shards(
             f"{FLAG} gives nothing to train on{so_far}, and {filtered} of {report.seen} samples are filtered out: "
             f"give milder filters. {report}"
         )
-    without = sum(report.dropped[reason] for reason in caption_reasons(report.caption_column))
-    if report.caption_column is not None and without:
+    without = sum(report.dropped[reason] for reason in caption_reasons(column))
+    if column is not None and without:
         raise UsageError(
-            f"--caption_column {caption_column} gives nothing to train on{so_far}. Name one of the file extensions or "
+            f"--caption_column {column} gives nothing to train on{so_far}. Name one of the file extensions or "
             f"JSON keys that there are, or leave the flag out to look in the usual places: {report}"
         )
     raise UsageError(f"{FLAG} gives nothing to train on{so_far}: {report}\n{SHARD_NEEDS}")
@@ -129,26 +124,17 @@ def _inspect_sample(raw: RawSample, report: ShardReport) -> None:
     meta = read_json(raw)
     report.json_keys.update(meta.keys())
     try:
-        sample = prepare_sample(
-            raw,
-            resolution=1,  # whether it decodes is the question, not how it looks
-            resample=Image.Resampling.NEAREST,
-            center_crop=True,
-            random_flip=False,
-            proportion_empty_prompts=0.0,
-            caption_column=report.caption_column,
-            min_image_size=report.min_image_size,
-            filters=report.filters,
-            draws=np.zeros(5),
-        )
-        _, source = read_captions(raw, meta, report.caption_column)
+        # Whether it decodes is the question, not how it looks.
+        quick = replace(report.preparation, resolution=1, interpolation="nearest", proportion_empty_prompts=0.0)
+        sample = prepare_sample(raw, quick, draws=np.zeros(5))
+        _, source = read_captions(raw, meta, report.preparation.caption_column)
     except BadSample as bad:
         report.dropped[bad.reason] += 1
         return
     height, width = sample.picture_size
     report.usable += 1
     report.caption_sources[source] += 1
-    report.enlarged += min(height, width) < report.resolution
+    report.enlarged += min(height, width) < report.preparation.resolution
     report.smallest = min(report.smallest or sample.picture_size, sample.picture_size, key=math.prod)
     report.largest = max(report.largest or sample.picture_size, sample.picture_size, key=math.prod)
     if sample.caption not in report.captions and len(report.captions) < 4:

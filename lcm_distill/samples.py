@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from lcm_distill.errors import UsageError
 from lcm_distill.filters import FILTERED, Filter, look_up
-from lcm_distill.shards import PICTURES, RawSample, caption_files, json_key
+from lcm_distill.shards import PICTURES, RawSample, caption_files, check_caption_column, json_key
 
 CAPTION_KEYS = ("caption", "text")
 
@@ -50,6 +51,44 @@ class BadSample(Exception):
     def __init__(self, reason: str):
         super().__init__(reason)
         self.reason = reason
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What becomes of a sample on the way to pixels and words; `UsageError` for a value that cannot be.
+
+    resolution: side of the square pictures, pixels.
+    interpolation: one of `INTERPOLATIONS` (Pillow's, all antialiased).
+    center_crop: crop the middle, not a random part.
+    random_flip: mirror every other picture.
+    proportion_empty_prompts: of the captions, 0 to 1.
+    caption_column: a file extension or a JSON key, the only place to take captions from (`check_caption_column`);
+        None for the usual ones.
+    min_image_size: pictures whose shorter side is shorter than this many pixels are left out.
+    filters: what a sample's JSON must satisfy, by `parse_filters`.
+    """
+
+    resolution: int
+    interpolation: str = "bilinear"
+    center_crop: bool = False
+    random_flip: bool = False
+    proportion_empty_prompts: float = 0.0
+    caption_column: str | None = None
+    min_image_size: int = 0
+    filters: Sequence[Filter] = ()
+
+    def __post_init__(self) -> None:
+        for flag, value, least in (("--resolution", self.resolution, 1), ("--min_image_size", self.min_image_size, 0)):
+            if value < least:
+                raise UsageError(f"{flag} is {value}; give {least} or more.")
+        if self.interpolation not in INTERPOLATIONS:
+            given = repr(self.interpolation)
+            raise UsageError(f"--interpolation_type is {given}; give one of {', '.join(INTERPOLATIONS)}.")
+        if not 0 <= self.proportion_empty_prompts <= 1:
+            given = str(self.proportion_empty_prompts)
+            raise UsageError(f"--proportion_empty_prompts is {given}; give a number from 0 to 1.")
+        object.__setattr__(self, "caption_column", check_caption_column(self.caption_column))
+        object.__setattr__(self, "filters", tuple(self.filters))
 
 
 @dataclass
@@ -241,25 +280,10 @@ def _resize(image: Image.Image, height: int, width: int, mode: str) -> np.ndarra
     return resized[0].permute(1, 2, 0).numpy()
 
 
-def prepare_sample(
-    raw: RawSample,
-    *,
-    resolution: int,
-    resample: int,
-    center_crop: bool,
-    random_flip: bool,
-    proportion_empty_prompts: float,
-    caption_column: str | None = None,
-    min_image_size: int = 0,
-    filters: Sequence[Filter] = (),
-    draws: np.ndarray,
-) -> Sample:
+def prepare_sample(raw: RawSample, preparation: Preparation, *, draws: np.ndarray) -> Sample:
     """Decode, resize, crop and flip the picture, and choose the caption.
 
     Args:
-        caption_column: as in `read_captions`.
-        min_image_size: as in `decode_picture`.
-        filters: what the JSON must satisfy.
         draws: float64 [5] in [0, 1): top, left, flip, which caption, empty caption. All are always drawn, so that
             switching one option on changes none of the others.
 
@@ -274,23 +298,29 @@ def prepare_sample(
     if content is None:
         raise BadSample(NO_PICTURE)
     meta = read_json(raw)
-    for condition in filters:
+    for condition in preparation.filters:
         if not condition.passes(meta):
             raise BadSample(condition.reason)
-    captions, _ = read_captions(raw, meta, caption_column)
-    image, true_size = decode_picture(content, resolution=resolution, min_image_size=min_image_size)
+    captions, _ = read_captions(raw, meta, preparation.caption_column)
+    resolution = preparation.resolution
+    image, true_size = decode_picture(content, resolution=resolution, min_image_size=preparation.min_image_size)
     top, left, flip, which, empty = draws.tolist()
-    if center_crop:
+    if preparation.center_crop:
         top = left = 0.5
     square, (y, x), resized_width = resize_and_crop(
-        image, true_size=true_size, resolution=resolution, resample=resample, top=top, left=left
+        image,
+        true_size=true_size,
+        resolution=resolution,
+        resample=INTERPOLATIONS[preparation.interpolation],
+        top=top,
+        left=left,
     )
-    if random_flip and flip < 0.5:
+    if preparation.random_flip and flip < 0.5:
         square = torch.from_numpy(square).flip(1).numpy()  # NumPy copies three bytes at a time
         x = resized_width - resolution - x
     return Sample(
         pixels=square,
-        caption="" if empty < proportion_empty_prompts else captions[int(which * len(captions))],
+        caption="" if empty < preparation.proportion_empty_prompts else captions[int(which * len(captions))],
         original_size=_size_in_json(meta) or true_size,
         crop_top_left=(y, x),
         picture_size=true_size,

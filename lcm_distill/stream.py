@@ -1,8 +1,9 @@
 """Captioned pictures from WebDataset shards: an endless, seeded stream that knows its place.
 
     shards = expand_shards("data/{000..010}.tar")           # lcm_distill.shards
-    print(inspect_shards(shards, resolution=512))           # lcm_distill.preflight, before any model is loaded
-    stream = ShardStream(shards=shards, batch_size=16, resolution=512, seed=0)
+    preparation = Preparation(resolution=512)               # lcm_distill.samples
+    print(inspect_shards(shards, preparation))              # lcm_distill.preflight, before any model is loaded
+    stream = ShardStream(shards=shards, preparation=preparation, batch_size=16, seed=0)
     loader = make_loader(stream, num_workers=4)             # a StatefulDataLoader
     for batch in loader: ...                                # epoch after epoch; the loop counts steps
 
@@ -26,10 +27,9 @@ import os
 import signal
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -37,10 +37,10 @@ from torch.utils.data import IterableDataset, default_collate, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lcm_distill.errors import UsageError
-from lcm_distill.filters import Filter, is_filtered
+from lcm_distill.filters import is_filtered
 from lcm_distill.preflight import inspect_shards
-from lcm_distill.samples import INTERPOLATIONS, UNREADABLE_SHARD, BadSample, Sample, prepare_sample
-from lcm_distill.shards import FLAG, RawSample, check_caption_column, list_counts, read_shard
+from lcm_distill.samples import UNREADABLE_SHARD, BadSample, Preparation, Sample, prepare_sample
+from lcm_distill.shards import FLAG, RawSample, list_counts, read_shard
 
 logger = logging.getLogger(__name__)
 
@@ -122,18 +122,10 @@ class ShardStream(IterableDataset):
 
     Args:
         shards: as `expand_shards` gives them.
+        preparation: how a sample becomes pixels and words.
         batch_size: samples in a batch (of one rank).
-        resolution: side of the square pictures, pixels.
         seed: not negative.
         rank, world_size: of this process among those that train together.
-        interpolation: nearest, box, bilinear, hamming, bicubic or lanczos (Pillow's, all antialiased).
-        center_crop: crop the middle, not a random part.
-        random_flip: mirror every other picture.
-        proportion_empty_prompts: 0 to 1.
-        caption_column: a file extension or a JSON key, the only place to take captions from (`check_caption_column`);
-            None for the usual ones.
-        min_image_size: pictures whose shorter side is shorter than this many pixels are left out.
-        filters: what a sample's JSON must satisfy, by `parse_filters`.
         max_bad_fraction: 0 to 1; the stream ends with an error when more of the samples than that (of at least 500
             that this process and its workers have seen) cannot be used. What is left out on purpose is not bad.
         shuffle_window: samples in a shuffle block; a block also ends at 256 MiB. Each worker holds one in memory.
@@ -149,18 +141,11 @@ class ShardStream(IterableDataset):
         self,
         *,
         shards: list[str],
+        preparation: Preparation,
         batch_size: int,
-        resolution: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
-        interpolation: str = "bilinear",
-        center_crop: bool = False,
-        random_flip: bool = False,
-        proportion_empty_prompts: float = 0.0,
-        caption_column: str | None = None,
-        min_image_size: int = 0,
-        filters: Sequence[Filter] = (),
         max_bad_fraction: float = 1.0,
         shuffle_window: int = 1000,
         resampled: bool = False,
@@ -170,15 +155,13 @@ class ShardStream(IterableDataset):
             raise UsageError(f"{FLAG} names no shard.")
         for flag, value, least in (
             ("--train_batch_size", batch_size, 1),
-            ("--resolution", resolution, 1),
             ("--seed", seed, 0),
             ("--shuffle_window", shuffle_window, 1),
         ):
             if value < least:
                 raise UsageError(f"{flag} is {value}; give {least} or more.")
-        if not 0 <= proportion_empty_prompts <= 1:
-            raise UsageError(f"--proportion_empty_prompts is {proportion_empty_prompts}; give a number from 0 to 1.")
         self.shards = list(shards)
+        self.preparation = preparation
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
@@ -190,16 +173,6 @@ class ShardStream(IterableDataset):
         self.tally: torch.Tensor | None = None  # set by `make_loader`, for its workers to share
         names = [os.path.basename(shard.partition("?")[0]) for shard in shards]  # data may move between runs
         self._digest = hashlib.blake2b("\0".join(names).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-        self.prepare_options: dict[str, Any] = {
-            "resolution": resolution,
-            "resample": _resample_filter(interpolation),
-            "center_crop": center_crop,
-            "random_flip": random_flip,
-            "proportion_empty_prompts": proportion_empty_prompts,
-            "caption_column": check_caption_column(caption_column),
-            "min_image_size": min_image_size,
-            "filters": tuple(filters),
-        }
 
     def __iter__(self) -> "StreamIterator":
         info = get_worker_info()
@@ -225,12 +198,6 @@ class ShardStream(IterableDataset):
 def _new_tally(workers: int) -> torch.Tensor:
     """int64 [workers, 2]: the samples good and bad that each worker has seen, in memory they all see."""
     return torch.zeros(max(1, workers), 2, dtype=torch.int64).share_memory_()
-
-
-def _resample_filter(interpolation: str) -> int:
-    if interpolation not in INTERPOLATIONS:
-        raise UsageError(f"--interpolation_type is {interpolation!r}; give one of {', '.join(INTERPOLATIONS)}.")
-    return INTERPOLATIONS[interpolation]
 
 
 _PLACE = ("epoch", "block", "part", "sample", "offset", "place")
@@ -308,7 +275,7 @@ class StreamIterator:
                     key = (read.part.shard, read.index) + ((read.part.turn,) if read.part.turn else ())
                     draws = _rng(stream.seed, SAMPLE_DRAWS, self.epoch, *key).random(5)
                     try:
-                        sample = prepare_sample(read.raw, draws=draws, **stream.prepare_options)
+                        sample = prepare_sample(read.raw, stream.preparation, draws=draws)
                     except BadSample as bad:
                         self._drop(bad.reason)
                         continue
@@ -326,7 +293,7 @@ class StreamIterator:
     def _read_epoch(self) -> Iterator[_Read]:
         """What this consumer reads in the epoch, from the block's start on."""
         epoch, start_part = self.epoch, self.part
-        caption_column = self.stream.prepare_options["caption_column"]
+        caption_column = self.stream.preparation.caption_column
         parts = deal_shards(
             len(self.stream.shards),
             seed=self.stream.seed,
@@ -393,16 +360,7 @@ class StreamIterator:
 
     def _look_for_a_usable_sample(self) -> None:
         try:
-            inspect_shards(
-                self.stream.shards,
-                resolution=1,
-                caption_column=self.stream.prepare_options["caption_column"],
-                min_image_size=self.stream.prepare_options["min_image_size"],
-                filters=self.stream.prepare_options["filters"],
-                limit=1,
-                max_samples=None,
-                max_shards=None,
-            )
+            inspect_shards(self.stream.shards, self.stream.preparation, limit=1, max_samples=None, max_shards=None)
         except UsageError as error:
             raise StreamError(str(error)) from None
 

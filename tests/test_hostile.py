@@ -25,11 +25,13 @@ import pytest
 from hostile_shards import AFTER, END, MAKERS, TOUCHED, Hostile, Tar, Touches, write_shards
 
 from lcm_distill.preflight import inspect_shards
+from lcm_distill.samples import Preparation
 from lcm_distill.shards import count_samples
 from lcm_distill.stream import ShardStream, StreamIterator, deal_shards, make_loader
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork and /proc")
 
+PREPARATION = Preparation(resolution=16)
 SECONDS = 20  # for each way to read a shard
 MEMORY = 600 * 2**20  # bytes that reading one may take
 ADDRESS_SPACE = 6 * 2**30  # bytes that may be asked for, so that a failure here costs this machine nothing
@@ -55,7 +57,7 @@ def write_good(folder: Path, name: str) -> Hostile:
 
 def make_stream(shards: list[str], seed: int) -> ShardStream:
     # In file order: what an epoch drops before its first sample can be known.
-    return ShardStream(shards=shards, batch_size=1, resolution=16, seed=seed, shuffle_window=1)
+    return ShardStream(shards=shards, preparation=PREPARATION, batch_size=1, seed=seed, shuffle_window=1)
 
 
 def accounts_for(dropped: dict[str, int], drops: Iterable[tuple[str | None, ...]]) -> bool:
@@ -131,7 +133,7 @@ def read(send: Callable, shards: list[str], seed: int, folder: Path) -> None:
     reading = Reading()
 
     def look() -> None:
-        report = inspect_shards(shards, resolution=16, limit=10**9, max_samples=None, max_shards=None)
+        report = inspect_shards(shards, PREPARATION, limit=10**9, max_samples=None, max_shards=None)
         reading.usable, reading.seen_dropped, reading.report = report.usable, dict(report.dropped), str(report)
 
     def stream() -> None:

@@ -20,9 +20,11 @@ from lcm_distill import pack_shards as pack_module
 from lcm_distill.errors import UsageError
 from lcm_distill.pack_shards import MANIFEST, Settings, find_pictures, main, pack_shards
 from lcm_distill.preflight import inspect_shards
-from lcm_distill.samples import HUGE_PICTURE, prepare_sample
+from lcm_distill.samples import HUGE_PICTURE, Preparation, prepare_sample
 from lcm_distill.shards import count_samples, expand_shards, read_shard
 from lcm_distill.stream import ShardStream
+
+PREPARATION = Preparation(resolution=8)
 
 
 @pytest.fixture(autouse=True)
@@ -101,9 +103,9 @@ def test_round_trip(tmp_path):
 
     shards = expand_shards(str(tmp_path / "out"))
     assert count_samples(shards) == 9
-    report = inspect_shards(shards, resolution=8)
+    report = inspect_shards(shards, PREPARATION)
     assert (report.usable, report.seen, dict(report.caption_sources)) == (9, 9, {".txt": 9})
-    stream = iter(ShardStream(shards=shards, batch_size=3, resolution=8, seed=0))
+    stream = iter(ShardStream(shards=shards, preparation=PREPARATION, batch_size=3, seed=0))
     seen = [caption for _ in range(3) for caption in next(stream)["captions"]]
     assert sorted(seen) == sorted(["a photo", "ein Bild, größer", *(f"caption {i}" for i in range(7))])
 
@@ -220,9 +222,9 @@ def test_sizes_are_upright_and_original(tmp_path):
     assert (samples["turned.jpg"][2]["original_width"], samples["turned.jpg"][2]["original_height"]) == (40, 60)
     assert samples["small.jpg"][1].files["jpg"] == (tmp_path / "in" / "small.jpg").read_bytes()
     assert "original_width" not in samples["small.jpg"][2]
-    options = {"resample": 0, "center_crop": True, "random_flip": False, "proportion_empty_prompts": 0.0}
+    preparation = Preparation(resolution=8, interpolation="nearest", center_crop=True)
     for name, size in (("turned.jpg", (60, 40)), ("large.png", (48, 64)), ("small.jpg", (16, 100))):
-        trained = prepare_sample(samples[name][1], resolution=8, draws=np.zeros(5), **options)
+        trained = prepare_sample(samples[name][1], preparation, draws=np.zeros(5))
         assert trained.original_size == size
 
 
@@ -266,7 +268,7 @@ def test_jsonl(tmp_path):
         "file_name": "sub/d.png"
     }
     assert (samples["sub/e.png"][2]["original_width"], samples["sub/e.png"][2]["original_height"]) == (640, 480)
-    report = inspect_shards(expand_shards(str(tmp_path / "out")), resolution=8)
+    report = inspect_shards(expand_shards(str(tmp_path / "out")), PREPARATION)
     assert report.usable == 5 and report.caption_sources['JSON "caption"'] == 2
 
 

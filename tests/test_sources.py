@@ -16,6 +16,7 @@ from test_stream import captions, make_stream, read_epochs, take, write_shards
 from lcm_distill import sources
 from lcm_distill.errors import UsageError
 from lcm_distill.preflight import inspect_shards
+from lcm_distill.samples import Preparation
 from lcm_distill.shards import expand_shards, read_shard
 from lcm_distill.sources import open_shard
 from lcm_distill.stream import make_loader
@@ -174,7 +175,7 @@ def test_a_server_that_never_recovers_ends_in_a_message(tmp_path, serve, caplog)
     write_shards(tmp_path, [3])
     server = serve(itertools.repeat("500"))
     with pytest.raises(UsageError, match="500"):
-        inspect_shards([f"{server.url}/000.tar"], resolution=16)
+        inspect_shards([f"{server.url}/000.tar"], Preparation(resolution=16))
     assert len(server.requests) == 1 + sources.RETRIES
     assert f"trying again in 0.16 s ({sources.RETRIES} of {sources.RETRIES})" in caplog.text
 

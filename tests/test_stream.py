@@ -15,6 +15,7 @@ import tarfile
 import time
 import zlib
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from lcm_distill import stream as stream_module
 from lcm_distill.errors import UsageError
 from lcm_distill.filters import FILTERED, parse_filters
 from lcm_distill.preflight import inspect_shards
-from lcm_distill.samples import decode_picture, resize_and_crop
+from lcm_distill.samples import Preparation, decode_picture, resize_and_crop
 from lcm_distill.shards import CODE_BEARING, PICTURES, count_samples, expand_shards
 from lcm_distill.stream import DropCounter, ShardStream, StreamIterator, deal_shards, make_loader
 
@@ -86,9 +87,10 @@ def write_shards(folder, counts):
 
 
 def make_stream(shards, **options):
-    return ShardStream(
-        **{"shards": shards, "batch_size": 1, "resolution": 16, "seed": 0, "shuffle_window": 5} | options
-    )
+    preparation = {"resolution": 16}
+    preparation |= {field.name: options.pop(field.name) for field in fields(Preparation) if field.name in options}
+    defaults = {"batch_size": 1, "seed": 0, "shuffle_window": 5}
+    return ShardStream(shards=shards, preparation=Preparation(**preparation), **defaults | options)
 
 
 def read_epochs(shards, *, ranks=1, workers=0, epochs=1, **options):
@@ -393,8 +395,10 @@ def test_stream_can_be_sent_to_a_spawned_worker(tmp_path):
 
 WORKERS_SCRIPT = """
 import sys, time
+from lcm_distill.samples import Preparation
 from lcm_distill.stream import ShardStream, make_loader
-loader = make_loader(ShardStream(shards=sys.argv[1:2], batch_size=1, resolution=16, seed=0), 2)
+stream = ShardStream(shards=sys.argv[1:2], preparation=Preparation(resolution=16), batch_size=1, seed=0)
+loader = make_loader(stream, 2)
 iterator = iter(loader)
 next(iterator)
 print(*(worker.pid for worker in loader._iterator._workers), flush=True)
@@ -460,13 +464,14 @@ def test_filters_leave_out_what_they_say_and_a_missing_key_never_rejects(tmp_pat
     iterator = iter(make_stream(shards, **options))
     take(iterator, len(expected) + 1)
     assert dict(iterator.dropped)[f"{FILTERED} {reason}"] >= 20 - len(expected)
-    report = inspect_shards(shards, resolution=16, limit=20, **options)
+    report = inspect_shards(shards, Preparation(resolution=16, **options), limit=20)
     assert f"{len(expected)} of 20 samples pass" in str(report) and reason in str(report)
 
 
 def test_filters_that_let_nothing_pass_are_told(tmp_path):
+    preparation = Preparation(resolution=16, filters=parse_filters(["aesthetic>99", "other>1"]))
     with pytest.raises(UsageError, match=r"20 of 20 samples are filtered out: give milder filters") as error:
-        inspect_shards(_filtered_shards(tmp_path), resolution=16, filters=parse_filters(["aesthetic>99", "other>1"]))
+        inspect_shards(_filtered_shards(tmp_path), preparation)
     assert "5 x filtered out by --filter 'other>1'" in str(error.value)
 
 
@@ -733,7 +738,7 @@ def test_caption_column_names_the_only_source(tmp_path, column, expected, source
     shards = [write_tar(tmp_path / "0.tar", named)]
     (batch,) = take(iter(make_stream(shards, caption_column=column)), 1)
     assert batch["captions"] == [expected] and not batch["dropped"]
-    assert inspect_shards(shards, resolution=16, caption_column=column).caption_sources == {source: 1}
+    assert inspect_shards(shards, Preparation(resolution=16, caption_column=column)).caption_sources == {source: 1}
 
 
 @pytest.mark.parametrize("column", ["blip", "top", "json.top", "meta.top"])
@@ -756,7 +761,7 @@ def test_a_caption_column_that_is_not_utf8_is_told_by_its_name(tmp_path):
     files = [("a.png", GOOD), ("a.blip", b"\xff\xfe\xfd"), ("a.txt", "another caption")]
     shards = [write_tar(tmp_path / "0.tar", files)]
     with pytest.raises(UsageError, match=r'(?s)^--caption_column blip .*1 x caption in "blip" .* is not UTF-8'):
-        inspect_shards(shards, resolution=16, caption_column="blip")
+        inspect_shards(shards, Preparation(resolution=16, caption_column="blip"))
 
 
 @pytest.mark.parametrize("column", [*sorted(CODE_BEARING), ".PKL", "blip.pickle", "pt.txt", "meta.npy"])
@@ -766,7 +771,7 @@ def test_a_caption_column_that_can_hold_code_is_refused(tmp_path, column):
     shards = [write_tar(tmp_path / "0.tar", [("a.png", GOOD), (f"a.{column}", pickle.dumps(TouchesFile(touched)))])]
     for refused in (
         lambda: make_stream(shards, caption_column=column),
-        lambda: inspect_shards(shards, resolution=16, caption_column=column),
+        lambda: inspect_shards(shards, Preparation(resolution=16, caption_column=column)),
         lambda: count_samples(shards, caption_column=column),
     ):
         with pytest.raises(UsageError, match=f"--caption_column {re.escape(column)}: .*can hold code.* json"):
@@ -795,7 +800,7 @@ def test_a_caption_column_that_no_sample_has_lists_what_there_is(tmp_path, worke
     files = [("a.png", GOOD), ("a.txt", "x"), ("a.json", '{"caption": "x", "url": 1}'), ("a.blip2", "x")]
     shards = [write_tar(tmp_path / "0.tar", files + [("b.png", GOOD), ("b.txt", "x")])]
     with pytest.raises(UsageError) as preflight:
-        inspect_shards(shards, resolution=16, caption_column="blip")
+        inspect_shards(shards, Preparation(resolution=16, caption_column="blip"))
     message = str(preflight.value)
     assert message.startswith("--caption_column blip gives nothing to train on. Name one of the file extensions")
     assert "file extensions: 2 x png, 2 x txt, 1 x blip2, 1 x json" in message
@@ -811,13 +816,13 @@ def test_a_caption_column_that_no_sample_has_lists_what_there_is(tmp_path, worke
 def test_without_captions_the_preflight_names_the_flag_that_helps(tmp_path):
     shards = [write_tar(tmp_path / "0.tar", [("a.png", GOOD), ("a.blip", "x")])]
     with pytest.raises(UsageError, match=r"(?s)^--train_shards.*1 x blip.*--caption_column"):
-        inspect_shards(shards, resolution=16)
+        inspect_shards(shards, Preparation(resolution=16))
 
 
 def test_a_bad_picture_is_not_blamed_on_the_caption_column(tmp_path):
     shards = [write_tar(tmp_path / "0.tar", [("a.png", b"?"), ("a.blip", "x")])]
     with pytest.raises(UsageError, match="^--train_shards_path_or_url gives nothing"):
-        inspect_shards(shards, resolution=16, caption_column="blip")
+        inspect_shards(shards, Preparation(resolution=16, caption_column="blip"))
 
 
 def test_files_that_are_not_the_caption_column_do_not_matter(tmp_path):
@@ -937,7 +942,7 @@ def test_each_kind_of_bad_sample_has_its_reason(tmp_path, reason_and_files):
     (batch,) = take(iter(stream), 1)
     assert batch["captions"] == ["good"]
     assert reason in batch["dropped"]
-    report = inspect_shards(shards, resolution=16)
+    report = inspect_shards(shards, Preparation(resolution=16))
     assert (report.usable, report.seen) == (1, 1 + sum(batch["dropped"].values()))
     assert dict(report.dropped) == batch["dropped"]
     assert reason in str(report)
@@ -951,7 +956,7 @@ def test_nothing_in_a_shard_is_executed(tmp_path):
     files = [("a.png", GOOD), ("a.txt", "x"), *((f"a.{extension}", payload) for extension in extensions)]
     files += [("b.png", payload), ("b.txt", payload), ("b.json", payload)]
     shards = [write_tar(tmp_path / "0.tar", files)]
-    inspect_shards(shards, resolution=16)
+    inspect_shards(shards, Preparation(resolution=16))
     assert count_samples(shards) == 2
     assert set(captions(take(iter(make_stream(shards)), 4))) == {"x"}
     assert not touched.exists()
@@ -1015,7 +1020,7 @@ def test_shards_without_a_usable_sample_end_in_one_clear_error(tmp_path, workers
     loader.close()
     message = str(caught.value)
     with pytest.raises(UsageError, match=r"^--train_shards_path_or_url gives nothing to train on") as preflight:
-        inspect_shards(shards, resolution=16)
+        inspect_shards(shards, Preparation(resolution=16))
     assert message == str(preflight.value)
     assert "0 of 3 samples usable, in the first 3 of 3 shards" in message
     assert f"2 x {samples.NO_CAPTION}, 1 x {samples.NOT_A_PICTURE}" in message
@@ -1089,6 +1094,7 @@ def test_what_is_wrong_with_the_shards_is_told(tmp_path, spec, words):
         ({"shards": []}, "--train_shards_path_or_url"),
         ({"batch_size": 0}, "--train_batch_size"),
         ({"resolution": 0}, "--resolution"),
+        ({"min_image_size": -1}, "--min_image_size"),
         ({"seed": -1}, "--seed"),
         ({"shuffle_window": 0}, "--shuffle_window"),
         ({"proportion_empty_prompts": 1.5}, "--proportion_empty_prompts"),
@@ -1138,7 +1144,7 @@ def test_inspect_reports_what_is_there(tmp_path):
     empty, broken = write_tar(tmp_path / "0.tar", []), tmp_path / "1.tar"
     broken.write_bytes(b"x" * 3000)
     shards = [empty, str(broken), write_tar(tmp_path / "2.tar", files), write_tar(tmp_path / "3.tar", [])]
-    report = inspect_shards(shards, resolution=24, limit=4)
+    report = inspect_shards(shards, Preparation(resolution=24), limit=4)
     assert (report.opened, report.seen, report.usable, report.enlarged) == (3, 4, 3, 2)
     assert report.extensions == {"jpg": 1, "png": 3, "txt": 2, "json": 2, "cls": 1}
     assert report.caption_sources == {".txt": 2, 'JSON "caption"': 1}
@@ -1153,16 +1159,16 @@ def test_inspect_reports_what_is_there(tmp_path):
 def test_inspect_stops_early(tmp_path):
     """It looks at `limit` samples if one is usable, goes on if none is, and says so where it gives up."""
     good = write_shards(tmp_path, [40])
-    assert inspect_shards(good, resolution=16, limit=5).seen == 5
-    assert len(inspect_shards(good, resolution=16).captions) == 4
+    assert inspect_shards(good, Preparation(resolution=16), limit=5).seen == 5
+    assert len(inspect_shards(good, Preparation(resolution=16)).captions) == 4
     bad = write_tar(tmp_path / "bad.tar", [(f"{i}.png", GOOD) for i in range(50)])
-    assert inspect_shards([bad, *good], resolution=16, limit=5).usable == 1
+    assert inspect_shards([bad, *good], Preparation(resolution=16), limit=5).usable == 1
     with pytest.raises(UsageError, match="as far as this first look went: 0 of 20 samples usable, in the first 1 of 2"):
-        inspect_shards([bad, *good], resolution=16, max_samples=20)
+        inspect_shards([bad, *good], Preparation(resolution=16), max_samples=20)
     with pytest.raises(UsageError, match="as far as this first look went"):
-        inspect_shards([bad, *good], resolution=16, max_shards=1)
+        inspect_shards([bad, *good], Preparation(resolution=16), max_shards=1)
     # extensions with dots in them are many, and the message stays short
     dotted = write_tar(tmp_path / "dotted.tar", [(f"photo.{i}.jpg", GOOD) for i in range(200)])
     with pytest.raises(UsageError, match="more kinds") as caught:
-        inspect_shards([dotted], resolution=16)
+        inspect_shards([dotted], Preparation(resolution=16))
     assert "first dot" in str(caught.value) and len(str(caught.value)) < 2000
