@@ -33,7 +33,6 @@ import shlex
 import signal
 import stat
 import sys
-import tarfile
 import threading
 import warnings
 from collections import Counter, defaultdict
@@ -51,6 +50,7 @@ from lcm_distill import samples
 from lcm_distill.errors import UsageError, run_program
 from lcm_distill.samples import HUGE_FILE, BadSample, open_picture, to_rgb
 from lcm_distill.shards import CAPTIONS, FLAG, MAX_FILE_BYTES, MAX_TEXT_BYTES, PICTURES, list_counts
+from lcm_distill.writing import PARTIAL, whole_tar
 
 MANIFEST = "manifest.jsonl"  # the settings, then a line for each whole shard
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -350,33 +350,21 @@ def _write_shard(task: Task) -> dict[str, Any]:
     """Writes one shard, under its name when it is whole, and returns its line of the manifest."""
     skipped: Skipped = defaultdict(list)
     count = 0
-    partial = task.shard.with_name(f".{task.shard.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            with tarfile.open(fileobj=file, mode="w") as tar:
-                for number, picture in enumerate(task.pictures, task.first):
-                    if _stop.is_set():
-                        raise InterruptedError  # for nobody to hear: the main process is on its way out
-                    try:
-                        files = make_sample(task.images, picture, task.settings)
-                        count += 1
-                    except BadSample as bad:
-                        files = {}
-                        skipped[bad.reason].append(picture.path)
-                    for extension, content in files.items():
-                        header = tarfile.TarInfo(f"{number:09d}.{extension}")  # owner and time 0: always the same
-                        header.size = len(content)
-                        tar.addfile(header, io.BytesIO(content))
-                    with _done.get_lock():
-                        _done.value += 1
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell() if count else 0
-        if count:
-            os.replace(partial, task.shard)
-    finally:
-        partial.unlink(missing_ok=True)
-    return {"shard": task.shard.name, "samples": count, "bytes": size, "skipped": skipped}
+    with whole_tar(task.shard) as tar:
+        for number, picture in enumerate(task.pictures, task.first):
+            if _stop.is_set():
+                raise InterruptedError  # for nobody to hear: the main process is on its way out
+            try:
+                files = make_sample(task.images, picture, task.settings)
+                count += 1
+            except BadSample as bad:
+                files = {}
+                skipped[bad.reason].append(picture.path)
+            for extension, content in files.items():
+                tar.add(f"{number:09d}.{extension}", content)
+            with _done.get_lock():
+                _done.value += 1
+    return {"shard": task.shard.name, "samples": count, "bytes": tar.size, "skipped": skipped}
 
 
 # -------------------------------------------------------------------------------------------------- all shards
@@ -442,7 +430,7 @@ def _deal(images: str, out: Path, pictures: list[Picture], settings: Settings) -
 
 def _begin(out: Path, header: dict[str, Any]) -> dict[str, dict]:
     """Writes a clean manifest, and returns its lines by the names of the shards that are there and whole."""
-    for partial in out.glob(".*.partial"):
+    for partial in out.glob(f".*{PARTIAL}"):
         partial.unlink(missing_ok=True)
     records: dict[str, dict] = {}
     if (out / MANIFEST).exists():
@@ -465,7 +453,7 @@ def _begin(out: Path, header: dict[str, Any]) -> dict[str, dict]:
                 record = json.loads(line)
                 if (*_stamp(str(out), record["shard"]), 0)[0] == record["bytes"]:
                     records[record["shard"]] = record
-    partial = out / f".{MANIFEST}.partial"
+    partial = out / f".{MANIFEST}{PARTIAL}"
     with open(partial, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in (header, *records.values()))
         file.flush()
