@@ -313,6 +313,7 @@ def main(argv: list[str] | None = None) -> None:
             global_step=global_step,
             settings=flags_to_record,
             tags=["stable-diffusion"],
+            measured=validation.measured,
             hub=hub,
         )
     accelerator.wait_for_everyone()

@@ -167,14 +167,15 @@ def number(value: float) -> str:
 def real_pictures(shards: str, count: int, resolution: int) -> tuple[list[Image.Image], list[str]]:
     """The first `count` pictures of `shards`, resized and cropped in the middle, and their captions."""
     # Here, since only this needs what the stream needs.
-    from lcm_distill.samples import BadSample, prepare_sample
+    from lcm_distill.samples import BadSample, Preparation, prepare_sample
     from lcm_distill.shards import expand_shards, read_shard
 
+    preparation = Preparation(resolution, interpolation="bicubic", center_crop=True)
     pictures: list[Image.Image] = []
     captions: list[str] = []
     for raw in itertools.chain.from_iterable(map(read_shard, expand_shards(shards))):
         try:
-            sample = prepare_sample(raw, **_AS_IT_IS, resolution=resolution, draws=np.zeros(5))
+            sample = prepare_sample(raw, preparation, draws=np.zeros(5))
         except BadSample:
             continue
         pictures.append(Image.fromarray(np.ascontiguousarray(sample.pixels)))
@@ -182,11 +183,6 @@ def real_pictures(shards: str, count: int, resolution: int) -> tuple[list[Image.
         if len(pictures) == count:
             return pictures, captions
     raise UsageError(f"--real {shards} has {len(pictures)} usable pictures; --num_pictures asks for {count}.")
-
-
-_AS_IT_IS: dict[str, Any] = dict(
-    resample=Image.Resampling.BICUBIC, center_crop=True, random_flip=False, proportion_empty_prompts=0.0
-)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -108,6 +108,7 @@ class Validation:
         self._images_per_prompt = images_per_prompt
         self._teacher_row: dict[str, list[Image.Image]] = {}
         self._ends = torch.empty(0)
+        self.measured: dict[str, float] = {}  # the last distances, by what they are in words
 
     def __call__(self, global_step: int) -> dict[str, float]:
         """Draws the grid of `global_step`; returns "distance/student" and the like, the same on every rank."""
@@ -130,6 +131,11 @@ class Validation:
                 self._write(self._teacher_row | fresh, global_step)
                 log_pictures(self._accelerator, fresh, global_step)
         distances = broadcast_object_list([distances])[0]
+        self.measured = {
+            f"{name.removeprefix('distance/')}: distance of its one-step answer from the end of the teacher's path, "
+            "relative to that end (0 is perfect)": value
+            for name, value in distances.items()
+        }
         if distances and self._output_dir is not None:
             log_values(self._accelerator, distances, global_step)
             logger.info(
