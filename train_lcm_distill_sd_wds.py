@@ -36,6 +36,7 @@ from lcm_distill.errors import run_program
 from lcm_distill.export import export_full_student
 from lcm_distill.filters import parse_filters
 from lcm_distill.hub import open_hub
+from lcm_distill.journal import Journal, describe_launch
 from lcm_distill.latents import encode_pixels
 from lcm_distill.optim import build_lr_scheduler, build_optimizer, keeping_settings
 from lcm_distill.plan import announce, plan_training
@@ -212,7 +213,13 @@ def main(argv: list[str] | None = None) -> None:
             loader.load_state_dict(checkpoints.load(checkpoint, dry_run=args.dry_run))
     announce(plan, accelerator, student, run, checkpoint=checkpoint, resumed=resumed)
 
-    progress = Progress(accelerator, total=plan.steps, initial=global_step, output_dir=args.output_dir)
+    journal = Journal(
+        args.output_dir,
+        describe_launch(accelerator, run, steps=plan.steps, argv=argv),
+        global_step=global_step,
+        enabled=accelerator.is_main_process and not args.dry_run,
+    )
+    progress = Progress(accelerator, journal, total=plan.steps, initial=global_step, output_dir=args.output_dir)
     ending = Ending(accelerator, args.max_train_time)
     data = progress.batches(loader)
     while global_step < plan.steps:
@@ -288,11 +295,12 @@ def main(argv: list[str] | None = None) -> None:
         if last or global_step % args.validation_steps == 0:
             with progress.paused():
                 distances = validation(global_step)
+                progress.record(distances, global_step)
                 if args.keep_best:
                     checkpoints.keep_if_best(
                         distances["distance/student"], global_step, run | {"batches": batches}, loader.state_dict()
                     )
-    progress.close()
+    progress.close(global_step, ending.reason)
     ending.close()
 
     # Export.

@@ -42,7 +42,7 @@ class Journal:
         self, output_dir: str | Path, launch: Mapping[str, Any], *, global_step: int = 0, enabled: bool = True
     ):
         self._path = Path(output_dir) / NAME
-        self._enabled = enabled
+        self.enabled = enabled
         self._failed = False
         if enabled:
             self._begin({"launch": {**launch, "started": time.time(), "global_step": global_step}}, global_step)
@@ -70,7 +70,7 @@ class Journal:
             self._report(error)
 
     def _append(self, line: dict[str, Any]) -> None:
-        if not self._enabled:
+        if not self.enabled:
             return
         torn = b"\n" if self._failed else b""  # the line that failed may be there in part: this one is not its end
         try:

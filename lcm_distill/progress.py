@@ -1,11 +1,11 @@
-"""What a run says while it trains: the mean loss, pictures per second, the share of time spent on data."""
+"""What a run says while it trains, on the screen, to trackers and in its journal."""
 
 import contextlib
 import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from tqdm.auto import tqdm
 
 from lcm_distill.checkpoint import list_checkpoints
 from lcm_distill.errors import DivergenceError
+from lcm_distill.journal import Journal
+from lcm_distill.report import write_report
 from lcm_distill.sharding import whole
 from lcm_distill.stream import DropCounter, ShardLoader
 from lcm_distill.trackers import log_values
@@ -29,11 +31,12 @@ class Progress:
     """The progress bar, and averages over the batches since the last `log`; only `log` waits for the device.
 
     Every rank makes one and calls every method. `global_step` counts optimizer steps; `output_dir` is where the run's
-    checkpoints are.
+    checkpoints are. What is logged goes into the `journal` too.
     """
 
-    def __init__(self, accelerator: Accelerator, *, total: int, initial: int, output_dir: str):
+    def __init__(self, accelerator: Accelerator, journal: Journal, *, total: int, initial: int, output_dir: str):
         self._accelerator = accelerator
+        self._journal = journal
         self._output_dir = output_dir
         self._bar = tqdm(
             total=total,
@@ -119,11 +122,23 @@ class Progress:
             f"{values['data_wait']:.0%} waiting for data"
         )
         log_values(self._accelerator, values, global_step)
+        self._journal.log(values, global_step)
         dropped = sum(self._dropped.total().values())
         if dropped and dropped >= 2 * self._told:  # at ever longer intervals
             self._told = dropped
             logger.warning("samples dropped so far%s: %d (%s)", self._of_ranks(), dropped, self._dropped)
         return values
+
+    def record(self, values: Mapping[str, float], global_step: int) -> None:
+        """Logs what validation measured, and rebuilds the report, which shows what it drew."""
+        if values:
+            log_values(self._accelerator, values, global_step)
+            self._journal.log(values, global_step)
+        self._rebuild_report()
+
+    def _rebuild_report(self) -> None:
+        if self._journal.enabled:
+            write_report(self._output_dir)
 
     def _remedy(self) -> str:
         good = list_checkpoints(self._output_dir)  # none is written of values that are not finite
@@ -142,9 +157,14 @@ class Progress:
         yield
         self._start += time.perf_counter() - start
 
-    def close(self) -> None:
-        """Ends the bar and the data loader, and says how many samples all ranks dropped, and why."""
+    def close(self, global_step: int, reason: str | None) -> None:
+        """Ends bar, journal, report and data loader, and says how many samples all ranks dropped, and why.
+
+        The run is at `global_step`, before its last one for a `reason`.
+        """
         self._bar.close()
+        self._journal.end(global_step, reason)
+        self._rebuild_report()
         if self._loader is not None:
             self._loader.close()
         total = sum((Counter(dropped) for dropped in gather_object([self._dropped.total()])), Counter())

@@ -18,7 +18,7 @@ from lcm_distill.latents import decode_latents
 from lcm_distill.measures import relative_distance
 from lcm_distill.pictures import labelled_grid
 from lcm_distill.sharding import is_split, release
-from lcm_distill.trackers import log_pictures, log_values
+from lcm_distill.trackers import log_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,6 @@ class Validation:
             for name, value in distances.items()
         }
         if distances and self._output_dir is not None:
-            log_values(self._accelerator, distances, global_step)
             logger.info(
                 "step %d: %s from the teacher's own answer (0 is perfect)",
                 global_step,

@@ -27,6 +27,7 @@ import train_lcm_distill_sd_wds
 from lcm_distill import sd, sdxl, unets
 from lcm_distill.consistency import ConsistencyFunction, guidance_embedding
 from lcm_distill.errors import DivergenceError, UsageError
+from lcm_distill.journal import read_journal
 from lcm_distill.schedule import DDIMSolver, NoiseSchedule
 from lcm_distill.teacher import Teacher, read_configs
 from toy.make_shards import make_shards
@@ -113,7 +114,14 @@ def test_a_run_trains_exports_and_its_export_draws(program, command, run, tmp_pa
     assert scalars <= set(reader.Tags()["scalars"])
     media = list((out / "logs").rglob("media/images/**/*.png"))
     assert len(media) == 9  # wandb: student and target in 1 and 2 steps, twice; the teacher once
+    launches, entries = read_journal(out / "training.jsonl")
+    assert [launch["end"]["global_step"] for launch in launches] == [3] and launches[0]["program"] == program
+    values = {step: {name for e in entries if e["step"] == step for name in e} for step in (1, 2, 3)}
+    assert {"loss", "grad_norm", "lr"} < values[1] and all(scalars <= values[step] for step in (2, 3))
+    report = (out / "report.html").read_text()
+    assert report.count("data:image/") == 2 and "distance/target" in report and program in report
     card = (out / "README.md").read_text()
+    assert f"{entries[-1]['distance/student']:.4g}" in card
     assert "LCMScheduler" in card and "validation/step-000003.png" in card
     assert (out / "checkpoint-3" / "run.json").exists()
 
@@ -700,12 +708,12 @@ def at(self, batch):
     return generator
 program.BatchRandom.at = at
 end = program.Progress.close
-def close(self):
+def close(self, *rest):
     accelerator = self._accelerator
     assert accelerator.num_processes == 2
     weights = torch.cat([p.detach().flatten() for p in accelerator._models[0].parameters() if p.requires_grad])
     torch.save({{"log": log, "weights": weights}}, sys.argv[1] + f"-rank{{accelerator.process_index}}.pt")
-    end(self)
+    end(self, *rest)
 program.Progress.close = close
 program.main(sys.argv[2:])
 """)

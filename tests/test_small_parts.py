@@ -10,6 +10,7 @@ from PIL import Image
 
 from lcm_distill import plan as plan_module
 from lcm_distill.errors import DivergenceError, UsageError, run_program
+from lcm_distill.journal import Journal
 from lcm_distill.optim import build_lr_scheduler, build_optimizer, keeping_settings
 from lcm_distill.pictures import labelled_grid
 from lcm_distill.plan import plan_training
@@ -211,7 +212,8 @@ def test_a_folder_that_cannot_be_written_to_is_told(tmp_path):
 
 def test_gradients_that_never_become_finite_end_the_run(tmp_path):
     accelerator = SimpleNamespace(device="cpu", is_main_process=False, num_processes=1)
-    progress = Progress(accelerator, total=5, initial=0, output_dir=str(tmp_path))
+    journal = Journal(tmp_path, {}, enabled=False)
+    progress = Progress(accelerator, journal, total=5, initial=0, output_dir=str(tmp_path))
     progress.add(torch.tensor(1.0), 2)
     for _ in range(49):
         progress.skip(3)
@@ -227,7 +229,8 @@ def test_gradients_that_are_not_finite_are_not_checkpointed(tmp_path):
     accelerator = SimpleNamespace(
         device="cpu", is_main_process=False, num_processes=1, reduce=lambda value, reduction: value
     )
-    progress = Progress(accelerator, total=5, initial=0, output_dir=str(tmp_path))
+    journal = Journal(tmp_path, {}, enabled=False)
+    progress = Progress(accelerator, journal, total=5, initial=0, output_dir=str(tmp_path))
     progress.add(torch.tensor(1.0), 2)
     for norm in (1.0, float("nan"), 2.0):
         progress.step(torch.tensor(norm))

@@ -234,13 +234,10 @@ def test_drawing_gives_back_the_mode_and_touches_no_global_randomness():
 
 class FakeTracker:
     def __init__(self, name):
-        self.name, self.logged, self.values = name, [], []
+        self.name, self.logged = name, []
         if name == "mlflow":  # takes no pictures
             return
         self.log_images = lambda images, step, **options: self.logged.append((images, step, options))
-
-    def log(self, values, step):
-        self.values.append((step, values))
 
 
 def fake_accelerator(trackers=(), is_main_process=True, autocast=nullcontext):
@@ -281,14 +278,14 @@ def test_each_pipeline_draws_a_row_for_each_number_of_steps(tmp_path, monkeypatc
     assert reds[1] == reds[2] and reds[3] == reds[4] and len(set(reds[0])) == 4  # the same noise in each row
     assert (tmp_path / "validation" / "step-000007.png").is_file()
     tags = [f"validation/{name}" for name in ("student_4_steps", "student_1_step", "target_4_steps", "target_1_step")]
-    tensorboard, wandb, mlflow = trackers
+    tensorboard, wandb, _ = trackers
     for tracker in (tensorboard, wandb):
         assert [next(iter(images)) for images, _, _ in tracker.logged] == ["validation/teacher_9_steps", *tags]
         assert {step for _, step, _ in tracker.logged} == {7}
     images, _, options = tensorboard.logged[0]
     assert images["validation/teacher_9_steps"].shape == (4, 8, 8, 3) and options == {"dataformats": "NHWC"}
     assert caplog.text.count("the tracker mlflow takes no pictures") == 1
-    assert mlflow.values == [(7, pytest.approx({"distance/student": 0.5, "distance/target": 0.25}))]
+    assert list(validate.measured.values()) == pytest.approx([0.5, 0.25])
 
     # Again: the teacher's row is shown once more, but neither drawn nor sent again.
     student.answer = 1.0
@@ -305,11 +302,9 @@ def test_the_distance_needs_no_row_of_one_step_and_can_be_turned_off(tmp_path, m
     assert validate(1) == pytest.approx({"distance/student": 1.0})
     assert [steps for _, steps, _ in student.calls] == [2, 1]
     assert [label for label, _ in grids[0]] == ["teacher, 9 steps", "student, 2 steps"]
-    tracker = FakeTracker("wandb")
-    accelerator = fake_accelerator([tracker])
-    validate = make({"student": student}, teacher, tmp_path, teacher_steps=0, accelerator=accelerator, prompts=["a"])
+    validate = make({"student": student}, teacher, tmp_path, teacher_steps=0, prompts=["a"])
     calls = len(teacher.calls)
-    assert validate(2) == {} and len(teacher.calls) == calls and not tracker.values
+    assert validate(2) == {} == validate.measured and len(teacher.calls) == calls
     assert [label for label, _ in grids[1]] == ["student, 4 steps", "student, 1 step"]
 
 
