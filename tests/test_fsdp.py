@@ -66,7 +66,7 @@ def logging(self, step, lr_scheduler):
     seen["grad_norms"].append(values["grad_norm"])
     return values
 
-def closing(self):
+def closing(self, *rest):
     seen["world"] = torch.distributed.get_world_size()
     seen["engine"] = str(self._accelerator.distributed_type.value)
     seen["shares"] = [share(network.parameters()) for network in networks]
@@ -74,7 +74,7 @@ def closing(self):
     if seen["engine"] == "FSDP":
         states = list(seen.pop("optimizer").optimizer.state.values())
         seen["shares"] += [share(state[name] for state in states) for name in ("exp_avg", "exp_avg_sq")]
-    close(self)
+    close(self, *rest)
 
 Progress.log, Progress.close = logging, closing
 for number, (engine, program, argv) in enumerate(json.loads(open(sys.argv[1]).read())):
