@@ -1,10 +1,12 @@
 """Drawing as users draw: a pipeline, a sampler, prompts, and noise that depends on a seed alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import AutoPipelineForImage2Image, DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 
 # The samplers of undistilled models, by the names that the LCM paper's tables give them.
 SAMPLERS = {"DDIM": DDIMScheduler, "DPM-Solver++": DPMSolverMultistepScheduler}
@@ -22,6 +24,17 @@ def teacher_sampler(scheduler_config: Mapping[str, Any], name: str = "DDIM") -> 
     return SAMPLERS[name].from_config(dict(scheduler_config), **options)
 
 
+def most_steps(sampler: Any, strength: float = 1.0) -> int:
+    """The most steps that a Diffusers scheduler draws in: a student's grid, else the training's timesteps.
+
+    Of these, img2img takes the share `strength`, rounded down.
+    """
+    grid = sampler.config.num_train_timesteps
+    if isinstance(sampler, LCMScheduler):
+        grid = sampler.config.original_inference_steps
+    return int(grid * strength)
+
+
 @torch.no_grad()
 def draw_latents(
     pipeline: Any,
@@ -32,6 +45,7 @@ def draw_latents(
     guidance_scale: float,
     resolution: int,
     batch_size: int,
+    negative_prompt: str | None = None,
 ) -> torch.Tensor:
     """Latents `[N, C, h, w]`, one for each prompt and its seed, of a pipeline of either family; not yet decoded.
 
@@ -39,27 +53,102 @@ def draw_latents(
     draws. So neither the device, the batch nor the other pictures matter, and different samplers and networks start
     from the same noise. With autocast on, sampling is in float32 and the U-Net's products are not; else all is in the
     U-Net's dtype. The U-Net draws in eval mode and is given back in the mode it was in; nothing touches torch's
-    global random state.
+    global random state. The `negative_prompt` counts where the pipeline has a second pass to guide by.
     """
     unet = pipeline.unet
-    was_training = unet.training
-    unet.eval()
     dtype = torch.float32 if torch.is_autocast_enabled(unet.device.type) else unet.dtype
     side = resolution // pipeline.vae_scale_factor
     shape = (1, unet.config.in_channels, side, side)
-    drawn = []
-    for first in range(0, len(prompts), batch_size):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[first : first + batch_size]]
+
+    def start(generators: list[torch.Generator]) -> dict[str, Any]:
         noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
-        drawn += pipeline(
-            list(prompts[first : first + batch_size]),
-            num_inference_steps=inference_steps,
-            guidance_scale=guidance_scale,
-            height=resolution,
-            width=resolution,
-            generator=generators,
-            latents=noise.to(dtype),
-            output_type="latent",
-        ).images
-    unet.train(was_training)
+        return {"latents": noise.to(dtype), "height": resolution, "width": resolution}
+
+    return _draw(
+        pipeline,
+        prompts,
+        seeds,
+        start,
+        batch_size=batch_size,
+        negative_prompt=negative_prompt,
+        num_inference_steps=inference_steps,
+        guidance_scale=guidance_scale,
+    )
+
+
+@torch.no_grad()
+def redraw_latents(
+    pipeline: Any,
+    picture: Image.Image,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    strength: float,
+    inference_steps: int,
+    guidance_scale: float,
+    batch_size: int,
+    negative_prompt: str | None = None,
+) -> torch.Tensor:
+    """What `draw_latents` returns, by img2img: from the `picture` (RGB, of the size to draw), noised by `strength`.
+
+    It is drawn by Diffusers' img2img pipeline of the parts of `pipeline`, a text-to-image one. That takes `strength`,
+    0 to 1, of the steps it is given; here the U-Net's steps are `inference_steps`, of a grid so much finer. The VAE
+    encodes once, in its own dtype: SDXL's img2img pipeline would leave it in half precision.
+    """
+    vae = pipeline.vae
+    pixels = VaeImageProcessor(vae_scale_factor=pipeline.vae_scale_factor).preprocess(picture)
+    with torch.autocast(vae.device.type, enabled=False):
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+
+    def start(generators: list[torch.Generator]) -> dict[str, Any]:
+        drawn = torch.cat([posterior.sample(generator) for generator in generators])
+        return {"image": (drawn - shift) * vae.config.scaling_factor}
+
+    return _draw(
+        AutoPipelineForImage2Image.from_pipe(pipeline),
+        prompts,
+        seeds,
+        start,
+        batch_size=batch_size,
+        negative_prompt=negative_prompt,
+        num_inference_steps=steps_before_strength(inference_steps, strength),
+        strength=strength,
+        guidance_scale=guidance_scale,
+    )
+
+
+def steps_before_strength(steps: int, strength: float) -> int:
+    """The least `num_inference_steps` of which img2img at `strength`, above 0, takes `steps`."""
+    asked = max(steps, int(steps / strength) - 1)
+    while int(asked * strength) < steps:  # as Diffusers rounds: 0.29 · 100 is 28
+        asked += 1
+    return asked
+
+
+def _draw(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    start: Callable[[list[torch.Generator]], dict[str, Any]],
+    *,
+    batch_size: int,
+    negative_prompt: str | None,
+    **options: Any,
+) -> torch.Tensor:
+    """Calls `pipeline` batch by batch, each from what `start` makes of its pictures' generators."""
+    unet = pipeline.unet
+    was_training = unet.training
+    pipeline.set_progress_bar_config(disable=True)
+    unet.eval()
+    drawn = []
+    try:
+        for first in range(0, len(prompts), batch_size):
+            chosen = list(prompts[first : first + batch_size])
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[first : first + batch_size]]
+            if negative_prompt is not None:
+                options["negative_prompt"] = [negative_prompt] * len(chosen)
+            drawn += pipeline(chosen, generator=generators, output_type="latent", **start(generators), **options).images
+    finally:
+        unet.train(was_training)
     return torch.stack(drawn)

@@ -21,13 +21,18 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:300]}"
 
 
-def run_program(main: Callable[[], None]) -> None:
-    """Runs a program's `main`; an error meant for its user is printed as a message, without the traceback."""
+def run_program(
+    main: Callable[[], None], go_on: str = "; go on from the last checkpoint with --resume_from_checkpoint latest"
+) -> None:
+    """Runs a program's `main`; an error meant for its user is printed as a message, without the traceback.
+
+    `go_on` is what to say after "interrupted" when Ctrl-C was pressed.
+    """
     try:
         main()
     except (UsageError, DivergenceError, SaveError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
-        print("interrupted; go on from the last checkpoint with --resume_from_checkpoint latest", file=sys.stderr)
+        print(f"interrupted{go_on}", file=sys.stderr)
         sys.exit(130)

@@ -31,10 +31,16 @@ def labelled_grid(
         y = top + row * (size + gap)
         pen.text((margin, y + (size - line) // 2), label, fill="black", font=font)
         for column, picture in enumerate(pictures):
-            if picture.size != (size, size):
-                picture = picture.resize((size, size), Image.Resampling.NEAREST)
-            canvas.paste(picture, (left + column * (size + gap), y))
+            canvas.paste(shown(picture, size), (left + column * (size + gap), y))
     return canvas
+
+
+def shown(picture: Image.Image, size: int) -> Image.Image:
+    """`picture` at `size` × `size` pixels: smoothed where that is smaller, its own pixels where it is larger."""
+    if picture.size == (size, size):
+        return picture
+    smaller = size < max(picture.size)
+    return picture.resize((size, size), Image.Resampling.LANCZOS if smaller else Image.Resampling.NEAREST)
 
 
 def _broken(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int = 6) -> list[str]:

@@ -1,10 +1,12 @@
 """How a run starts: the accelerator, its precision and seed."""
 
+import contextlib
 import logging
 import os
 import random
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -109,6 +111,15 @@ def quiet_libraries() -> None:
 def _matters(record: logging.LogRecord) -> bool:
     """Not when a sampler is made of another's config, or a LoRA has no part for the text encoder: both are meant."""
     return not record.getMessage().startswith(("The config attributes", "No LoRA keys associated to CLIPTextModel"))
+
+
+@contextlib.contextmanager
+def memory_errors(remedy: str) -> Iterator[None]:
+    """A GPU whose memory is full is a `UsageError` with this `remedy`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UsageError(f"the GPU's memory does not suffice ({str(error).splitlines()[0]:.200}): {remedy}") from None
 
 
 def settle_seed(seed: int | None) -> int:

@@ -1,6 +1,7 @@
-"""Finished models as their users have them: a teacher's pipeline, and students to put into it by turns."""
+"""Finished models as their users have them: a teacher's pipeline, and students and LoRAs to put into it by turns."""
 
 import contextlib
+import copy
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,12 +11,12 @@ from typing import Any
 
 import torch
 from diffusers import LCMScheduler, UNet2DConditionModel
-from huggingface_hub import file_exists, try_to_load_from_cache
+from huggingface_hub import file_exists, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from lcm_distill import sd, sdxl
 from lcm_distill.drawing import teacher_sampler
-from lcm_distill.errors import UsageError, brief
+from lcm_distill.errors import UsageError
 from lcm_distill.teacher import Teacher, read_configs
 from lcm_distill.unets import architecture
 
@@ -41,6 +42,57 @@ def load_teacher(teacher: Teacher, *, device: torch.device | str, dtype: torch.d
     return FAMILIES[family].build_pipeline(frozen, frozen.unet, teacher_sampler(configs.scheduler))
 
 
+def natural_resolution(pipeline: Any) -> int:
+    """The side of the pictures, in pixels, that a pipeline's U-Net was made for; `UsageError` if it does not say."""
+    size = pipeline.unet.config.sample_size
+    if not isinstance(size, int):
+        raise UsageError("--resolution is needed: this teacher's U-Net does not tell what size it draws.")
+    return size * pipeline.vae_scale_factor
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedLora:
+    """A LoRA as its user names it, at a weight: a folder, Hub id or `.safetensors` file, given by `flag`."""
+
+    source: str
+    weight: float = 1.0
+    flag: str = "--lora"
+    cache_dir: str | None = None
+
+    def load(self, pipeline: Any, adapter: str) -> None:
+        """Puts it into `pipeline` as `adapter`; `UsageError` if it cannot be read or does not fit."""
+        path = Path(self.source).expanduser()
+        source, where = (str(path) if path.exists() else self.source), dict[str, Any]()
+        if path.is_file():
+            source, where = str(path.parent), {"weight_name": path.name}
+        try:
+            # Not as Diffusers does if not told: a pickled file can run any program.
+            pipeline.load_lora_weights(
+                source, adapter_name=adapter, cache_dir=self.cache_dir, use_safetensors=True, **where
+            )
+        except Exception as error:  # no such file, other shapes, another model's names: each its own class
+            raise UsageError(
+                f"{self.flag} {self.source}: this LoRA cannot be put into the teacher ({_first_line(error)}). Give a "
+                ".safetensors LoRA, and the teacher, or one of the same architecture, that it was made for."
+            ) from None
+
+
+@contextlib.contextmanager
+def with_loras(pipeline: Any, loras: Sequence[WeightedLora]) -> Iterator[Any]:
+    """Inside, `pipeline` draws with all these LoRAs at their weights; then with none."""
+    if not loras:
+        yield pipeline
+        return
+    try:
+        adapters = [f"lora_{number}" for number in range(len(loras))]
+        for lora, adapter in zip(loras, adapters, strict=True):
+            lora.load(pipeline, adapter)
+        pipeline.set_adapters(adapters, [lora.weight for lora in loras])
+        yield pipeline
+    finally:
+        pipeline.unload_lora_weights()
+
+
 @dataclasses.dataclass(frozen=True)
 class Student:
     """What a distillation left, found but not loaded yet.
@@ -57,68 +109,108 @@ class Student:
     @property
     def name(self) -> str:
         """A short name for tables: the last part of where it is."""
-        return Path(self.source).resolve().stem if Path(self.source).is_file() else Path(self.source).resolve().name
+        path = Path(self.source).resolve()
+        if self._is_file:
+            return path.parent.name if path.name == LORA_FILE else path.stem
+        return path.name
+
+    @property
+    def _is_file(self) -> bool:
+        return self.source.endswith(".safetensors") and Path(self.source).is_file()
+
+    @property
+    def is_told_the_guidance(self) -> bool:
+        """Whether it has a guidance embedding: it draws any guidance in one pass, and heeds no negative prompt.
+
+        All others have a guidance in their weights: a LoRA, a LoRA merged into a U-Net. They draw at guidance_scale 1;
+        above that, the pipelines guide them a second time, by a second pass.
+        """
+        if self.kind == "lora":
+            return False
+        config = UNet2DConditionModel.load_config(self.source, subfolder=self.subfolder, cache_dir=self.cache_dir)
+        return config.get("time_cond_proj_dim") is not None
 
     def sampler(self, scheduler_config: Mapping[str, Any]) -> LCMScheduler:
-        """The scheduler that was saved beside it, or else an `LCMScheduler` of the teacher's config."""
-        if not self.source.endswith(".safetensors") and _has(self.source, "scheduler_config.json", self.cache_dir):
-            return LCMScheduler.from_pretrained(self.source, cache_dir=self.cache_dir)
-        if self.subfolder and _has(self.source, "scheduler/scheduler_config.json", self.cache_dir):
-            return LCMScheduler.from_pretrained(self.source, subfolder="scheduler", cache_dir=self.cache_dir)
+        """The scheduler that was saved beside it, or else an `LCMScheduler` of the teacher's config.
+
+        Of the parts of a distillation's folder, such as `unet_target/` or a LoRA's file, it is that of the folder.
+        """
+        folders = [self.source]
+        if self._is_file:
+            folders = [str(Path(self.source).parent)]
+        elif Path(self.source).resolve().name in ("unet", "unet_target", "target"):
+            folders.append(str(Path(self.source).resolve().parent))
+        for folder in folders:
+            for subfolder in (None, "scheduler"):
+                file = "scheduler_config.json" if subfolder is None else f"{subfolder}/scheduler_config.json"
+                if _has(folder, file, self.cache_dir):
+                    return LCMScheduler.from_pretrained(folder, subfolder=subfolder, cache_dir=self.cache_dir)
         return LCMScheduler.from_config(dict(scheduler_config))
 
     @contextlib.contextmanager
-    def drawing_in(self, pipeline: Any, *, fuse: bool = False) -> Iterator[Any]:
+    def drawing_in(
+        self, pipeline: Any, *, fuse: bool = False, lora_scale: float = 1.0, loras: Sequence[WeightedLora] = ()
+    ) -> Iterator[Any]:
         """Inside, the teacher's `pipeline` draws with this student and its sampler; then it is the teacher's again.
 
-        `fuse` adds a LoRA to the weights under it, as for fast drawing. `UsageError` if it does not fit the teacher.
+        Further `loras` go on top. If the student is a LoRA, `lora_scale` is its weight, and with `fuse` it is added,
+        and they are, to a copy of the U-Net, for drawing without its products; the copy may be kept. `UsageError` if
+        one of them does not fit the teacher.
         """
         teacher, scheduler = pipeline.unet, pipeline.scheduler
         try:
             pipeline.scheduler = self.sampler(scheduler.config)
+            own: list[WeightedLora] = []
             if self.kind == "full":
                 pipeline.unet = self._load_unet(teacher)
             else:
-                self._load_lora(pipeline)
+                own = [WeightedLora(self.source, lora_scale, "--student", self.cache_dir)]
                 if fuse:
-                    pipeline.fuse_lora(components=["unet"])
-            yield pipeline
+                    pipeline.unet = copy.deepcopy(teacher)
+            with with_loras(pipeline, [*own, *loras]):
+                if own and fuse:
+                    pipeline.unet.fuse_lora()
+                    pipeline.unet.unload_lora()
+                yield pipeline
         finally:
-            if self.kind == "lora":
-                if fuse and pipeline.num_fused_loras:
-                    pipeline.unfuse_lora(components=["unet"])
-                pipeline.unload_lora_weights()
             pipeline.unet, pipeline.scheduler = teacher, scheduler
 
     def _load_unet(self, teacher: UNet2DConditionModel) -> UNet2DConditionModel:
         where: dict[str, Any] = dict(subfolder=self.subfolder, cache_dir=self.cache_dir)
-        design = architecture(UNet2DConditionModel.load_config(self.source, **where))
-        expected = architecture(teacher.config) | {"time_cond_proj_dim": design.get("time_cond_proj_dim")}
+        design = _structure(UNet2DConditionModel.load_config(self.source, **where))
+        expected = _structure(teacher.config)
         if different := sorted(key for key in expected if design.get(key, expected[key]) != expected[key]):
             raise UsageError(
                 f"--student {self.source} was not made from this teacher: their U-Nets differ in {different[0]} "
                 f"({design[different[0]]} and {expected[different[0]]}). Give the teacher that it was distilled from."
             )
-        unet = UNet2DConditionModel.from_pretrained(self.source, torch_dtype=teacher.dtype, **where)
-        return unet.to(teacher.device).requires_grad_(False).eval()
-
-    def _load_lora(self, pipeline: Any, adapter: str = "student") -> None:
-        load_lora(pipeline, self.source, adapter, flag="--student", cache_dir=self.cache_dir)
-
-
-def load_lora(pipeline: Any, source: str, adapter: str, *, flag: str, cache_dir: str | None = None) -> None:
-    """Puts the LoRA of a folder, Hub id or `.safetensors` file into `pipeline`; `UsageError` if it does not fit."""
-    path = Path(source)
-    where: dict[str, Any] = {"cache_dir": cache_dir}
-    if path.is_file():
-        source, where = str(path.parent), where | {"weight_name": path.name}
-    try:
-        pipeline.load_lora_weights(source, adapter_name=adapter, **where)
-    except Exception as error:  # no such file, other shapes, another model's names: each its own class
+        reasons = []
+        for variant in (None, "fp16"):  # some folders on the Hub have nothing but the latter
+            try:
+                unet = UNet2DConditionModel.from_pretrained(
+                    self.source, torch_dtype=teacher.dtype, variant=variant, **where
+                )
+                return unet.to(teacher.device).requires_grad_(False).eval()
+            except (OSError, ValueError, RuntimeError) as error:
+                reasons.append(_first_line(error))
         raise UsageError(
-            f"{flag} {path}: this LoRA cannot be put into the teacher ({brief(error)}). "
-            "Give the teacher, or one of the same architecture, that it was made for."
-        ) from None
+            f"--student {self.source}: its weights cannot be loaded ({reasons[0]}); give a folder that a finished "
+            "distillation left, or download it anew."
+        )
+
+
+# What does not tell whether a U-Net's weights fit another: precision of a product, and the embedding of guidance.
+_NO_STRUCTURE = ("upcast_attention", "dropout", "time_cond_proj_dim")
+
+
+def _structure(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A U-Net's architecture in one notation: older configs have null for false, or one number for one per level."""
+    structure = {key: value for key, value in architecture(config).items() if key not in _NO_STRUCTURE}
+    for key, value in structure.items():
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            value = value[0]
+        structure[key] = value or None
+    return structure
 
 
 def find_student(source: str, cache_dir: str | None = None) -> Student:
@@ -147,11 +239,12 @@ def find_students(sources: Sequence[str], cache_dir: str | None = None) -> list[
     students = [find_student(source, cache_dir) for source in sources]
     names = [student.name for student in students]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise UsageError(f"--student: two are called {twice[0]}; rename the folder of one.")
+        raise UsageError(f"--student: two are called {twice[0]}; rename the folder or file of one.")
     return students
 
 
 def _has(source: str, file: str, cache_dir: str | None) -> bool:
+    """Whether a folder or Hub id has a file; without a connection, whether the cache of the Hub has it."""
     if Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         return (Path(source) / file).is_file()
     try:
@@ -161,4 +254,12 @@ def _has(source: str, file: str, cache_dir: str | None) -> bool:
     except HFValidationError:
         return False
     except Exception as error:  # no connection, no right
-        raise UsageError(f"--student {source}: no such folder, and the Hub cannot be asked ({brief(error)}).") from None
+        with contextlib.suppress(Exception):
+            return (Path(snapshot_download(source, cache_dir=cache_dir, local_files_only=True)) / file).is_file()
+        raise UsageError(
+            f"--student {source}: no such folder, and the Hub cannot be asked ({_first_line(error)})."
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{(str(error).strip() or type(error).__name__).splitlines()[0]:.200}"
