@@ -8,6 +8,8 @@ from diffusers import AutoPipelineForImage2Image, DDIMScheduler, DPMSolverMultis
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from lcm_distill.errors import UsageError
+
 # The samplers of undistilled models, by the names that the LCM paper's tables give them.
 SAMPLERS = {"DDIM": DDIMScheduler, "DPM-Solver++": DPMSolverMultistepScheduler}
 
@@ -24,15 +26,20 @@ def teacher_sampler(scheduler_config: Mapping[str, Any], name: str = "DDIM") -> 
     return SAMPLERS[name].from_config(dict(scheduler_config), **options)
 
 
-def most_steps(sampler: Any, strength: float = 1.0) -> int:
-    """The most steps that a Diffusers scheduler draws in: a student's grid, else the training's timesteps.
+def check_steps(flag: str, steps: int, sampler: Any, strength: float = 1.0) -> None:
+    """`UsageError`, which names `flag`, if a Diffusers scheduler cannot draw in `steps`, at img2img's `strength`.
 
-    Of these, img2img takes the share `strength`, rounded down.
+    A student's draws in at most as many as its grid has points, others in the training's timesteps.
     """
-    grid = sampler.config.num_train_timesteps
+    most = sampler.config.num_train_timesteps
     if isinstance(sampler, LCMScheduler):
-        grid = sampler.config.original_inference_steps
-    return int(grid * strength)
+        most = sampler.config.original_inference_steps
+    if steps_before_strength(steps, strength) > most:
+        at = "" if strength == 1 else f" at --strength {strength:g}"
+        raise UsageError(
+            f"{flag} {steps}: {type(sampler).__name__} has a grid of {most} and draws in at most "
+            f"{int(most * strength)} steps{at}."
+        )
 
 
 @torch.no_grad()

@@ -35,14 +35,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from lcm_distill import flags
-from lcm_distill.drawing import (
-    SAMPLERS,
-    draw_latents,
-    most_steps,
-    redraw_latents,
-    steps_before_strength,
-    teacher_sampler,
-)
+from lcm_distill.drawing import SAMPLERS, check_steps, draw_latents, redraw_latents, teacher_sampler
 from lcm_distill.errors import UsageError, run_program
 from lcm_distill.latents import decode_latents
 from lcm_distill.pictures import labelled_grid, shown
@@ -166,16 +159,6 @@ def read_init_image(name: str) -> Image.Image:
         raise UsageError(f"--init_image {name} cannot be read ({error.strerror}); correct its path.") from None
     except BadSample as error:
         raise UsageError(f"--init_image {name}: {error}; give another one.") from None
-
-
-def check_steps(flag: str, steps: int, sampler: Any, strength: float) -> None:
-    """`UsageError`, which names `flag`, if a sampler cannot draw in `steps`, at img2img's `strength`."""
-    most = most_steps(sampler)
-    if steps_before_strength(steps, strength) > most:
-        at = "" if strength == 1 else f" at --strength {strength:g}"
-        raise UsageError(
-            f"{flag} {steps}: {type(sampler).__name__} draws in at most {most_steps(sampler, strength)}{at}."
-        )
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

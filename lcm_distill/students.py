@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -66,10 +67,12 @@ class WeightedLora:
         if path.is_file():
             source, where = str(path.parent), {"weight_name": path.name}
         try:
-            # Not as Diffusers does if not told: a pickled file can run any program.
-            pipeline.load_lora_weights(
-                source, adapter_name=adapter, cache_dir=self.cache_dir, use_safetensors=True, **where
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # PEFT asks whether two adapters are meant
+                # Not as Diffusers does if not told: a pickled file can run any program.
+                pipeline.load_lora_weights(
+                    source, adapter_name=adapter, cache_dir=self.cache_dir, use_safetensors=True, **where
+                )
         except Exception as error:  # no such file, other shapes, another model's names: each its own class
             raise UsageError(
                 f"{self.flag} {self.source}: this LoRA cannot be put into the teacher ({_first_line(error)}). Give a "

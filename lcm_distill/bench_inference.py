@@ -1,0 +1,342 @@
+"""Seconds per picture on this machine: students in a few steps beside their teacher in many.
+
+    python -m lcm_distill.bench_inference --pretrained_teacher_model stabilityai/stable-diffusion-xl-base-1.0 \\
+        --variant fp16 --student latent-consistency/lcm-lora-sdxl --batch_sizes 1 4
+    python -m lcm_distill.bench_inference … --student lcm-sd15 lcm-lora-sd15 --steps 2 --output_dir speed
+
+It is the table of the LCM-LoRA announcement: a student at --steps 4, the teacher at --teacher_steps 25.
+
+What is timed is a whole picture, from the prompt to the pixels: text encoders, the U-Net's steps, the VAE's decoder;
+loading is not. Students that are LoRAs are fused into the U-Net. The teacher, and whoever draws at a guidance scale
+above 1 without a guidance embedding, takes two passes of the U-Net for each step.
+
+The models take turns, round after round, after --warmup rounds that do not count. The table has medians over the
+rounds, of the seconds and of the ratios within a round, so that a machine that is busy at times does not mislead.
+Between its turns a U-Net is in the main memory: the GPU's peak is that of one model.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcm_distill import flags
+from lcm_distill.drawing import check_steps, draw_latents
+from lcm_distill.errors import run_program
+from lcm_distill.latents import decode_latents
+from lcm_distill.runtime import check_writable, drawing_device, memory_errors, quiet_libraries
+from lcm_distill.students import Student, find_students, load_teacher, natural_resolution
+from lcm_distill.teacher import Teacher
+
+PROG = "python -m lcm_distill.bench_inference"
+
+
+@dataclasses.dataclass
+class Contender:
+    """A network and how it draws."""
+
+    name: str
+    unet: Any
+    scheduler: Any
+    steps: int
+    guidance_scale: float
+    two_passes: bool
+
+
+@dataclasses.dataclass
+class Result:
+    """One line of the table: a model at a batch size. `seconds` has, for each round, those of one picture."""
+
+    model: str
+    steps: int
+    guidance_scale: float
+    unet_passes: int
+    batch_size: int
+    seconds: list[float]
+    times_as_fast: float
+    peak_gpu_bytes: int | None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def enter(
+    pipeline: Any,
+    students: Sequence[Student],
+    *,
+    steps: int,
+    teacher_steps: int,
+    guidance_scale: float,
+    lora_guidance_scale: float,
+) -> list[Contender]:
+    """The teacher and each student, its LoRA fused; all U-Nets on the pipeline's device."""
+    check_steps("--teacher_steps", teacher_steps, pipeline.scheduler)
+    contenders = [
+        Contender("teacher", pipeline.unet, pipeline.scheduler, teacher_steps, guidance_scale, guidance_scale > 1)
+    ]
+    for student in students:
+        told = student.is_told_the_guidance
+        scale = guidance_scale if told else lora_guidance_scale
+        check_steps("--steps", steps, student.sampler(pipeline.scheduler.config))
+        with student.drawing_in(pipeline, fuse=True):
+            contenders.append(
+                Contender(student.name, pipeline.unet, pipeline.scheduler, steps, scale, scale > 1 and not told)
+            )
+    return contenders
+
+
+def measure(
+    pipeline: Any,
+    contenders: Sequence[Contender],
+    *,
+    prompt: str,
+    resolution: int,
+    batch_sizes: Sequence[int],
+    repeats: int,
+    warmup: int,
+) -> list[Result]:
+    """The table, by batch size; `contenders` begin with the teacher, to which the others are compared."""
+    device = pipeline.unet.device
+    seconds: dict[tuple[int, int], list[float]] = {}
+    peaks: dict[tuple[int, int], int] = {}
+    for contender in contenders:
+        contender.unet.to("cpu")
+    for number in range(warmup + repeats):
+        for turn, contender in enumerate(contenders):
+            pipeline.unet, pipeline.scheduler = contender.unet.to(device), contender.scheduler
+            for batch_size in batch_sizes:
+                taken, peak = _time(pipeline, contender, [prompt] * batch_size, resolution)
+                if number >= warmup:
+                    seconds.setdefault((batch_size, turn), []).append(taken / batch_size)
+                    peaks[batch_size, turn] = max(peak, peaks.get((batch_size, turn), 0))
+            contender.unet.to("cpu")
+    pipeline.unet, pipeline.scheduler = contenders[0].unet.to(device), contenders[0].scheduler
+    return [
+        Result(
+            contender.name,
+            contender.steps,
+            contender.guidance_scale,
+            contender.steps * (1 + contender.two_passes),
+            batch_size,
+            seconds[batch_size, turn],
+            statistics.median(
+                teacher / own for teacher, own in zip(seconds[batch_size, 0], seconds[batch_size, turn], strict=True)
+            ),
+            peaks[batch_size, turn] or None,
+        )
+        for batch_size in batch_sizes
+        for turn, contender in enumerate(contenders)
+    ]
+
+
+def _time(pipeline: Any, contender: Contender, prompts: list[str], resolution: int) -> tuple[float, int]:
+    """(seconds, peak bytes of a CUDA device or 0) of drawing `prompts` in one batch."""
+    device = pipeline.unet.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    _finish(device)
+    start = time.perf_counter()
+    latents = draw_latents(
+        pipeline,
+        prompts,
+        range(len(prompts)),
+        inference_steps=contender.steps,
+        guidance_scale=contender.guidance_scale,
+        resolution=resolution,
+        batch_size=len(prompts),
+    )
+    decode_latents(pipeline.vae, latents, batch_size=len(prompts))
+    _finish(device)
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _finish(device: torch.device) -> None:
+    """Waits until the device has done all that it was told to."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def table(results: Sequence[Result]) -> str:
+    """The results as a Markdown table."""
+    on_gpu = any(result.peak_gpu_bytes for result in results)
+    heads = ["model", "steps", "guidance scale", "U-Net passes", "batch", "seconds per picture", "times as fast"]
+    lines = [heads + ["peak GPU memory"] * on_gpu, ["---"] * (len(heads) + on_gpu)]
+    for result in results:
+        lines.append(
+            [
+                result.model.replace("|", "\\|"),
+                str(result.steps),
+                f"{result.guidance_scale:g}",
+                str(result.unet_passes),
+                str(result.batch_size),
+                f"{result.median:.3g}",
+                f"{result.times_as_fast:.1f}",
+            ]
+            + [f"{(result.peak_gpu_bytes or 0) / 2**30:.1f} GiB"] * on_gpu
+        )
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def describe_machine(device: torch.device) -> dict[str, str]:
+    """What the numbers depend on: the device by its name, threads, versions."""
+    versions = [f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft")]
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {_cpu()}",
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} CPUs",
+        "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
+        "system": platform.platform(),
+    }
+
+
+def _cpu() -> str:
+    """The processor's name; Python's own is empty on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    usage = "%(prog)s --pretrained_teacher_model TEACHER --student A [B …] [flags]"
+    parser = flags.CommandParser(PROG, __doc__, usage)
+    flags.add_model_flags(parser)
+    group = parser.add_argument_group("what to time")
+    group.add_argument(
+        "--student",
+        nargs="+",
+        required=True,
+        metavar="STUDENT",
+        help="full LCMs and LCM-LoRAs: folders, Hub ids, LoRAs' .safetensors files",
+    )
+    group.add_argument("--steps", type=flags.positive_int, default=4, help="steps of the students")
+    group.add_argument("--teacher_steps", type=flags.positive_int, default=25, help="DDIM steps of the teacher")
+    group.add_argument(
+        "--guidance_scale",
+        type=flags.non_negative,
+        default=8.0,
+        help="of the teacher, and of students that have a guidance embedding",
+    )
+    group.add_argument(
+        "--lora_guidance_scale",
+        type=flags.non_negative,
+        default=1.0,
+        help="of the other students; above 1 each step takes a second pass",
+    )
+    group.add_argument(
+        "--batch_sizes", type=flags.positive_int, nargs="+", default=[1, 4], metavar="N", help="(default: 1 4)"
+    )
+    group.add_argument(
+        "--resolution",
+        type=flags.positive_int,
+        default=None,
+        help="side of the pictures in pixels (default: what the teacher's U-Net was made for)",
+    )
+    group.add_argument("--prompt", default="a castle at dusk", help="what to draw")
+    group.add_argument("--repeats", type=flags.positive_int, default=5, help="rounds that count")
+    group.add_argument("--warmup", type=flags.count, default=1, help="rounds before these")
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the U-Nets (torch.compile); that takes minutes in the first warm-up round, and needs one",
+    )
+    flags.add_device_flags(parser)
+    parser.add_argument(
+        "--output_dir",
+        default=None,
+        metavar="OUT",
+        help="also write bench_inference.md, and bench_inference.json with each round's seconds, into this folder",
+    )
+    args = parser.parse_args(argv)
+    if args.compile and not args.warmup:
+        parser.error("argument --compile: give it a round to compile in, --warmup 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parse(argv)
+    quiet_libraries()
+    device, dtype = drawing_device(args.device, args.dtype)
+    students = find_students(args.student, args.cache_dir)
+    if args.output_dir is not None:
+        check_writable(args.output_dir)
+    teacher = Teacher(
+        args.pretrained_teacher_model,
+        revision=args.teacher_revision,
+        variant=args.variant,
+        config=args.teacher_config,
+        vae=args.pretrained_vae_model_name_or_path,
+        vae_revision=args.revision,
+        cache_dir=args.cache_dir,
+    )
+    with memory_errors("take smaller --batch_sizes or a smaller --resolution."):
+        pipeline = load_teacher(teacher, device=device, dtype=dtype, resolution=args.resolution or 8)
+        resolution = args.resolution or natural_resolution(pipeline)
+        contenders = enter(
+            pipeline,
+            students,
+            steps=args.steps,
+            teacher_steps=args.teacher_steps,
+            guidance_scale=args.guidance_scale,
+            lora_guidance_scale=args.lora_guidance_scale,
+        )
+        if args.compile:
+            for contender in contenders:
+                contender.unet.compile()
+        results = measure(
+            pipeline,
+            contenders,
+            prompt=args.prompt,
+            resolution=resolution,
+            batch_sizes=list(dict.fromkeys(args.batch_sizes)),
+            repeats=args.repeats,
+            warmup=args.warmup,
+        )
+    machine = describe_machine(device)
+    words = sys.argv[1:] if argv is None else argv
+    how = (
+        f"{resolution} × {resolution} pixels, {str(dtype).removeprefix('torch.')}"
+        f"{', U-Nets compiled' if args.compile else ''}; medians of {args.repeats} rounds after {args.warmup}. Text "
+        "encoders, U-Net and VAE are in it, loading is not; LoRAs are fused."
+    )
+    report = "\n\n".join(
+        [
+            table(results),
+            how,
+            "\n".join(f"- {name}: {value}" for name, value in machine.items())
+            + f"\n- date: {date.today()}\n- command: `{shlex.join([*PROG.split(), *words])}`",
+        ]
+    )
+    print(report)
+    if args.output_dir is not None:
+        out = Path(args.output_dir)
+        (out / "bench_inference.md").write_text(report + "\n", encoding="utf-8")
+        written = {
+            "machine": machine,
+            "date": str(date.today()),
+            "command": [*PROG.split(), *words],
+            "resolution": resolution,
+            "dtype": str(dtype).removeprefix("torch."),
+            "compiled": args.compile,
+            "warmup": args.warmup,
+            "results": [dataclasses.asdict(result) | {"median_seconds": result.median} for result in results],
+        }
+        (out / "bench_inference.json").write_text(json.dumps(written, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_program(main, "")
