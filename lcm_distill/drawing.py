@@ -107,13 +107,15 @@ def redraw_latents(
     with torch.autocast(vae.device.type, enabled=False):
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
     shift = getattr(vae.config, "shift_factor", None) or 0.0
+    img2img = AutoPipelineForImage2Image.from_pipe(pipeline)
+    img2img.set_progress_bar_config(disable=True)
 
     def start(generators: list[torch.Generator]) -> dict[str, Any]:
         drawn = torch.cat([posterior.sample(generator) for generator in generators])
         return {"image": (drawn - shift) * vae.config.scaling_factor}
 
     return _draw(
-        AutoPipelineForImage2Image.from_pipe(pipeline),
+        img2img,
         prompts,
         seeds,
         start,
@@ -146,7 +148,6 @@ def _draw(
     """Calls `pipeline` batch by batch, each from what `start` makes of its pictures' generators."""
     unet = pipeline.unet
     was_training = unet.training
-    pipeline.set_progress_bar_config(disable=True)
     unet.eval()
     drawn = []
     try:

@@ -1,5 +1,6 @@
 """What the tests share: the toy teacher, toy shards, a quick command line, a program run in this process."""
 
+import functools
 import importlib
 import logging
 import os
@@ -126,3 +127,18 @@ def run():
             raise
 
     return call
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """Output folders of distillations, and a style LoRA, of the toy teachers: `finished("full", "sd")`."""
+    import finished_students as made
+
+    folder = tmp_path_factory.mktemp("finished")
+    makers = {"full": made.full_student, "lora": made.lora_student, "style": made.style_lora}
+
+    @functools.cache
+    def get(kind: str, family: str) -> str:
+        return makers[kind](folder / f"{kind}_{family}", TEACHERS[family], family)
+
+    return get

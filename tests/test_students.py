@@ -1,0 +1,396 @@
+"""Finished students: found wherever they are, put into a teacher's pipeline as their users would, taken out again."""
+
+import contextlib
+import copy
+import json
+import logging
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
+from finished_students import GRID
+from peft.tuners.lora import LoraLayer
+
+from lcm_distill.drawing import draw_latents
+from lcm_distill.errors import UsageError
+from lcm_distill.runtime import quiet_libraries
+from lcm_distill.students import (
+    Student,
+    WeightedLora,
+    family_of,
+    find_student,
+    find_students,
+    load_teacher,
+    natural_resolution,
+    with_loras,
+)
+from lcm_distill.teacher import Teacher
+
+PROMPTS = ["a small red circle on a black background", "a large blue square on a white background"]
+DRAWING = dict(inference_steps=2, guidance_scale=4.0, resolution=64, batch_size=2)
+
+
+@pytest.fixture(scope="module", params=["sd", "sdxl"])
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def pipelines(teachers):
+    return {
+        family: load_teacher(Teacher(teacher), device="cpu", dtype=torch.float32)
+        for family, teacher in teachers.items()
+    }
+
+
+@pytest.fixture()
+def pipeline(pipelines, family):
+    """The teacher's; whatever a test does in it, it must be the teacher's again."""
+    pipeline = pipelines[family]
+    yield from still_the_teacher_s(pipeline)
+
+
+@pytest.fixture()
+def sd_pipeline(pipelines):
+    yield from still_the_teacher_s(pipelines["sd"])
+
+
+def still_the_teacher_s(pipeline):
+    def networks():
+        return {name: copy.deepcopy(getattr(pipeline, name).state_dict()) for name in ("unet", "text_encoder", "vae")}
+
+    before, unet, scheduler = networks(), pipeline.unet, pipeline.scheduler
+    yield pipeline
+    assert pipeline.unet is unet and pipeline.scheduler is scheduler and not pipeline.get_list_adapters()
+    for name, state in networks().items():
+        assert state.keys() == before[name].keys() and all(torch.equal(state[k], before[name][k]) for k in state), name
+
+
+def drawn(pipeline, **more):
+    return draw_latents(pipeline, PROMPTS, [1, 2], **DRAWING | more)
+
+
+def by_users(pipeline, guidance_scale=4.0):
+    """What a plain call of a plain pipeline draws."""
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    return pipeline(
+        PROMPTS, num_inference_steps=2, guidance_scale=guidance_scale, generator=generators, output_type="latent"
+    ).images
+
+
+def plain_pipeline(teacher, student, **more):
+    """As the README says."""
+    pipeline = DiffusionPipeline.from_pretrained(teacher, torch_dtype=torch.float32, **more)
+    pipeline.scheduler = LCMScheduler.from_pretrained(student)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+# --- the teacher
+
+
+def test_the_teacher_s_pipeline_is_whole_and_samples_with_ddim(pipeline, family, teachers):
+    assert family_of(pipeline.unet.config) == family and natural_resolution(pipeline) == 64
+    plain = DiffusionPipeline.from_pretrained(teachers[family], torch_dtype=torch.float32)
+    plain.set_progress_bar_config(disable=True)
+    plain.scheduler = DDIMScheduler.from_config(
+        plain.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=False, clip_sample=False
+    )
+    close(drawn(pipeline), by_users(plain))
+    with pytest.raises(UsageError, match="--resolution"):
+        load_teacher(Teacher(teachers[family]), device="cpu", dtype=torch.float32, resolution=63)
+
+
+def test_a_teacher_that_does_not_tell_its_size_needs_the_flag(sd_pipeline):
+    unet = sd_pipeline.unet
+    sd_pipeline.unet = UNet2DConditionModel.from_config(dict(unet.config) | {"sample_size": None})
+    with pytest.raises(UsageError, match="--resolution is needed"):
+        natural_resolution(sd_pipeline)
+    sd_pipeline.unet = unet
+
+
+def test_sdxl_s_vae_stays_in_float32_and_the_rest_does_not(teachers):
+    pipeline = load_teacher(Teacher(teachers["sdxl"]), device="cpu", dtype=torch.bfloat16)
+    upcast = pipeline.vae.config.force_upcast
+    assert pipeline.unet.dtype == pipeline.text_encoder_2.dtype == torch.bfloat16
+    assert pipeline.vae.dtype == (torch.float32 if upcast else torch.bfloat16)
+
+
+# --- drawing with students
+
+
+def test_a_full_student_draws_as_its_users_draw(pipeline, family, finished, teachers):
+    folder = finished("full", family)
+    plain = plain_pipeline(teachers[family], folder, unet=UNet2DConditionModel.from_pretrained(folder))
+    before = drawn(pipeline)
+    with find_student(folder).drawing_in(pipeline) as within:
+        assert within is pipeline
+        close(drawn(pipeline), by_users(plain))
+        assert (drawn(pipeline, guidance_scale=2.0) - drawn(pipeline)).abs().max() > 1e-3  # it heeds the guidance
+    assert torch.equal(drawn(pipeline), before)
+
+
+def test_a_lora_with_a_style_is_set_adapters(pipeline, family, finished, teachers):
+    folder, style = finished("lora", family), finished("style", family)
+    plain = plain_pipeline(teachers[family], folder)
+    plain.load_lora_weights(folder, adapter_name="lcm")
+    alone = by_users(plain, 1.0)
+    plain.load_lora_weights(style, adapter_name="style")
+    plain.set_adapters(["lcm", "style"], [0.9, 0.5])
+    student, before = find_student(folder), drawn(pipeline)
+    with student.drawing_in(pipeline):
+        close(drawn(pipeline, guidance_scale=1.0), alone)
+    with student.drawing_in(pipeline, lora_scale=0.9, loras=[WeightedLora(style, 0.5)]):
+        close(drawn(pipeline, guidance_scale=1.0), by_users(plain, 1.0))
+        assert (drawn(pipeline, guidance_scale=1.0) - alone).abs().max() > 0.01
+    assert torch.equal(drawn(pipeline), before)
+
+
+def test_a_style_on_a_full_student_and_on_the_teacher(pipeline, family, finished, teachers):
+    folder, style = finished("full", family), finished("style", family)
+    plain = plain_pipeline(teachers[family], folder, unet=UNet2DConditionModel.from_pretrained(folder))
+    plain.load_lora_weights(style, adapter_name="style")
+    plain.set_adapters(["style"], [0.5])
+    before = drawn(pipeline)
+    with find_student(folder).drawing_in(pipeline, loras=[WeightedLora(style, 0.5)]):
+        close(drawn(pipeline), by_users(plain))
+    plain.unet.unload_lora()
+    plain = plain_pipeline(teachers[family], folder)
+    plain.scheduler = pipeline.scheduler
+    plain.load_lora_weights(style, adapter_name="style")
+    plain.set_adapters(["style"], [0.5])
+    with with_loras(pipeline, [WeightedLora(style, 0.5)]):
+        close(drawn(pipeline), by_users(plain))
+    assert torch.equal(drawn(pipeline), before)
+
+
+def test_a_fused_student_is_a_copy_that_may_be_kept(pipeline, family, finished):
+    student = find_student(finished("lora", family))
+    with student.drawing_in(pipeline, lora_scale=0.7):
+        expected = drawn(pipeline, guidance_scale=1.0)
+    with student.drawing_in(pipeline, fuse=True, lora_scale=0.7):
+        kept, sampler = pipeline.unet, pipeline.scheduler
+        assert not any(isinstance(module, LoraLayer) for module in kept.modules())
+        close(drawn(pipeline, guidance_scale=1.0), expected)
+    teacher, scheduler = pipeline.unet, pipeline.scheduler
+    pipeline.unet, pipeline.scheduler = kept, sampler
+    close(drawn(pipeline, guidance_scale=1.0), expected)
+    pipeline.unet, pipeline.scheduler = teacher, scheduler
+
+
+def test_of_one_lora_each_time_nothing_is_left_for_the_next(sd_pipeline, finished):
+    """Two students in turn are what each is alone."""
+    lora, full = find_student(finished("lora", "sd")), find_student(finished("full", "sd"))
+    pictures = []
+    for student in (lora, full, lora, full):
+        with student.drawing_in(sd_pipeline):
+            pictures.append(drawn(sd_pipeline))
+    assert torch.equal(pictures[0], pictures[2]) and torch.equal(pictures[1], pictures[3])
+
+
+def test_what_a_network_is_told_and_what_it_has_inside(finished, teachers, tmp_path):
+    assert find_student(finished("full", "sd")).is_told_the_guidance
+    assert not find_student(finished("lora", "sd")).is_told_the_guidance
+    shutil.copytree(Path(teachers["sd"], "unet"), tmp_path / "merged")
+    assert not find_student(str(tmp_path / "merged")).is_told_the_guidance
+
+
+# --- finding them
+
+
+def test_every_kind_of_place_is_found(finished, tmp_path):
+    full, lora = finished("full", "sd"), finished("lora", "sd")
+    assert find_student(full) == Student(full, "full")
+    assert find_student(lora) == Student(lora, "lora")
+    assert find_student(f"{full}/unet_target") == Student(f"{full}/unet_target", "full")
+    for file in ("pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors"):
+        assert find_student(f"{lora}/{file}") == Student(f"{lora}/{file}", "lora")
+    shutil.copytree(f"{full}/unet", tmp_path / "pipeline" / "unet")
+    assert find_student(str(tmp_path / "pipeline")) == Student(str(tmp_path / "pipeline"), "full", "unet")
+
+
+def test_a_short_name_for_each(finished, tmp_path, monkeypatch):
+    lora = Path(finished("lora", "sd"))
+    assert find_student(str(lora)).name == lora.name == find_student(f"{lora}/").name
+    assert find_student(f"{lora}/pytorch_lora_weights.safetensors").name == lora.name  # all are called so
+    shutil.copy(lora / "pytorch_lora_weights.safetensors", tmp_path / "paper-cut.v1.safetensors")
+    assert find_student(str(tmp_path / "paper-cut.v1.safetensors")).name == "paper-cut.v1"
+    monkeypatch.chdir(lora)
+    assert find_student(".").name == lora.name
+    assert Student("someone/lcm-lora-x", "lora").name == "lcm-lora-x"
+
+
+def test_two_of_one_name_are_refused(finished, tmp_path):
+    lora = finished("lora", "sd")
+    shutil.copytree(lora, tmp_path / Path(lora).name)
+    assert len(find_students([lora, finished("full", "sd")])) == 2
+    with pytest.raises(UsageError, match=f"--student: two are called {Path(lora).name}"):
+        find_students([lora, str(tmp_path / Path(lora).name)])
+
+
+@pytest.mark.parametrize("made", ["nothing", "a folder", "a picture", "a LoRA of another name"])
+def test_what_is_no_student_is_refused_with_the_flag(made, tmp_path):
+    path = tmp_path / "it"
+    if made != "nothing":
+        path.mkdir()
+    if made == "a LoRA of another name":
+        (path / "style.safetensors").touch()
+    if made == "a picture":
+        path = path / "a.png"
+        path.touch()
+    with pytest.raises(UsageError, match=f"--student {path}: neither a U-Net .* nor a LoRA"):
+        find_student(str(path))
+
+
+def test_a_hub_id_without_a_connection_is_refused_unless_it_is_in_the_cache(finished, tmp_path, sd_pipeline):
+    """Once one file was looked for that the cache did not have, all that it had did not count."""
+    with pytest.raises(UsageError, match="--student some/lcm: no such folder, and the Hub cannot be asked"):
+        find_student("some/lcm", str(tmp_path))
+    cached = tmp_path / "models--some--lcm"
+    shutil.copytree(finished("full", "sd"), cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    student = find_student("some/lcm", str(tmp_path))
+    assert student == Student("some/lcm", "full", cache_dir=str(tmp_path)) and student.is_told_the_guidance
+    with student.drawing_in(sd_pipeline):
+        from_cache, grid = drawn(sd_pipeline), sd_pipeline.scheduler.config.original_inference_steps
+    with find_student(finished("full", "sd")).drawing_in(sd_pipeline):
+        assert grid == GRID and torch.equal(drawn(sd_pipeline), from_cache)
+
+
+# --- as the public ones are laid out
+
+
+def test_a_public_lcm_is_a_whole_pipeline(sd_pipeline, finished, teachers, tmp_path):
+    """Its `unet/` and its `scheduler/` count; the config of an older version says the same in other words."""
+    shutil.copytree(teachers["sd"], tmp_path / "lcm", ignore=shutil.ignore_patterns("unet", "scheduler"))
+    shutil.copytree(f"{finished('full', 'sd')}/unet", tmp_path / "lcm" / "unet")
+    LCMScheduler(original_inference_steps=25).save_pretrained(tmp_path / "lcm" / "scheduler")
+    file = tmp_path / "lcm" / "unet" / "config.json"
+    config = json.loads(file.read_text())
+    assert config["upcast_attention"] is False and config["attention_head_dim"] == 4
+    config |= {"upcast_attention": None, "attention_head_dim": [4, 4, 4], "sample_size": 96, "_name_or_path": "x"}
+    config.pop("transformer_layers_per_block")
+    file.write_text(json.dumps(config))
+    with find_student(finished("full", "sd")).drawing_in(sd_pipeline):
+        sampler, expected = sd_pipeline.scheduler, drawn(sd_pipeline)
+    for place in (tmp_path / "lcm", tmp_path / "lcm" / "unet"):
+        with find_student(str(place)).drawing_in(sd_pipeline):
+            assert sd_pipeline.scheduler.config.original_inference_steps == 25
+            sd_pipeline.scheduler = sampler
+            close(drawn(sd_pipeline), expected)
+
+
+def test_a_public_lora_has_no_scheduler_of_its_own(sd_pipeline, finished, tmp_path):
+    """It draws with the teacher's noise schedule under `LCMScheduler`, and with Diffusers' grid."""
+    shutil.copy(Path(finished("lora", "sd"), "pytorch_lora_weights.safetensors"), tmp_path)
+    for place in (tmp_path, tmp_path / "pytorch_lora_weights.safetensors"):
+        with find_student(str(place)).drawing_in(sd_pipeline):
+            config = sd_pipeline.scheduler.config
+            assert isinstance(sd_pipeline.scheduler, LCMScheduler) and config.original_inference_steps == 50
+            assert (config.beta_schedule, config.beta_end) == ("scaled_linear", 0.012)
+            assert drawn(sd_pipeline, guidance_scale=1.0).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "part", ["full:", "full:unet", "full:unet_target", "lora:", "lora:kohya_lora_weights.safetensors"]
+)
+def test_the_parts_of_a_distillation_draw_with_its_scheduler(part, finished):
+    """The average of a run was drawn with Diffusers' grid and scaling instead of the run's."""
+    kind, _, name = part.partition(":")
+    scheduler = find_student(str(Path(finished(kind, "sd"), name))).sampler({})
+    assert (scheduler.config.original_inference_steps, scheduler.config.timestep_scaling) == (GRID, 5.0)
+
+
+def test_a_kohya_file_is_the_same_lora(sd_pipeline, finished):
+    pictures = []
+    for file in ("pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors"):
+        with find_student(str(Path(finished("lora", "sd"), file))).drawing_in(sd_pipeline):
+            pictures.append(drawn(sd_pipeline, guidance_scale=1.0))
+    close(*pictures)
+
+
+def test_a_folder_with_half_precision_weights_alone_is_loaded(sd_pipeline, finished, tmp_path):
+    folder = Path(finished("full", "sd"))
+    for file in ("config.json", "diffusion_pytorch_model.fp16.safetensors"):
+        shutil.copy(folder / file, tmp_path)
+    with find_student(str(tmp_path)).drawing_in(sd_pipeline):
+        assert sd_pipeline.unet.dtype == torch.float32 and not sd_pipeline.unet.training
+
+
+# --- what does not fit
+
+
+@contextlib.contextmanager
+def refused(*words):
+    with pytest.raises(UsageError) as caught:
+        yield
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_students_of_another_teacher_are_refused_and_nothing_of_them_is_left(pipeline, family, finished):
+    other = {"sd": "sdxl", "sdxl": "sd"}[family]
+    before = drawn(pipeline)
+    for kind, words in (("full", "their U-Nets differ in"), ("lora", "cannot be put into the teacher")):
+        folder = finished(kind, other)
+        with refused(f"--student {folder}", words), find_student(folder).drawing_in(pipeline):
+            pass
+    style = WeightedLora(finished("style", other), flag="--lora")
+    with refused(f"--lora {style.source}"), find_student(finished("lora", family)).drawing_in(pipeline, loras=[style]):
+        pass
+    assert torch.equal(drawn(pipeline), before)
+
+
+def test_weights_that_are_not_there_or_damaged_are_refused(sd_pipeline, finished, tmp_path):
+    shutil.copy(Path(finished("full", "sd"), "config.json"), tmp_path)
+    with (
+        refused(f"--student {tmp_path}: its weights cannot be loaded"),
+        find_student(str(tmp_path)).drawing_in(sd_pipeline),
+    ):
+        pass
+    (tmp_path / "damaged.safetensors").write_bytes(b"no weights")
+    with refused("damaged.safetensors"), find_student(str(tmp_path / "damaged.safetensors")).drawing_in(sd_pipeline):
+        pass
+
+
+class _Executed:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+def test_a_pickled_lora_is_not_opened(sd_pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "style.bin").write_bytes(pickle.dumps(_Executed()))
+    with refused("--lora style.bin", ".safetensors"), with_loras(sd_pipeline, [WeightedLora("style.bin")]):
+        pass
+    assert not (tmp_path / "executed").exists()
+
+
+# --- what libraries say
+
+
+def test_libraries_tell_of_nothing_that_is_meant_and_of_all_else(sd_pipeline, finished, teachers, capfd):
+    heard = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    quiet_libraries()
+    diffusers_logging.add_handler(handler)
+    try:
+        LCMScheduler.from_config(DDIMScheduler.load_config(teachers["sd"], subfolder="scheduler"))
+        style = WeightedLora(finished("style", "sd"))
+        with find_student(finished("lora", "sd")).drawing_in(sd_pipeline, loras=[style]):
+            pass
+        assert heard == [] and capfd.readouterr() == ("", "")
+        logging.getLogger("diffusers.configuration_utils").warning("The weights are those of another model")
+        logging.getLogger("diffusers.loaders.peft").warning("No LoRA keys associated to UNet2DConditionModel found")
+    finally:
+        diffusers_logging.remove_handler(handler)
+    assert len(heard) == 2
