@@ -82,7 +82,7 @@ def enter(
     guidance_scale: float,
     lora_guidance_scale: float,
 ) -> list[Contender]:
-    """The teacher and each student, its LoRA fused; all U-Nets on the pipeline's device."""
+    """The teacher and each student, its LoRA fused; the students' U-Nets in the main memory."""
     check_steps("--teacher_steps", teacher_steps, pipeline.scheduler)
     contenders = [
         Contender("teacher", pipeline.unet, pipeline.scheduler, teacher_steps, guidance_scale, guidance_scale > 1)
@@ -92,9 +92,8 @@ def enter(
         scale = guidance_scale if told else lora_guidance_scale
         check_steps("--steps", steps, student.sampler(pipeline.scheduler.config))
         with student.drawing_in(pipeline, fuse=True):
-            contenders.append(
-                Contender(student.name, pipeline.unet, pipeline.scheduler, steps, scale, scale > 1 and not told)
-            )
+            unet = pipeline.unet.to("cpu")
+            contenders.append(Contender(student.name, unet, pipeline.scheduler, steps, scale, scale > 1 and not told))
     return contenders
 
 

@@ -172,7 +172,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--student",
         nargs="+",
-        default=[],
+        default=None,
         metavar="STUDENT",
         help="full LCMs and LCM-LoRAs to draw with: folders, Hub ids, LoRAs' .safetensors files (default: none)",
     )
@@ -182,7 +182,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--lora",
         nargs="+",
-        default=[],
+        default=None,
         metavar="NAME=WEIGHT",
         help="further LoRAs, such as styles, on every model, the teacher too: folders, Hub ids or .safetensors files; "
         "without =WEIGHT at 1",
@@ -293,9 +293,9 @@ def main(argv: list[str] | None = None) -> None:
     strength = 1.0 if args.init_image is None else args.strength or 0.5
     init_image = None if args.init_image is None else read_init_image(args.init_image)
     device, dtype = drawing_device(args.device, args.dtype)
-    loras = [parse_lora(text, args.cache_dir) for text in args.lora]
+    loras = [parse_lora(text, args.cache_dir) for text in args.lora or []]
     rows = plan_rows(
-        find_students(args.student, args.cache_dir),
+        find_students(args.student or [], args.cache_dir),
         steps=args.steps,
         teacher_steps=args.teacher_steps,
         guidance_scales=args.guidance_scale,

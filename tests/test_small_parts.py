@@ -12,11 +12,11 @@ from lcm_distill import plan as plan_module
 from lcm_distill.errors import DivergenceError, UsageError, run_program
 from lcm_distill.journal import Journal
 from lcm_distill.optim import build_lr_scheduler, build_optimizer, keeping_settings
-from lcm_distill.pictures import labelled_grid
+from lcm_distill.pictures import labelled_grid, shown
 from lcm_distill.plan import plan_training
 from lcm_distill.progress import Progress
 from lcm_distill.randomness import BatchRandom
-from lcm_distill.runtime import check_writable, start_accelerator
+from lcm_distill.runtime import check_writable, drawing_device, memory_errors, start_accelerator
 from lcm_distill.trackers import parse_trackers
 
 # --- randomness
@@ -249,6 +249,64 @@ def test_grid_holds_every_picture_where_it_belongs():
     assert {(255, 0, 0), (0, 128, 0), (0, 0, 255)} <= found
     x, y = next((x, y) for y in range(grid.height) for x in range(grid.width) if grid.getpixel((x, y)) == (255, 0, 0))
     assert grid.getpixel((x + 60, y)) == (0, 128, 0) and grid.getpixel((x, y + 60)) == (0, 0, 255)
+
+
+def test_a_smaller_picture_is_smoothed_and_a_larger_one_keeps_its_pixels():
+    """Grids of large pictures left pixels out: a fine pattern came out black or white instead of grey."""
+    stripes = Image.new("L", (64, 64))
+    stripes.putdata([255 * (x % 2) for _ in range(64) for x in range(64)])
+    assert {value // 16 for _, value in shown(stripes, 16).crop((2, 2, 14, 14)).getcolors()} <= {7, 8}
+    large = shown(stripes, 256)
+    assert {value for _, value in large.getcolors()} == {0, 255} and large.size == (256, 256)
+    assert shown(stripes, 64) is stripes
+
+
+# --- commands that draw
+
+
+@pytest.mark.parametrize(
+    "there, device, dtype, expected",
+    [((), None, None, ("cpu", torch.float32)), ((), "cpu", "bf16", ("cpu", torch.bfloat16)),
+     (("cuda", "mps"), None, None, ("cuda", torch.float16)), (("mps",), None, None, ("mps", torch.float16)),
+     (("cuda",), "cuda:1", "bf16", ("cuda:1", torch.bfloat16)), (("cuda",), "cpu", None, ("cpu", torch.float32)),
+     (("mps",), None, "fp32", ("mps", torch.float32))],
+)  # fmt: skip
+def test_commands_draw_on_the_best_device_there_is(there, device, dtype, expected, monkeypatch):
+    for name in ("cuda", "mps"):
+        monkeypatch.setattr(getattr(torch, name), "is_available", lambda name=name: name in there)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert drawing_device(device, dtype) == (torch.device(expected[0]), expected[1])
+
+
+@pytest.mark.parametrize(
+    "there, device, dtype, words",
+    [((), "cuda", None, "--device cuda: .* there is cpu"), ((), "gpu", None, "--device gpu is no device"),
+     (("cuda",), "mps", None, "there is cuda, cpu"), (("cuda",), "cuda:2", None, "the last GPU here is cuda:1"),
+     (("cuda",), "meta", None, "--device meta"), (("cuda",), "cpu", "fp16", "--dtype fp16 needs a GPU")],
+)  # fmt: skip
+def test_a_device_that_is_not_there_is_refused(there, device, dtype, words, monkeypatch):
+    for name in ("cuda", "mps"):
+        monkeypatch.setattr(getattr(torch, name), "is_available", lambda name=name: name in there)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(UsageError, match=words):
+        drawing_device(device, dtype)
+
+
+def test_a_full_memory_is_told_with_its_remedy():
+    with pytest.raises(UsageError, match="Tried 2 GiB.*: take less"), memory_errors("take less"):
+        raise torch.OutOfMemoryError("Tried 2 GiB\nand more")
+    with pytest.raises(KeyError), memory_errors("take less"):
+        raise KeyError
+
+
+def test_an_interrupted_command_speaks_of_no_checkpoint(capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    for go_on, said in (([""], "interrupted\n"), ([], "interrupted; go on from the last checkpoint")):
+        with pytest.raises(SystemExit) as stopped:
+            run_program(interrupt, *go_on)
+        assert stopped.value.code == 130 and capsys.readouterr().err.startswith(said)
 
 
 # --- what is shared
