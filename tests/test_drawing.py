@@ -159,7 +159,7 @@ def test_img2img_is_diffusers_own_and_takes_the_steps_that_it_is_told(pipeline, 
     hook = pipeline.unet.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
     try:
         drawn = redraw_latents(
-            pipeline, picture, PROMPTS, SEEDS, strength=0.6, inference_steps=4, guidance_scale=3.0, batch_size=3
+            pipeline, picture, PROMPTS[:2], SEEDS[:2], strength=0.6, inference_steps=2, guidance_scale=3.0, batch_size=2
         )
         hook.remove()
         own = {"force_zeros_for_empty_prompt": pipeline.config.get("force_zeros_for_empty_prompt")}
@@ -169,16 +169,16 @@ def test_img2img_is_diffusers_own_and_takes_the_steps_that_it_is_told(pipeline, 
         expected = torch.cat(
             [
                 plain(
-                    prompt, image=picture, strength=0.6, num_inference_steps=7, guidance_scale=3.0,
+                    prompt, image=picture, strength=0.6, num_inference_steps=4, guidance_scale=3.0,
                     generator=generator, output_type="latent",
                 ).images
-                for prompt, generator in zip(PROMPTS, generators(), strict=True)
+                for prompt, generator in zip(PROMPTS[:2], generators()[:2], strict=True)
             ]
         )  # fmt: skip
     finally:
         hook.remove()
         pipeline.scheduler = scheduler
-    assert passes == [6] * 4  # three pictures, two passes each
+    assert passes == [4] * 2  # two pictures, two passes each, and two steps of the four
     torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
 
 

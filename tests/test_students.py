@@ -154,36 +154,36 @@ def test_a_lora_with_a_style_is_set_adapters(pipeline, family, finished, teacher
     assert torch.equal(drawn(pipeline), before)
 
 
-def test_a_style_on_a_full_student_and_on_the_teacher(pipeline, family, finished, teachers):
-    folder, style = finished("full", family), finished("style", family)
-    plain = plain_pipeline(teachers[family], folder, unet=UNet2DConditionModel.from_pretrained(folder))
+def test_a_style_on_a_full_student_and_on_the_teacher(sd_pipeline, finished, teachers):
+    folder, style = finished("full", "sd"), finished("style", "sd")
+    plain = plain_pipeline(teachers["sd"], folder, unet=UNet2DConditionModel.from_pretrained(folder))
     plain.load_lora_weights(style, adapter_name="style")
     plain.set_adapters(["style"], [0.5])
-    before = drawn(pipeline)
-    with find_student(folder).drawing_in(pipeline, loras=[WeightedLora(style, 0.5)]):
-        close(drawn(pipeline), by_users(plain))
+    before = drawn(sd_pipeline)
+    with find_student(folder).drawing_in(sd_pipeline, loras=[WeightedLora(style, 0.5)]):
+        close(drawn(sd_pipeline), by_users(plain))
     plain.unet.unload_lora()
-    plain = plain_pipeline(teachers[family], folder)
-    plain.scheduler = pipeline.scheduler
+    plain = plain_pipeline(teachers["sd"], folder)
+    plain.scheduler = sd_pipeline.scheduler
     plain.load_lora_weights(style, adapter_name="style")
     plain.set_adapters(["style"], [0.5])
-    with with_loras(pipeline, [WeightedLora(style, 0.5)]):
-        close(drawn(pipeline), by_users(plain))
-    assert torch.equal(drawn(pipeline), before)
+    with with_loras(sd_pipeline, [WeightedLora(style, 0.5)]):
+        close(drawn(sd_pipeline), by_users(plain))
+    assert torch.equal(drawn(sd_pipeline), before)
 
 
-def test_a_fused_student_is_a_copy_that_may_be_kept(pipeline, family, finished):
-    student = find_student(finished("lora", family))
-    with student.drawing_in(pipeline, lora_scale=0.7):
-        expected = drawn(pipeline, guidance_scale=1.0)
-    with student.drawing_in(pipeline, fuse=True, lora_scale=0.7):
-        kept, sampler = pipeline.unet, pipeline.scheduler
+def test_a_fused_student_is_a_copy_that_may_be_kept(sd_pipeline, finished):
+    student = find_student(finished("lora", "sd"))
+    with student.drawing_in(sd_pipeline, lora_scale=0.7):
+        expected = drawn(sd_pipeline, guidance_scale=1.0)
+    with student.drawing_in(sd_pipeline, fuse=True, lora_scale=0.7):
+        kept, sampler = sd_pipeline.unet, sd_pipeline.scheduler
         assert not any(isinstance(module, LoraLayer) for module in kept.modules())
-        close(drawn(pipeline, guidance_scale=1.0), expected)
-    teacher, scheduler = pipeline.unet, pipeline.scheduler
-    pipeline.unet, pipeline.scheduler = kept, sampler
-    close(drawn(pipeline, guidance_scale=1.0), expected)
-    pipeline.unet, pipeline.scheduler = teacher, scheduler
+        close(drawn(sd_pipeline, guidance_scale=1.0), expected)
+    teacher, scheduler = sd_pipeline.unet, sd_pipeline.scheduler
+    sd_pipeline.unet, sd_pipeline.scheduler = kept, sampler
+    close(drawn(sd_pipeline, guidance_scale=1.0), expected)
+    sd_pipeline.unet, sd_pipeline.scheduler = teacher, scheduler
 
 
 def test_of_one_lora_each_time_nothing_is_left_for_the_next(sd_pipeline, finished):
