@@ -40,12 +40,12 @@ from PIL import Image
 
 from lcm_distill import flags
 from lcm_distill.checkpoint import versions
-from lcm_distill.drawing import SAMPLERS, draw_latents, teacher_sampler
+from lcm_distill.drawing import SAMPLERS, check_steps, draw_latents, teacher_sampler
 from lcm_distill.errors import UsageError, run_program
 from lcm_distill.metrics import ClipScore, Cmmd, Drawn, Fid, LatentDistances, Metric, Toy
 from lcm_distill.pictures import labelled_grid
-from lcm_distill.runtime import check_writable, drawing_device, quiet_libraries
-from lcm_distill.students import Student, find_students, load_teacher
+from lcm_distill.runtime import check_writable, drawing_device, memory_errors, quiet_libraries
+from lcm_distill.students import Student, find_students, load_teacher, natural_resolution
 from lcm_distill.teacher import Teacher
 from lcm_distill.validation import read_prompts
 
@@ -94,9 +94,8 @@ def evaluate(
     """
     scheduler_config = dict(pipeline.scheduler.config)
     lcm = [student.sampler(scheduler_config) for student in students]
-    for student, sampler in zip(students, lcm, strict=True):
-        if max(steps) > (most := sampler.config.original_inference_steps):
-            raise UsageError(f"--steps {max(steps)}: {student.name} draws in at most {most} steps.")
+    for sampler in lcm:
+        check_steps("--steps", max(steps), sampler)
     seeds = range(seed, seed + len(prompts))
 
     def draw(count: int, scale: float) -> tuple[Drawn, float]:
@@ -243,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
         cache_dir=args.cache_dir,
     )
     pipeline = load_teacher(teacher, device=device, dtype=dtype, resolution=args.resolution or 8)
-    resolution = args.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    resolution = args.resolution or natural_resolution(pipeline)
     count = args.num_pictures or (len(prompts) if prompts else 64)
     real, captions = real_pictures(args.real, count, resolution) if args.real else (None, [])
     prompts = list(itertools.islice(itertools.cycle(prompts or captions), count))
@@ -264,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     rows: list[Row] = []
     steps = list(dict.fromkeys(args.steps))
     total = 1 + len(steps) * (len(args.samplers) + 1 + len(students))
-    for row in evaluate(
+    drawing = evaluate(
         pipeline,
         students,
         prompts=prompts,
@@ -278,10 +277,12 @@ def main(argv: list[str] | None = None) -> None:
         batch_size=args.batch_size,
         seed=args.seed,
         shown=args.shown,
-    ):
-        rows.append(row)
-        said = "  ".join(f"{name} {number(value)}" for name, value in row.values.items())
-        print(f"{len(rows):3d} of {total}  {row.label:32s} {said}", flush=True)
+    )
+    with memory_errors("take a smaller --batch_size or --resolution."):
+        for row in drawing:
+            rows.append(row)
+            said = "  ".join(f"{name} {number(value)}" for name, value in row.values.items())
+            print(f"{len(rows):3d} of {total}  {row.label:32s} {said}", flush=True)
 
     settings = {
         "teacher": args.pretrained_teacher_model,
@@ -320,4 +321,4 @@ def write(
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, go_on="")

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 
 from lcm_distill import sd, sdxl
 from lcm_distill.drawing import teacher_sampler
-from lcm_distill.errors import UsageError
+from lcm_distill.errors import UsageError, brief
 from lcm_distill.teacher import Teacher, read_configs
 from lcm_distill.unets import architecture
 
@@ -75,7 +75,7 @@ class WeightedLora:
                 )
         except Exception as error:  # no such file, other shapes, another model's names: each its own class
             raise UsageError(
-                f"{self.flag} {self.source}: this LoRA cannot be put into the teacher ({_first_line(error)}). Give a "
+                f"{self.flag} {self.source}: this LoRA cannot be put into the teacher ({brief(error)}). Give a "
                 ".safetensors LoRA, and the teacher, or one of the same architecture, that it was made for."
             ) from None
 
@@ -195,7 +195,7 @@ class Student:
                 )
                 return unet.to(teacher.device).requires_grad_(False).eval()
             except (OSError, ValueError, RuntimeError) as error:
-                reasons.append(_first_line(error))
+                reasons.append(brief(error))
         raise UsageError(
             f"--student {self.source}: its weights cannot be loaded ({reasons[0]}); give a folder that a finished "
             "distillation left, or download it anew."
@@ -259,10 +259,4 @@ def _has(source: str, file: str, cache_dir: str | None) -> bool:
     except Exception as error:  # no connection, no right
         with contextlib.suppress(Exception):
             return (Path(snapshot_download(source, cache_dir=cache_dir, local_files_only=True)) / file).is_file()
-        raise UsageError(
-            f"--student {source}: no such folder, and the Hub cannot be asked ({_first_line(error)})."
-        ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{(str(error).strip() or type(error).__name__).splitlines()[0]:.200}"
+        raise UsageError(f"--student {source}: no such folder, and the Hub cannot be asked ({brief(error)}).") from None
