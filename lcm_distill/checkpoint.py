@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from lcm_distill.errors import SaveError, UsageError
-from lcm_distill.sharding import is_split
+from lcm_distill.sharding import saves_together
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ class Checkpoints:
         return state
 
     def _save_parts(self, models: list[Any], weights: list[Any], output_dir: str) -> None:
-        if self._accelerator.is_main_process or is_split(self._accelerator):  # what is sharded is gathered by all
+        if self._accelerator.is_main_process or saves_together(self._accelerator):
             for name, part in self._parts.items():
                 part.save(Path(output_dir) / name)
         weights.clear()  # Accelerate need not save them again

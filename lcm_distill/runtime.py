@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lcm_distill.errors import UsageError
 from lcm_distill.sharding import settle_engine
+from lcm_distill.zero import ZeroAccelerator, asks_for_deepspeed
 
 
 def start_accelerator(
@@ -43,7 +44,8 @@ def start_accelerator(
         torch.backends.cuda.matmul.allow_tf32 = allow_tf32
         torch.backends.cudnn.allow_tf32 = allow_tf32
     disable_progress_bar()  # transformers draws one for every network that it loads
-    accelerator = Accelerator(
+    engine = ZeroAccelerator if asks_for_deepspeed() else Accelerator
+    accelerator = engine(
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=gradient_accumulation_steps,
         log_with=None if dry_run or not trackers else trackers,

@@ -1,4 +1,4 @@
-"""Networks split over the ranks (FSDP2), and the same calls for one process and for DDP, which leave them whole.
+"""Networks split over the ranks (FSDP2), and the same calls for what leaves them whole: one process, DDP, ZeRO-2.
 
 A sharded network's parameters are DTensors: each rank holds a slice of every one. `fully_shard` gathers a unit's
 parameters just before its forward or backward pass and frees them right after, so that a rank needs memory for its
@@ -21,6 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lcm_distill.errors import UsageError
+from lcm_distill.zero import ZeroAccelerator, ZeroOptimizerPart, check_zero, prepare_zero
 
 # What is gathered together; what is left of a U-Net (convolutions at its ends, embeddings, samplers) is one unit more.
 _UNITS = ("BasicTransformerBlock", "ResnetBlock2D")
@@ -35,11 +36,8 @@ def settle_engine(accelerator: Accelerator, *, can_shard: bool) -> None:
         # Accelerate passes over FSDP on CPUs without a word, although PyTorch does it there too.
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise UsageError(
-            "`accelerate config` asks for DeepSpeed, which this program does not do; take FSDP for a full student "
-            "(configs/fsdp2.yaml, or zero2.yaml in place of ZeRO-2), or launch with --multi_gpu."
-        )
+    if isinstance(accelerator, ZeroAccelerator):
+        check_zero(accelerator, can_shard=can_shard)
     if not is_split(accelerator):
         return
     if not can_shard:
@@ -71,6 +69,11 @@ def is_split(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
+def saves_together(accelerator: Accelerator) -> bool:
+    """Whether every rank takes part in saving, because networks or the optimizer's state are split over them."""
+    return is_split(accelerator) or isinstance(accelerator, ZeroAccelerator)
+
+
 def whole_device(accelerator: Accelerator) -> torch.device:
     """Where to hold whole networks: on the run's device, or in the CPU's memory when `shard` splits them next."""
     return torch.device("cpu") if is_split(accelerator) else accelerator.device
@@ -99,10 +102,12 @@ def shard(accelerator: Accelerator, *networks: UNet2DConditionModel) -> None:
 def prepare(
     accelerator: Accelerator, network: UNet2DConditionModel, optimizer: torch.optim.Optimizer
 ) -> tuple[Any, AcceleratedOptimizer]:
-    """`accelerator.prepare(network, optimizer)`, for a network that `shard` may have split.
+    """`accelerator.prepare(network, optimizer)`, for a network that `shard` may have split, or for ZeRO.
 
     Accelerate itself would split the network by its own rules, and write it into each checkpoint a second time.
     """
+    if isinstance(accelerator, ZeroAccelerator):
+        return prepare_zero(accelerator, network, optimizer)
     if not is_split(accelerator):
         return accelerator.prepare(network, optimizer)
     if type(optimizer).__module__.startswith("bitsandbytes"):
@@ -185,6 +190,8 @@ class OptimizerPart:
 
 def optimizer_parts(accelerator: Accelerator, optimizer: AcceleratedOptimizer) -> dict[str, Any]:
     """What a checkpoint must hold beside the networks: nothing where Accelerate saves the optimizer itself."""
+    if isinstance(accelerator, ZeroAccelerator):
+        return {"optimizer.bin": ZeroOptimizerPart(optimizer)}
     return {"optimizer.bin": OptimizerPart(optimizer)} if is_split(accelerator) else {}
 
 

@@ -12,7 +12,7 @@ from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
-from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from conftest import TEACHERS
 from diffusers import UNet2DConditionModel
 from PIL import Image
@@ -26,9 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 # Every run in one launch: what takes long on a slow machine is to import and to warm up. (folder, engine, program,
-# steps, further flags); "kept" is `fsdp_reshard_after_forward: false`.
+# steps, further flags); "kept" is `fsdp_reshard_after_forward: false`, the engine "zero" is test_deepspeed.py's.
 FOUR = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "checkpointing_steps": 2}
-RUNS: list[tuple[str, str, str, int, dict]] = [
+Runs = list[tuple[str, str, str, int, dict]]
+RUNS: Runs = [
     ("ddp", "ddp", "sd", 4, FOUR),
     ("fsdp", "fsdp", "sd", 4, FOUR | {"validation_steps": 2}),
     ("halves", "fsdp", "sd", 4, FOUR | {"resume_from_checkpoint": "fsdp/checkpoint-2"}),
@@ -49,16 +50,15 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.distributed.tensor import DTensor
 from lcm_distill import sharding
 from lcm_distill.progress import Progress
+from lcm_distill.zero import ZeroAccelerator
 
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")  # one for all runs: to end it and start another is a race
 PartialState.destroy_process_group = AcceleratorState.destroy_process_group = lambda *_, **__: None
 networks, seen, log, close = [], {{}}, Progress.log, Progress.close
 
-def share(tensors):
-    tensors = list(tensors)
-    own = sum((t.to_local() if isinstance(t, DTensor) else t).numel() for t in tensors)
-    return own / sum(t.numel() for t in tensors)
+def share(tensors, whole):
+    return sum((t.to_local() if isinstance(t, DTensor) else t).numel() for t in tensors) / whole
 
 def logging(self, step, lr_scheduler):
     values = log(self, step, lr_scheduler)
@@ -68,17 +68,26 @@ def logging(self, step, lr_scheduler):
 
 def closing(self, *rest):
     seen["world"] = torch.distributed.get_world_size()
-    seen["engine"] = str(self._accelerator.distributed_type.value)
-    seen["shares"] = [share(network.parameters()) for network in networks]
+    zero = isinstance(self._accelerator, ZeroAccelerator)
+    seen["engine"] = "ZERO" if zero else str(self._accelerator.distributed_type.value)
+    sizes = [sum(p.numel() for p in network.parameters()) for network in networks]
+    seen["shares"] = [share(network.parameters(), size) for network, size in zip(networks, sizes)]
     seen["dtypes"] = [sorted({{str(p.dtype) for p in network.parameters()}}) for network in networks]
-    if seen["engine"] == "FSDP":
+    if "optimizer" in seen:
         states = list(seen.pop("optimizer").optimizer.state.values())
-        seen["shares"] += [share(state[name] for state in states) for name in ("exp_avg", "exp_avg_sq")]
+        seen["shares"] += [share([state[name] for state in states], sizes[0]) for name in ("exp_avg", "exp_avg_sq")]
     close(self, *rest)
 
 Progress.log, Progress.close = logging, closing
 for number, (engine, program, argv) in enumerate(json.loads(open(sys.argv[1]).read())):
     os.environ["ACCELERATE_USE_FSDP"] = "true" if engine.startswith("fsdp") else "false"
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true" if engine == "zero" else "false"
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
+    if engine == "zero":
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at the first use, on CPUs alone
+        os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "1"  # the launcher's default, whatever the flag
     os.environ |= {{"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false" if "kept" in engine else "true"}}
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"  # Accelerate's default: the programs must switch it off
     for state in (AcceleratorState, GradientState, PartialState):
@@ -91,7 +100,7 @@ for number, (engine, program, argv) in enumerate(json.loads(open(sys.argv[1]).re
         sharding.shard(accelerator, *given)
     def preparing(accelerator, network, optimizer):
         network, optimizer = sharding.prepare(accelerator, network, optimizer)
-        if sharding.is_split(accelerator):
+        if sharding.saves_together(accelerator):
             seen["optimizer"] = optimizer
         return network, optimizer
     module.shard, module.prepare = sharding_, preparing
@@ -103,11 +112,14 @@ for number, (engine, program, argv) in enumerate(json.loads(open(sys.argv[1]).re
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> SimpleNamespace:
-    """All `RUNS` on two ranks: the folder of their outputs, and by (run, rank) what was seen in them."""
-    folder = tmp_path_factory.mktemp("ranks")
+    return train(RUNS, tmp_path_factory.mktemp("ranks"))
+
+
+def train(runs: Runs, folder: Path) -> SimpleNamespace:
+    """All `runs` on two ranks: the folder of their outputs, and by (run, rank) what was seen in them."""
     make_shards(folder / "shards", shards=2, samples_per_shard=24, seed=3)
     jobs: list[tuple[str, str, list[str]]] = []
-    for name, engine, program, steps, more in RUNS:
+    for name, engine, program, steps, more in runs:
         flags = {
             "pretrained_teacher_model": TEACHERS[program], "train_shards_path_or_url": folder / "shards",
             "output_dir": folder / name, "resolution": 64, "train_batch_size": 2, "max_train_steps": steps,
@@ -126,7 +138,7 @@ def runs(tmp_path_factory) -> SimpleNamespace:
     assert done.returncode == 0, done.stderr[-5000:]
     seen = {
         (number, rank): json.loads((folder / f"jobs-{number}-{rank}").read_text())
-        for number in range(len(RUNS))
+        for number in range(len(runs))
         for rank in (0, 1)
     }
     return SimpleNamespace(folder=folder, seen=seen)
@@ -243,7 +255,6 @@ def engine(kind=DistributedType.FSDP, precision="no", **plugin) -> SimpleNamespa
         (engine(fsdp_version=1), True, "fsdp_version.*set it to 2"),
         (engine(cpu_offload=True), True, "fsdp_offload_params"),
         (engine(activation_checkpointing=True), True, "--gradient_checkpointing"),
-        (engine(DistributedType.DEEPSPEED), True, "DeepSpeed.*configs/fsdp2.yaml"),
     ],
 )
 def test_what_cannot_be_sharded_is_told(accelerator, can_shard, message, monkeypatch):
@@ -263,23 +274,29 @@ def test_8_bit_adam_is_refused():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_accelerate_takes_the_shipped_configurations(path, monkeypatch):
     """By its own loader, which refuses unknown keys, and its own launcher; FSDP's settings reach its plugin."""
-    config, sharded = load_config_from_file(str(path)), path.stem in ("fsdp2", "zero2")
+    config, sharded, zero = load_config_from_file(str(path)), path.stem == "fsdp2", path.stem == "zero2"
     args, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(path), "train.py"]))
     several = config.distributed_type in (DistributedType.MULTI_GPU, DistributedType.FSDP)
     assert (args.multi_gpu or args.use_fsdp) is several and args.num_processes == config.num_processes
+    assert args.use_deepspeed is zero
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    environment = prepare_multi_gpu_env(args) if several else prepare_simple_launcher_cmd_env(args)[1]
+    if zero:
+        args.deepspeed_fields_from_accelerate_config = []  # the launcher's own bookkeeping
+        environment = prepare_deepspeed_cmd_env(args)[1]
+    else:
+        environment = prepare_multi_gpu_env(args) if several else prepare_simple_launcher_cmd_env(args)[1]
     assert (
         environment["ACCELERATE_MIXED_PRECISION"] == config.mixed_precision == ("no" if path.stem == "cpu" else "bf16")
     )
     assert (environment.get("ACCELERATE_USE_FSDP") == "true") is sharded
+    assert (environment.get("ACCELERATE_USE_DEEPSPEED") == "true") is zero
     assert (environment.get("ACCELERATE_USE_CPU") == "True") is (path.stem == "cpu")
     if sharded:
         settings = {name: value for name, value in environment.items() if name.startswith("FSDP_")}
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
         plugin = FullyShardedDataParallelPlugin()
-        assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is (path.stem == "fsdp2")
+        assert plugin.fsdp_version == 2 and plugin.reshard_after_forward
         accelerator = engine()
         accelerator.state.fsdp_plugin = plugin
         settle_engine(accelerator, can_shard=True)
