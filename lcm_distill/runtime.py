@@ -35,8 +35,8 @@ def start_accelerator(
     """Accelerate's engine as the run's flags want it, and a logger that speaks on the main process only.
 
     A `dry_run` has no trackers and writes nothing; for others `output_dir` is made. `can_shard`: the program can split
-    its networks over the ranks (FSDP). `UsageError` for a precision that the device does not have, an engine that is
-    not supported, a folder that cannot be written to.
+    what it trains over the ranks (FSDP, ZeRO). `UsageError` for a precision that the device does not have, an engine
+    that is not supported, a folder that cannot be written to.
     """
     if local_rank != -1:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))  # from launchers that pass it as a flag alone

@@ -30,7 +30,7 @@ _UNITS = ("BasicTransformerBlock", "ResnetBlock2D")
 def settle_engine(accelerator: Accelerator, *, can_shard: bool) -> None:
     """Readies Accelerate's engine; `UsageError` for one that the program does not run on.
 
-    `can_shard` says whether the program can split its networks over the ranks.
+    `can_shard` says whether the program can split what it trains over the ranks.
     """
     if _asks_for_fsdp() and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # Accelerate passes over FSDP on CPUs without a word, although PyTorch does it there too.

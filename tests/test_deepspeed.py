@@ -18,7 +18,7 @@ from lcm_distill.errors import UsageError
 from lcm_distill.zero import asks_for_deepspeed, check_zero, prepare_zero
 
 # As in test_fsdp.py. Every step is clipped, each by another factor: Adam alone would not notice a common one.
-CLIPPED = FOUR | {"max_grad_norm": 0.002, "checkpointing_steps": 1}
+CLIPPED = FOUR | {"max_grad_norm": 0.05, "checkpointing_steps": 1}
 RUNS: Runs = [
     ("ddp", "ddp", "sd", 2, CLIPPED),
     ("zero", "zero", "sd", 2, CLIPPED | {"validation_steps": 1}),
@@ -56,7 +56,7 @@ def test_training_equals_ddp(runs):
     for name in ("losses", "grad_norms"):
         ddp, deepspeed = (runs.seen[NUMBER[run], 0][name] for run in ("ddp", "zero"))
         assert len(ddp) == 2 and ddp == pytest.approx(deepspeed, rel=1e-5)
-    assert min(runs.seen[NUMBER["zero"], 0]["grad_norms"]) > 0.002
+    assert min(runs.seen[NUMBER["zero"], 0]["grad_norms"]) > 0.05
 
 
 def test_sdxl_trains_as_with_ddp_in_bf16(runs):

@@ -87,6 +87,8 @@ for number, (engine, program, argv) in enumerate(json.loads(open(sys.argv[1]).re
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at the first use, on CPUs alone
+        # It asks, without naming a device, for the autocast of GPUs: here that means the CPU's.
+        torch.is_autocast_enabled = lambda device="cpu", asked=torch.is_autocast_enabled: asked(device)
         os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "1"  # the launcher's default, whatever the flag
     os.environ |= {{"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false" if "kept" in engine else "true"}}
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"  # Accelerate's default: the programs must switch it off
