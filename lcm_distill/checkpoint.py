@@ -177,10 +177,16 @@ class Checkpoints:
         return state
 
     def _save_parts(self, models: list[Any], weights: list[Any], output_dir: str) -> None:
+        errors = []
         if self._accelerator.is_main_process or saves_together(self._accelerator):
             for name, part in self._parts.items():
-                part.save(Path(output_dir) / name)
+                try:
+                    part.save(Path(output_dir) / name)
+                except Exception as error:  # noqa: BLE001 - what the other ranks gather in the next part needs this one
+                    errors.append(error)
         weights.clear()  # Accelerate need not save them again
+        if errors:
+            raise errors[0]
 
     def _load_parts(self, models: list[Any], input_dir: str) -> None:
         models.clear()

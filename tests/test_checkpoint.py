@@ -237,3 +237,22 @@ def test_a_best_checkpoint_that_cannot_be_written_is_no_best(tmp_path, monkeypat
     assert "could not be written" in caplog.text and not list_checkpoints(tmp_path)
     assert checkpoints.keep_if_best(0.6, 2, {}, {})  # nothing was rated, so this is the best
     accelerator.free_memory()
+
+
+def test_a_part_that_fails_on_one_rank_keeps_none_waiting_in_the_next(tmp_path):
+    """Parts gather over the ranks: the main process left them at its first full disk, the others waited for it."""
+
+    class Noting:
+        def __init__(self, error=None):
+            self.error, self.saved = error, False
+
+        def save(self, folder):
+            self.saved = True
+            if self.error:
+                raise self.error
+
+    parts = {"unet": Noting(OSError("no room")), "unet_target": Noting(), "optimizer.bin": Noting(OSError("still"))}
+    checkpoints = Checkpoints(Accelerator(cpu=True), str(tmp_path), parts, None)
+    with pytest.raises(SaveError, match="no room"):
+        checkpoints.save(1, {}, {}, must=True)
+    assert all(part.saved for part in parts.values()) and list_checkpoints(tmp_path) == []
