@@ -46,6 +46,8 @@ GRID_QUALITY = 85
 _USUAL = ("grad_norm", "lr", "samples_per_second", "data_wait")
 _TITLES = {
     "loss": "Loss",
+    "distance/student": "Student's distance from the teacher",
+    "distance/target": "Target's distance from the teacher",
     "grad_norm": "Gradient norm",
     "lr": "Learning rate",
     "samples_per_second": "Pictures per second",

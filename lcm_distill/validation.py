@@ -132,8 +132,8 @@ class Validation:
                 log_pictures(self._accelerator, fresh, global_step)
         distances = broadcast_object_list([distances])[0]
         self.measured = {
-            f"{name.removeprefix('distance/')}: distance of its one-step answer from the end of the teacher's path, "
-            "relative to that end (0 is perfect)": value
+            f"distance of one step from the teacher's {self._teacher_steps}, in latents, relative (0 is perfect): "
+            f"{name.removeprefix('distance/')}": value
             for name, value in distances.items()
         }
         if distances and self._output_dir is not None:
