@@ -2,6 +2,7 @@
 
     python -m benchmarks.stream                            # pictures per second, and a profile: some 5 minutes
     python -m benchmarks.stream --memory 200000            # resident memory over 200,000 samples: some 3 minutes
+    python -m benchmarks.stream --encoded                  # encoded shards against pictures: some 2 minutes
     python -m benchmarks.stream --output benchmarks/results/stream-cpu.json      # keep the result as JSON
 
 Speed. Two pipelines read the same shards with the same number of worker processes, crop at random to 512 x 512 and
@@ -23,6 +24,10 @@ from Pillow's.
 
 Profile. The same two pipelines in one process, as worker 0 of 1: where the CPU milliseconds per picture go. In a real
 worker the hand-over runs in a thread beside the rest.
+
+Encoded. The stream over the pictures of 1024 x 768, and over shards of the same samples as `encode_shards` writes them
+for 512 x 512: latents with their mirror images, and those with captions encoded as well, in the sizes of Stable
+Diffusion 1.x and SDXL. (The numbers in them are drawn; how fast they are read does not depend on what they say.)
 
 Memory. A loader with one worker reads tiny pictures, epoch after epoch, from shards of which some are compressed, cut
 short, or full of samples that cannot be used. Resident memory of worker and main process is read 100 times on the way.
@@ -62,9 +67,12 @@ from torch.utils.data import default_collate
 import lcm_distill.samples
 import lcm_distill.stream
 from lcm_distill.checkpoint import versions
+from lcm_distill.encoded import Encoding
+from lcm_distill.preflight import inspect_shards
 from lcm_distill.samples import Preparation, prepare_sample
-from lcm_distill.shards import read_shard
+from lcm_distill.shards import LATENTS, read_shard
 from lcm_distill.stream import DropCounter, ShardStream, make_loader
+from lcm_distill.writing import whole_tar
 
 ROOT = Path(__file__).resolve().parents[1]
 RESOLUTION = 512
@@ -184,7 +192,7 @@ def straightforward_loader(shards: list[str], workers: int) -> wds.WebLoader:
 
 
 def stream_of(shards: list[str]) -> ShardStream:
-    preparation = Preparation(resolution=RESOLUTION, random_flip=True)
+    preparation = inspect_shards(shards, Preparation(resolution=RESOLUTION, random_flip=True), limit=1).preparation
     return ShardStream(shards=shards, preparation=preparation, batch_size=BATCH, seed=0, shuffle_window=WINDOW)
 
 
@@ -202,6 +210,7 @@ class Arm:
     batches: Iterator
     processes: list[psutil.Process]
     use: Callable = lambda batch: None
+    times: int = 1  # so many batches in place of one: fast ones need longer turns
     rates: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
@@ -209,9 +218,9 @@ class Arm:
         for _ in range((PREFETCH + 1) * len(self.processes)):  # made while the others were measured
             next(self.batches)
         start, start_cpu = time.perf_counter(), self._cpu_seconds()
-        for _ in range(count):
+        for _ in range(count * self.times):
             self.use(next(self.batches))
-        pictures = count * BATCH
+        pictures = count * self.times * BATCH
         self.rates.append(pictures / (time.perf_counter() - start))
         self.cpu.append(1000 * (self._cpu_seconds() - start_cpu) / pictures)
         self.settle()
@@ -250,27 +259,92 @@ def compare_speed(shards: list[str], workers: int, rounds: int, count: int) -> d
         "stream": Arm(ours, our_workers),
         "stream, float": Arm(ours, our_workers, to_float),
     }
+    result = take_turns(arms, "straightforward", rounds, count)
+    loader.close()
+    return {"workers": workers} | result
+
+
+def take_turns(arms: dict[str, Arm], against: str, rounds: int, count: int) -> dict:
     for arm in arms.values():
         arm.settle()
     for turn in range(rounds):
         for arm in arms.values():
             arm.measure(count)
-        now = ", ".join(f"{name} {arm.rates[-1]:.1f} ({arm.cpu[-1]:.1f} ms CPU)" for name, arm in arms.items())
+        now = ", ".join(f"{name} {arm.rates[-1]:.1f} ({arm.cpu[-1]:.2f} ms CPU)" for name, arm in arms.items())
         print(f"  round {turn + 1}: {now}", flush=True)
-    loader.close()
-    plain = arms["straightforward"]
+    plain = arms[against]
     return {
-        "workers": workers,
-        "pictures_each": rounds * count * BATCH,
+        "pictures_each": {name: rounds * count * arm.times * BATCH for name, arm in arms.items()},
         "pictures_per_second": {name: round(statistics.median(arm.rates), 1) for name, arm in arms.items()},
-        "worker_cpu_ms_per_picture": {name: round(statistics.median(arm.cpu), 1) for name, arm in arms.items()},
-        "times_straightforward": {
+        "worker_cpu_ms_per_picture": {name: round(statistics.median(arm.cpu), 2) for name, arm in arms.items()},
+        f"times_{against}": {
             name: round(statistics.median(a / b for a, b in zip(arm.rates, plain.rates, strict=True)), 2)
             for name, arm in arms.items()
             if arm is not plain
         },
         "rounds": {name: [round(rate, 1) for rate in arm.rates] for name, arm in arms.items()},
     }
+
+
+# Encoded shards.
+
+EMBEDDINGS: dict[str, dict[str, tuple[int, ...]]] = {
+    "latents": {},
+    "latents, SD captions": {"encoder_hidden_states": (77, 768)},
+    "latents, SDXL captions": {"encoder_hidden_states": (77, 2048), "text_embeds": (1280,)},
+}
+
+
+def make_encoded_shards(pictures: list[str], folder: Path, embeddings: dict[str, tuple[int, ...]]) -> list[str]:
+    """Shards of the same samples, encoded for 512 x 512 pixels; the numbers are drawn."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+
+    def drawn(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32).astype(np.float16)
+
+    encoding = Encoding(
+        vae="drawn", scaling_factor=0.18215, shift_factor=None, vae_dtype="float32", moments=(8, 64, 64),
+        resolution=RESOLUTION, interpolation="bilinear", center_crop=False, random_flip=True, caption_column=None,
+        text="drawn" if embeddings else None, embeddings=embeddings,
+        empty_caption={name: drawn(*shape) for name, shape in embeddings.items()},
+    )  # fmt: skip
+    for shard in pictures:
+        with whole_tar(folder / Path(shard).name) as tar:
+            for name, content in encoding.header_files().items():
+                tar.add(name, content)
+            for raw in read_shard(shard):
+                arrays = {name: drawn(*encoding.moments) for name in ("moments", "mirrored_moments")}
+                arrays |= {name: drawn(1, *shape) for name, shape in embeddings.items()}
+                arrays["sizes"] = np.array([(768, 1024), (0, 85), (768, 1024)], np.int64)
+                tar.add(f"{raw.key}.{LATENTS}", encoding.pack(arrays))
+                for extension in ("json", "txt"):
+                    tar.add(f"{raw.key}.{extension}", raw.files[extension])
+    return [str(folder / Path(shard).name) for shard in pictures]
+
+
+def run_encoded(folder: Path, workers: list[int], rounds: int) -> list[dict]:
+    pictures, kilobytes = make_speed_shards(folder / "pictures", 1024, 768)
+    of_each = {"pictures": pictures}
+    for name, embeddings in EMBEDDINGS.items():
+        of_each[name] = make_encoded_shards(pictures, folder / name, embeddings)
+    sizes = {name: round(sum(map(os.path.getsize, shards)) / 96000) for name, shards in of_each.items()}
+    print(f"kilobytes of a sample: {sizes}")
+    results = []
+    for number in workers:
+        print(f"  {number} workers, pictures per second", flush=True)
+        arms, loaders = {}, []
+        for name, shards in of_each.items():
+            before = psutil.Process().children()
+            loaders.append(make_loader(stream_of(shards), number))
+            batches = iter(loaders[-1])
+            next(batches)
+            arms[name] = Arm(batches, workers_since(before, number), times=1 if name == "pictures" else 8)
+        results.append({"workers": number, "kilobytes": sizes} | take_turns(arms, "pictures", rounds, 8))
+        print("  " + json.dumps({k: v for k, v in results[-1].items() if k != "rounds"}), flush=True)
+        for loader in loaders:
+            loader.close()
+    return results
 
 
 def pixel_difference(shard: str) -> dict:
@@ -284,7 +358,7 @@ def pixel_difference(shard: str) -> dict:
         image = image.resize((width, height), Image.Resampling.BILINEAR)
         y, x = ours.crop_top_left
         theirs = np.asarray(image.crop((x, y, x + RESOLUTION, y + RESOLUTION)))
-        differences.append(np.abs(ours.pixels.astype(int) - theirs))
+        differences.append(np.abs(ours.arrays["pixels"].astype(int) - theirs))
     together = np.stack(differences)
     return {"mean": round(float(together.mean()), 2), "99th percentile": float(np.percentile(together, 99))}
 
@@ -570,14 +644,17 @@ def main() -> None:
         "--rounds", type=int, default=7, help="turns of each pipeline; 128 small or 64 large pictures each (7)"
     )
     parser.add_argument("--memory", type=int, metavar="SAMPLES", help="watch the memory over so many samples instead")
+    parser.add_argument("--encoded", action="store_true", help="measure encoded shards against pictures instead")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON; the other part of an older result stays")
     args = parser.parse_args()
     torch.set_num_threads(1)
     origin = provenance(sys.argv[1:])
-    part = "speed" if args.memory is None else "memory"
+    part = "encoded" if args.encoded else "speed" if args.memory is None else "memory"
     with tempfile.TemporaryDirectory() as temporary:
-        if args.memory is None:
-            numbers: object = run_speed(Path(temporary), args.sizes, args.workers, args.rounds)
+        if args.encoded:
+            numbers: object = run_encoded(Path(temporary), args.workers, args.rounds)
+        elif args.memory is None:
+            numbers = run_speed(Path(temporary), args.sizes, args.workers, args.rounds)
         else:
             numbers = run_memory(Path(temporary), args.memory)
     if args.output:

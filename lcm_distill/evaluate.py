@@ -177,7 +177,7 @@ def real_pictures(shards: str, count: int, resolution: int) -> tuple[list[Image.
             sample = prepare_sample(raw, preparation, draws=np.zeros(5))
         except BadSample:
             continue
-        pictures.append(Image.fromarray(np.ascontiguousarray(sample.pixels)))
+        pictures.append(Image.fromarray(np.ascontiguousarray(sample.arrays["pixels"])))
         captions.append(sample.caption)
         if len(pictures) == count:
             return pictures, captions

@@ -146,8 +146,11 @@ def add_model_flags(parser: CommandParser) -> None:
     group.add_argument("--cache_dir", type=str, default=None, help="where models from the Hub are kept")
 
 
-def add_device_flags(parser: CommandParser) -> None:
-    """Where, and in what precision, finished models draw; `runtime.drawing_device` makes of it what torch needs."""
+def add_device_flags(parser: CommandParser, *, dtype: str | None = None) -> None:
+    """Where, and in what precision, finished models draw; `runtime.drawing_device` makes of it what torch needs.
+
+    `dtype` is the default of --dtype; None for what is fastest.
+    """
     group = parser.add_argument_group("device")
     group.add_argument(
         "--device",
@@ -158,22 +161,16 @@ def add_device_flags(parser: CommandParser) -> None:
     group.add_argument(
         "--dtype",
         type=str,
-        default=None,
+        default=dtype,
         choices=["fp16", "bf16", "fp32"],
-        help="precision of the networks (default: fp16 on a GPU, fp32 on a CPU); SDXL's VAE stays in fp32 unless its "
-        "config says that half is safe for it",
+        help="precision of the networks; SDXL's VAE stays in fp32 unless its config says that half is safe for it "
+        f"(default: {dtype or 'fp16 on a GPU, fp32 on a CPU'})",
     )
 
 
-def add_data_flags(parser: Parser, *, resolution: int) -> None:
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--train_shards_path_or_url",
-        type=str,
-        default=None,
-        help="WebDataset shards: a tar, a folder of tars, a pattern such as data/{00000..00099}.tar, a .txt file with "
-        "one of these on each line, a URL (https, s3, hf, …) or 'pipe:COMMAND'; several are joined by '::'",
-    )
+def add_preparation_flags(parser: CommandParser, *, resolution: int | None) -> None:
+    """How a sample becomes pixels and words. Without a default `resolution` that must be given."""
+    group = parser.add_argument_group("pictures and captions")
     group.add_argument(
         "--caption_column",
         type=str,
@@ -186,6 +183,7 @@ def add_data_flags(parser: Parser, *, resolution: int) -> None:
         "--resolution",
         type=positive_int,
         default=resolution,
+        required=resolution is None,
         help="pictures are resized (shorter side) and cropped to this many pixels; a multiple of the VAE's factor, 8",
     )
     group.add_argument(
@@ -197,9 +195,6 @@ def add_data_flags(parser: Parser, *, resolution: int) -> None:
     )
     _switch(group, "--center_crop", "crop the middle instead of a random place")
     _switch(group, "--random_flip", "mirror half of the pictures left to right")
-    group.add_argument(
-        "--proportion_empty_prompts", type=fraction, default=0, help="share of the captions replaced by the empty one"
-    )
     group.add_argument(
         "--min_image_size",
         type=count,
@@ -228,6 +223,20 @@ def add_data_flags(parser: Parser, *, resolution: int) -> None:
         help="leave out pictures whose JSON does not satisfy this: a key, one of >= <= > < = !=, and a number or a "
         "word, in quotes, such as 'punsafe<0.2' 'meta.language=en'",
     )
+
+
+def add_data_flags(parser: Parser, *, resolution: int) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--train_shards_path_or_url",
+        type=str,
+        default=None,
+        help="WebDataset shards: a tar, a folder of tars, a pattern such as data/{00000..00099}.tar, a .txt file with "
+        "one of these on each line, a URL (https, s3, hf, …) or 'pipe:COMMAND'; several are joined by '::'",
+    )
+    group.add_argument(
+        "--proportion_empty_prompts", type=fraction, default=0, help="share of the captions replaced by the empty one"
+    )
     group.add_argument(
         "--max_bad_fraction",
         type=fraction,
@@ -251,6 +260,7 @@ def add_data_flags(parser: Parser, *, resolution: int) -> None:
         default=None,
         help="pictures that count as one epoch (default: all; local shards are counted)",
     )
+    add_preparation_flags(parser, resolution=resolution)
 
 
 def add_training_flags(parser: Parser) -> None:

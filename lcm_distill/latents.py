@@ -1,4 +1,12 @@
-"""Pictures to the VAE's latents, and back."""
+"""Pictures to the VAE's latents, and back.
+
+    pixels --encode_moments--> mean and standard deviation --sample_moments--> latents --decode_latents--> pictures
+
+Encoded shards hold what is between the first two: the draw stays.
+"""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -7,21 +15,36 @@ from PIL import Image
 
 
 @torch.no_grad()
+def encode_moments(vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """The VAE's posterior of `pixels` uint8 `[B, 3, H, W]`: mean and standard deviation, float32 `[B, 2C, H/8, W/8]`.
+
+    At most `batch_size` pictures are encoded at once, on the VAE's device.
+    """
+    pixels = (pixels.to(vae.device, non_blocking=True).float() / 127.5 - 1.0).to(vae.dtype)
+    parameters = torch.cat([vae.encode(part).latent_dist.parameters.float() for part in pixels.split(batch_size)])
+    mean, log_variance = parameters.chunk(2, dim=1)
+    return torch.cat([mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))], dim=1)
+
+
+def sample_moments(
+    moments: torch.Tensor, generator: torch.Generator, *, scaling_factor: float, shift_factor: float | None
+) -> torch.Tensor:
+    """Latents `[B, C, h, w]`, drawn in float32 from `generator`, of posteriors `moments` `[B, 2C, h, w]`.
+
+    Less the VAE's shift if it has one, times its `scaling_factor`.
+    """
+    mean, deviation = moments.float().chunk(2, dim=1)
+    latents = mean + deviation * torch.randn(mean.shape, generator=generator, device=mean.device)
+    return (latents - shift_factor if shift_factor else latents) * scaling_factor
+
+
 def encode_pixels(
     vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Latents float32 `[B, C, H/8, W/8]`, drawn from the VAE's posterior, of `pixels` uint8 `[B, 3, H, W]`.
-
-    Times the VAE's `scaling_factor`, less its shift if it has one. At most `batch_size` pictures are encoded
-    at once. The posterior is sampled in float32 from `generator`, on the VAE's device.
-    """
-    pixels = (pixels.to(vae.device, non_blocking=True).float() / 127.5 - 1.0).to(vae.dtype)
-    moments = torch.cat([vae.encode(part).latent_dist.parameters.float() for part in pixels.split(batch_size)])
-    mean, log_variance = moments.chunk(2, dim=1)
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-    latents = mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise
+    """Latents float32 `[B, C, H/8, W/8]` of `pixels` uint8 `[B, 3, H, W]`: `encode_moments`, then `sample_moments`."""
+    moments = encode_moments(vae, pixels, batch_size)
     shift = getattr(vae.config, "shift_factor", None)
-    return (latents - shift if shift else latents) * vae.config.scaling_factor
+    return sample_moments(moments, generator, scaling_factor=vae.config.scaling_factor, shift_factor=shift)
 
 
 @torch.no_grad()
@@ -39,6 +62,11 @@ def decode_latents(vae: AutoencoderKL, latents: torch.Tensor, batch_size: int) -
         for part in latents.split(batch_size):
             pictures += processor.postprocess(vae.decode(part).sample, output_type="pil")
     return pictures
+
+
+def scale_and_shift(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `sample_moments` needs of a VAE's config; old ones leave the `scaling_factor` of Stable Diffusion out."""
+    return {"scaling_factor": float(config.get("scaling_factor", 0.18215)), "shift_factor": config.get("shift_factor")}
 
 
 def vae_factor(config: dict) -> int:

@@ -6,18 +6,20 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from lcm_distill.encoded import Encoding, read_encoding
 from lcm_distill.errors import UsageError
 from lcm_distill.filters import is_filtered
 from lcm_distill.samples import (
     UNREADABLE_SHARD,
     BadSample,
+    MixedShards,
     Preparation,
     caption_reasons,
     prepare_sample,
     read_captions,
     read_json,
 )
-from lcm_distill.shards import FLAG, SHARD_NEEDS, RawSample, list_counts, read_shard
+from lcm_distill.shards import FLAG, SHARD_NEEDS, RawSample, list_counts, printable, read_shard
 
 
 @dataclass
@@ -25,7 +27,7 @@ class ShardReport:
     """What a first look into the shards found; print it."""
 
     shards: int  # how many there are
-    preparation: Preparation
+    preparation: Preparation  # as the training's stream needs it: with the encoding of the shards, if they are encoded
     opened: int = 0  # how many were looked into
     seen: int = 0  # samples
     usable: int = 0  # and not left out by a filter
@@ -46,6 +48,8 @@ class ShardReport:
             f"  captions from:   {list_counts(self.caption_sources)}",
             f"  JSON keys:       {list_counts(self.json_keys)}",
         ]
+        if self.preparation.encoding is not None:
+            lines.insert(1, f"  {self.preparation.encoding}")
         if self.smallest and self.largest:
             (h, w), (H, W) = self.smallest, self.largest
             lines.append(f"  picture sizes:   {w}x{h} to {W}x{H} (width x height)")
@@ -72,14 +76,15 @@ def inspect_shards(
 
     Args:
         shards: as `expand_shards` gives them.
-        preparation: as the training's stream gets it.
+        preparation: as the flags say it.
         limit: samples to look at. As long as none of them is usable the search goes on, up to
         max_samples: samples, in up to
         max_shards: shards; None for no bound.
 
     Raises:
         UsageError: no usable sample in what was looked at; says how many were dropped and why, which files and JSON
-            keys were found, and what a shard needs.
+            keys were found, and what a shard needs. Or encoded samples that are mixed with others, or that the flags
+            contradict.
     """
     report = ShardReport(shards=len(shards), preparation=preparation)
     column = preparation.caption_column
@@ -91,10 +96,17 @@ def inspect_shards(
     for shard in shards[:max_shards]:
         report.opened += 1
         try:
+            if not report.seen:
+                report.preparation = _as_encoded(preparation, read_encoding(shard))
+                column = report.preparation.caption_column
             for raw in read_shard(shard, caption_column=column, extensions=report.extensions):
                 _inspect_sample(raw, report)
                 if done():
                     break
+        except MixedShards as error:
+            raise UsageError(f"{error} It is in {printable(shard)}.") from None
+        except UsageError:
+            raise
         except Exception as error:  # noqa: BLE001 - as in the stream
             report.dropped[UNREADABLE_SHARD] += 1
             report.problems.append(f"{shard}: {error}")
@@ -119,12 +131,48 @@ def inspect_shards(
     raise UsageError(f"{FLAG} gives nothing to train on{so_far}: {report}\n{SHARD_NEEDS}")
 
 
+def _as_encoded(preparation: Preparation, encoding: Encoding | None) -> Preparation:
+    """How samples of this encoding are prepared; `UsageError` if that is not what the flags ask for."""
+    if encoding is None:
+        return preparation
+    again = "or encode the pictures again"
+    if preparation.resolution != encoding.resolution:
+        raise UsageError(
+            f"--resolution {preparation.resolution}: the latents in {FLAG} are of {encoding.resolution} pixels; give "
+            f"--resolution {encoding.resolution}, {again}."
+        )
+    if preparation.center_crop and not encoding.center_crop:
+        raise UsageError(f"--center_crop: the latents in {FLAG} are of random crops; leave it out, {again} with it.")
+    if preparation.random_flip and not encoding.random_flip:
+        raise UsageError(
+            f"--random_flip: no mirrored pictures are among the latents in {FLAG}; leave it out, {again} with it."
+        )
+    if preparation.interpolation not in (Preparation.interpolation, encoding.interpolation):
+        raise UsageError(
+            f"--interpolation_type {preparation.interpolation}: the pictures in {FLAG} were resized with "
+            f"{encoding.interpolation}; leave it out, {again} with it."
+        )
+    if encoding.text and preparation.caption_column not in (None, encoding.caption_column):
+        told = "the usual places" if encoding.caption_column is None else encoding.caption_column
+        raise UsageError(
+            f"--caption_column {preparation.caption_column}: the embeddings in {FLAG} are of the captions from {told}; "
+            f"leave it out, {again} with it."
+        )
+    return replace(
+        preparation,
+        interpolation=encoding.interpolation,
+        center_crop=encoding.center_crop,
+        caption_column=preparation.caption_column or encoding.caption_column,
+        encoding=encoding,
+    )
+
+
 def _inspect_sample(raw: RawSample, report: ShardReport) -> None:
     report.seen += 1
     meta = read_json(raw)
     report.json_keys.update(meta.keys())
     try:
-        # Whether it decodes is the question, not how it looks.
+        # Whether it decodes is the question, not how it looks. (Of latents the encoding says the resolution.)
         quick = replace(report.preparation, resolution=1, interpolation="nearest", proportion_empty_prompts=0.0)
         sample = prepare_sample(raw, quick, draws=np.zeros(5))
         _, source = read_captions(raw, meta, report.preparation.caption_column)

@@ -1,4 +1,8 @@
-"""From a raw sample to pixels and words: decode, caption, resize and crop, with the true micro-conditioning."""
+"""From a raw sample to pixels and words: decode, caption, resize and crop, with the true micro-conditioning.
+
+An encoded sample (`lcm_distill.encoded`) has the moments of its latents in place of pixels, and perhaps its captions'
+embeddings.
+"""
 
 import contextlib
 import io
@@ -12,9 +16,19 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from lcm_distill.encoded import Encoding, OtherEncoding, unpack
 from lcm_distill.errors import UsageError
 from lcm_distill.filters import FILTERED, Filter, look_up
-from lcm_distill.shards import PICTURES, RawSample, caption_files, check_caption_column, json_key
+from lcm_distill.shards import (
+    FLAG,
+    LATENTS,
+    PICTURES,
+    RawSample,
+    caption_files,
+    check_caption_column,
+    json_key,
+    printable,
+)
 
 CAPTION_KEYS = ("caption", "text")
 
@@ -43,6 +57,8 @@ HUGE_PICTURE = "picture is too large (a decompression bomb)"
 HUGE_FILE = "file is too large"
 DUPLICATE_NAME = "two files of one name in a sample"
 UNREADABLE_SHARD = "shard cannot be read, or not to its end"
+NO_LATENTS = "no latents (.latents.safetensors), as the other samples have"
+DAMAGED_LATENTS = "latents are damaged, or not what the shard says"
 
 
 class BadSample(Exception):
@@ -51,6 +67,16 @@ class BadSample(Exception):
     def __init__(self, reason: str):
         super().__init__(reason)
         self.reason = reason
+
+
+class MixedShards(UsageError):
+    """Samples of different kinds are among the shards: pictures, latents, latents of another encoding."""
+
+    def __init__(self, raw: RawSample, what: str):
+        super().__init__(
+            f"{FLAG}: the sample {printable(raw.key)} {what}. Train on shards of pictures, or on encoded ones that "
+            "were all made with the same teacher and flags (python -m lcm_distill.encode_shards)."
+        )
 
 
 @dataclass(frozen=True)
@@ -66,6 +92,7 @@ class Preparation:
         None for the usual ones.
     min_image_size: pictures whose shorter side is shorter than this many pixels are left out.
     filters: what a sample's JSON must satisfy, by `parse_filters`.
+    encoding: of the shards, if they are encoded; the resolution, the interpolation and the crop are then its own.
     """
 
     resolution: int
@@ -76,6 +103,7 @@ class Preparation:
     caption_column: str | None = None
     min_image_size: int = 0
     filters: Sequence[Filter] = ()
+    encoding: Encoding | None = None
 
     def __post_init__(self) -> None:
         for flag, value, least in (("--resolution", self.resolution, 1), ("--min_image_size", self.min_image_size, 0)):
@@ -93,7 +121,7 @@ class Preparation:
 
 @dataclass
 class Sample:
-    pixels: np.ndarray  # uint8 [resolution, resolution, 3]
+    arrays: dict[str, np.ndarray]  # "pixels" uint8 [resolution, resolution, 3]; or "moments" and embeddings, float16
     caption: str
     original_size: tuple[int, int]  # (height, width)
     crop_top_left: tuple[int, int]
@@ -210,8 +238,7 @@ def decode_picture(
     """
     image = open_picture(content)
     width, height = image.size
-    if min(width, height) < min_image_size:
-        raise BadSample(f"{FILTERED} --min_image_size {min_image_size}")
+    _check_size((height, width), min_image_size)
     try:
         if resolution is not None:
             image.draft(image.mode, (resolution, resolution))
@@ -222,6 +249,11 @@ def decode_picture(
         return to_rgb(image), ((width, height) if image.size != lies else (height, width))
     except Exception:  # noqa: BLE001 - decoders raise nearly anything
         raise BadSample(DAMAGED_PICTURE) from None
+
+
+def _check_size(size: tuple[int, int], min_image_size: int) -> None:
+    if min(size) < min_image_size:
+        raise BadSample(f"{FILTERED} --min_image_size {min_image_size}")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -281,7 +313,7 @@ def _resize(image: Image.Image, height: int, width: int, mode: str) -> np.ndarra
 
 
 def prepare_sample(raw: RawSample, preparation: Preparation, *, draws: np.ndarray) -> Sample:
-    """Decode, resize, crop and flip the picture, and choose the caption.
+    """Decode, resize, crop and flip the picture, and choose the caption; or unpack what was encoded.
 
     Args:
         draws: float64 [5] in [0, 1): top, left, flip, which caption, empty caption. All are always drawn, so that
@@ -289,22 +321,50 @@ def prepare_sample(raw: RawSample, preparation: Preparation, *, draws: np.ndarra
 
     Raises:
         BadSample: the sample cannot be used.
+        MixedShards: it is of another kind than `preparation` is for.
     """
     if raw.duplicate:
         raise BadSample(DUPLICATE_NAME)
     if raw.too_large:
         raise BadSample(HUGE_FILE)
-    content = next((raw.files[e] for e in PICTURES if e in raw.files), None)
-    if content is None:
-        raise BadSample(NO_PICTURE)
+    content = _picture_or_latents(raw, preparation.encoding)
     meta = read_json(raw)
     for condition in preparation.filters:
         if not condition.passes(meta):
             raise BadSample(condition.reason)
     captions, _ = read_captions(raw, meta, preparation.caption_column)
+    top, left, flip, which, empty = draws.tolist()
+    flipped = preparation.random_flip and flip < 0.5
+    number = None if empty < preparation.proportion_empty_prompts else int(which * len(captions))
+    if preparation.encoding is not None:
+        sample = _unpacked(raw, content, preparation, flipped, number, len(captions))
+    else:
+        sample = _decoded(content, preparation, top, left, flipped)
+        sample.original_size = _size_in_json(meta) or sample.original_size
+    sample.caption = "" if number is None else captions[number]
+    return sample
+
+
+def _picture_or_latents(raw: RawSample, encoding: Encoding | None) -> bytes:
+    """The file that `encoding` asks for; `MixedShards` if the other is there instead."""
+    picture, latents = next((raw.files[e] for e in PICTURES if e in raw.files), None), raw.files.get(LATENTS)
+    if encoding is None:
+        if picture is None:
+            if latents is not None:
+                raise MixedShards(raw, "is encoded, and others are pictures (or its shard has lost its first file)")
+            raise BadSample(NO_PICTURE)
+        return picture
+    if latents is None:
+        if picture is not None:
+            raise MixedShards(raw, "is a picture, and others are encoded")
+        raise BadSample(NO_LATENTS)
+    return latents
+
+
+def _decoded(content: bytes, preparation: Preparation, top: float, left: float, flipped: bool) -> Sample:
+    """The sample of a picture's file, still without a caption."""
     resolution = preparation.resolution
     image, true_size = decode_picture(content, resolution=resolution, min_image_size=preparation.min_image_size)
-    top, left, flip, which, empty = draws.tolist()
     if preparation.center_crop:
         top = left = 0.5
     square, (y, x), resized_width = resize_and_crop(
@@ -315,13 +375,24 @@ def prepare_sample(raw: RawSample, preparation: Preparation, *, draws: np.ndarra
         top=top,
         left=left,
     )
-    if preparation.random_flip and flip < 0.5:
+    if flipped:
         square = torch.from_numpy(square).flip(1).numpy()  # NumPy copies three bytes at a time
         x = resized_width - resolution - x
-    return Sample(
-        pixels=square,
-        caption="" if empty < preparation.proportion_empty_prompts else captions[int(which * len(captions))],
-        original_size=_size_in_json(meta) or true_size,
-        crop_top_left=(y, x),
-        picture_size=true_size,
-    )
+    return Sample({"pixels": square}, "", original_size=true_size, crop_top_left=(y, x), picture_size=true_size)
+
+
+def _unpacked(
+    raw: RawSample, content: bytes, preparation: Preparation, flipped: bool, number: int | None, captions: int
+) -> Sample:
+    """The sample of an encoded picture's file, still without a caption, but with the embeddings of the `number`-th."""
+    encoding = preparation.encoding
+    assert encoding is not None
+    try:
+        parts = unpack(content, encoding, mirrored=flipped, captions=captions)
+    except OtherEncoding:
+        raise MixedShards(raw, "was encoded in another way than others") from None
+    except ValueError:
+        raise BadSample(DAMAGED_LATENTS) from None
+    _check_size(parts.picture_size, preparation.min_image_size)
+    chosen = encoding.empty_caption if number is None else {name: e[number] for name, e in parts.embeddings.items()}
+    return Sample({"moments": parts.moments} | chosen, "", parts.original_size, parts.crop_top_left, parts.picture_size)

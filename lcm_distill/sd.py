@@ -1,6 +1,5 @@
 """The Stable Diffusion 1.x / 2.x family: load the frozen parts, encode captions, build the sampling pipeline."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,36 +7,60 @@ import torch
 from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from lcm_distill.encoded import Encoding
+from lcm_distill.frozen import FrozenParts
 from lcm_distill.teacher import Teacher
 
 PIPELINE = StableDiffusionPipeline
 
 
-@dataclasses.dataclass
-class Frozen:
-    """The parts that do not train. `unet` is the teacher; all are in eval mode, without gradients."""
+class Frozen(FrozenParts):
+    """The parts that do not train; `unet` is the teacher."""
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
     vae: AutoencoderKL
     unet: UNet2DConditionModel
 
+    def __init__(
+        self,
+        teacher: Teacher,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        unet_dtype: torch.dtype = torch.float32,
+        encoding: Encoding | None = None,
+    ):
+        kinds = {"tokenizer": CLIPTokenizer, "text_encoder": CLIPTextModel}
+        networks = {"vae": AutoencoderKL, "unet": UNet2DConditionModel}
+        dtypes = {"text_encoder": dtype, "vae": dtype, "unet": unet_dtype}
+        super().__init__(
+            teacher, device=device, kinds=kinds | networks, dtypes=dtypes, text=tuple(kinds), encoding=encoding
+        )
+
 
 def load_frozen(
-    teacher: Teacher, *, device: torch.device | str, dtype: torch.dtype, unet_dtype: torch.dtype = torch.float32
+    teacher: Teacher,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    unet_dtype: torch.dtype = torch.float32,
+    encoding: Encoding | None = None,
 ) -> Frozen:
     """Loads what does not train onto `device`: text encoder and VAE in `dtype`, the teacher's U-Net in `unet_dtype`.
 
     A student made from the U-Net needs it in float32: what trains must not start from rounded weights. The
-    autoencoders of SD 1.x and 2.x are safe in half precision. `UsageError` if weights are not there.
+    autoencoders of SD 1.x and 2.x are safe in half precision. What the shards' `encoding` makes needless waits.
+    `UsageError` if weights are not there.
     """
-    kinds = {"tokenizer": CLIPTokenizer, "text_encoder": CLIPTextModel, "vae": AutoencoderKL}
-    parts = teacher.load(
-        kinds | {"unet": UNet2DConditionModel}, {"text_encoder": dtype, "vae": dtype, "unet": unet_dtype}
-    )
-    for name in ("text_encoder", "vae", "unet"):
-        parts[name].to(device)
-    return Frozen(**parts)
+    frozen = Frozen(teacher, device=device, dtype=dtype, unet_dtype=unet_dtype, encoding=encoding)
+    frozen.load_for_training()
+    return frozen
+
+
+def text_fingerprint(teacher: Teacher) -> str:
+    """Tells what `encode_captions` gives for this teacher from what it gives for others, as `Teacher.fingerprint`."""
+    return teacher.fingerprint("text_encoder", CLIPTextModel)
 
 
 def base_model_version(unet_config: Mapping[str, Any]) -> str:
@@ -61,6 +84,13 @@ def encode_captions(frozen: Frozen, captions: list[str]) -> dict[str, torch.Tens
     mask = tokens.attention_mask.to(device, non_blocking=True) if use_mask else None
     output = frozen.text_encoder(tokens.input_ids.to(device, non_blocking=True), attention_mask=mask)
     return {"encoder_hidden_states": output.last_hidden_state}
+
+
+def batch_conditioning(frozen: Frozen, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The conditioning of a batch of the stream: its captions' embeddings, or else its captions, encoded."""
+    if "encoder_hidden_states" not in batch:
+        return encode_captions(frozen, batch["captions"])
+    return {"encoder_hidden_states": frozen.embedding(batch["encoder_hidden_states"])}
 
 
 def build_pipeline(frozen: Frozen, unet: UNet2DConditionModel, scheduler: LCMScheduler) -> StableDiffusionPipeline:

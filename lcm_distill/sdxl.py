@@ -1,21 +1,22 @@
 """The Stable Diffusion XL family (SSD-1B too): load the frozen parts, encode captions and sizes, build the pipeline."""
 
-import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from lcm_distill.encoded import Encoding
+from lcm_distill.frozen import FrozenParts
 from lcm_distill.teacher import Teacher
 
 PIPELINE = StableDiffusionXLPipeline
 BASE_MODEL_VERSION = "sdxl_base_v1-0"  # in the metadata of kohya-format LoRAs, by which programs tell what a LoRA fits
 
 
-@dataclasses.dataclass
-class Frozen:
-    """The parts that do not train. `unet` is the teacher; all are in eval mode, without gradients.
+class Frozen(FrozenParts):
+    """The parts that do not train; `unet` is the teacher.
 
     With `force_zeros_for_empty_prompt`, as in SDXL's own config, the empty caption is zeros, not its encoding.
     """
@@ -26,34 +27,56 @@ class Frozen:
     text_encoder_2: CLIPTextModelWithProjection
     vae: AutoencoderKL
     unet: UNet2DConditionModel
-    force_zeros_for_empty_prompt: bool
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        unet_dtype: torch.dtype = torch.float32,
+        encoding: Encoding | None = None,
+    ):
+        vae_dtype = torch.float32 if teacher.read_vae_config().get("force_upcast", True) else dtype
+        kinds = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer}
+        kinds |= {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+        networks = {"vae": AutoencoderKL, "unet": UNet2DConditionModel}
+        dtypes = {"text_encoder": dtype, "text_encoder_2": dtype, "vae": vae_dtype, "unet": unet_dtype}
+        super().__init__(
+            teacher, device=device, kinds=kinds | networks, dtypes=dtypes, text=tuple(kinds), encoding=encoding
+        )
+        self.force_zeros_for_empty_prompt: bool = forces_zeros(teacher)
+
+
+def text_fingerprint(teacher: Teacher) -> str:
+    """Tells what `encode_captions` gives for this teacher from what it gives for others, as `Teacher.fingerprint`."""
+    kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    prints = [teacher.fingerprint(part, kind) for part, kind in kinds.items()]
+    return "-".join([*prints, "zeros" if forces_zeros(teacher) else "encoded"])
+
+
+def forces_zeros(teacher: Teacher) -> bool:
+    """Whether the teacher's pipeline has zeros for the empty caption."""
+    return teacher.read_config(PIPELINE, None).get("force_zeros_for_empty_prompt", True)
 
 
 def load_frozen(
-    teacher: Teacher, *, device: torch.device | str, dtype: torch.dtype, unet_dtype: torch.dtype = torch.float32
+    teacher: Teacher,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    unet_dtype: torch.dtype = torch.float32,
+    encoding: Encoding | None = None,
 ) -> Frozen:
     """Loads what does not train onto `device`: text encoders in `dtype`, the teacher's U-Net in `unet_dtype`.
 
     A student made from the U-Net needs it in float32: what trains must not start from rounded weights. The VAE is
     in `dtype` only if its config says that half precision is safe for it (`force_upcast` false); SDXL's own
-    overflows there. `UsageError` if weights are not there.
+    overflows there. What the shards' `encoding` makes needless waits. `UsageError` if weights are not there.
     """
-    vae_dtype = torch.float32 if teacher.read_vae_config().get("force_upcast", True) else dtype
-    kinds = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer}
-    networks = {
-        "text_encoder": (CLIPTextModel, dtype),
-        "text_encoder_2": (CLIPTextModelWithProjection, dtype),
-        "vae": (AutoencoderKL, vae_dtype),
-        "unet": (UNet2DConditionModel, unet_dtype),
-    }
-    parts = teacher.load(
-        kinds | {name: kind for name, (kind, _) in networks.items()},
-        {name: dtype for name, (_, dtype) in networks.items()},
-    )
-    for name in networks:
-        parts[name].to(device)
-    zeros = teacher.read_config(PIPELINE, None).get("force_zeros_for_empty_prompt", True)
-    return Frozen(**parts, force_zeros_for_empty_prompt=zeros)
+    frozen = Frozen(teacher, device=device, dtype=dtype, unet_dtype=unet_dtype, encoding=encoding)
+    frozen.load_for_training()
+    return frozen
 
 
 @torch.no_grad()
@@ -79,6 +102,14 @@ def encode_captions(frozen: Frozen, captions: list[str]) -> dict[str, Any]:
         empty = torch.tensor([caption == "" for caption in captions]).to(states.device, non_blocking=True)
         states = states.masked_fill(empty[:, None, None], 0)
         pooled = pooled.masked_fill(empty[:, None], 0)
+    return {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": pooled}}
+
+
+def batch_conditioning(frozen: Frozen, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The text part of a batch of the stream: its captions' embeddings, or else its captions, encoded."""
+    if "encoder_hidden_states" not in batch:
+        return encode_captions(frozen, batch["captions"])
+    states, pooled = (frozen.embedding(batch[name]) for name in ("encoder_hidden_states", "text_embeds"))
     return {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": pooled}}
 
 

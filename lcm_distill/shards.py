@@ -28,6 +28,7 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 LIST_SUFFIXES = (".txt", ".list", ".lst")
 PICTURES = ("jpg", "jpeg", "png", "webp", "avif", "jfif", "bmp", "gif", "tif", "tiff")
 CAPTIONS = ("txt", "text", "caption")
+LATENTS = "latents.safetensors"  # in place of a picture: `lcm_distill.encoded`
 
 MAX_FILE_BYTES = 256 * 2**20  # a larger picture is not read,
 MAX_TEXT_BYTES = 4 * 2**20  # nor a larger caption or JSON
@@ -157,13 +158,13 @@ def _describe_folder(folder: str) -> str:
 
 def list_counts(counts: dict[str, int]) -> str:
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    listed = [f"{count} x {_printable(what)}" for what, count in ordered[:20]]
+    listed = [f"{count} x {printable(what)}" for what, count in ordered[:20]]
     if ordered[20:]:
         listed.append(f"{len(ordered) - 20} more kinds")
     return ", ".join(listed) or "nothing"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Names in a hostile tar may hold what no terminal can show, what it would obey, or a megabyte."""
     shown = "".join(character if character.isprintable() else "?" for character in text[:200])
     return shown + "..." * (len(text) > 200)
@@ -229,8 +230,9 @@ class RawSample:
     last: bool = False  # the shard ends with it
 
     def has_parts(self, caption_column: str | None) -> bool:
-        """It has a picture and something to take a caption from."""
-        return any(e in self.files for e in PICTURES) and any(e in self.files for e in caption_files(caption_column))
+        """It has a picture, or one's latents, and something to take a caption from."""
+        pictures, captions = (*PICTURES, LATENTS), caption_files(caption_column)
+        return any(e in self.files for e in pictures) and any(e in self.files for e in captions)
 
     @property
     def nbytes(self) -> int:
@@ -293,7 +295,7 @@ def _members(file: BinaryIO, *, offset: int, wanted: Callable[[str], bool]) -> I
         if not entry.readable or not wanted(entry.name):
             continue
         start = None if tar.compressed else entry.start
-        if entry.size > (MAX_FILE_BYTES if entry.name.lower().endswith(PICTURES) else MAX_TEXT_BYTES):
+        if entry.size > (MAX_FILE_BYTES if entry.name.lower().endswith((*PICTURES, LATENTS)) else MAX_TEXT_BYTES):
             yield _Member(entry.name, None, start)
         else:
             yield _Member(entry.name, tar.content(), start)
@@ -302,7 +304,7 @@ def _members(file: BinaryIO, *, offset: int, wanted: Callable[[str], bool]) -> I
 def read_shard(
     shard: str, *, caption_column: str | None = None, extensions: Counter | None = None, offset: int = 0
 ) -> Iterator[RawSample]:
-    """The samples of a shard in file order, undecoded; files that are neither picture, caption nor JSON stay unread.
+    """The samples of a shard in file order, undecoded; of what is no picture, latents, caption or JSON nothing is read.
 
     Args:
         shard: a path, URL or `pipe:` command, as `open_shard` takes it.
@@ -313,7 +315,7 @@ def read_shard(
     Raises:
         Exception: what opener and tar reader raise (many kinds), after the samples that could be read.
     """
-    needed = frozenset((*PICTURES, *caption_files(caption_column)))
+    needed = frozenset((*PICTURES, LATENTS, *caption_files(caption_column)))
 
     def wanted(name: str) -> bool:
         _, extension = _split_name(name)
@@ -328,12 +330,12 @@ def read_shard(
 def count_samples(shards: list[str], *, caption_column: str | None = None) -> int | None:
     """How many samples the shards hold, from the tar headers alone; None if a shard is not on a local file system.
 
-    Counts samples with a picture and a caption file (that of `--caption_column`, if given) or a JSON; whether they
-    decode, and whether the JSON has a caption, is not known here. What cannot be read counts as nothing. Takes about
-    a second for 10,000 samples; a compressed tar has to be unpacked for it.
+    Counts samples with a picture (or its latents) and a caption file (that of `--caption_column`, if given) or a JSON;
+    whether they decode, and whether the JSON has a caption, is not known here. What cannot be read counts as nothing.
+    Takes about a second for 10,000 samples; a compressed tar has to be unpacked for it.
     """
     column = check_caption_column(caption_column)
-    needed = frozenset((*PICTURES, *caption_files(column)))
+    needed = frozenset((*PICTURES, LATENTS, *caption_files(column)))
     total = 0
     for shard in shards:
         path = local_path(shard)

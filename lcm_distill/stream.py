@@ -39,7 +39,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from lcm_distill.errors import UsageError
 from lcm_distill.filters import is_filtered
 from lcm_distill.preflight import inspect_shards
-from lcm_distill.samples import UNREADABLE_SHARD, BadSample, Preparation, Sample, prepare_sample
+from lcm_distill.samples import UNREADABLE_SHARD, BadSample, MixedShards, Preparation, Sample, prepare_sample
 from lcm_distill.shards import FLAG, RawSample, list_counts, read_shard
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,9 @@ class ShardStream(IterableDataset):
     """Endless batches of captioned pictures; see the module's docstring for their order.
 
     A batch is a dict of
-        pixels: uint8 [batch_size, 3, resolution, resolution], 0 to 255, channels last in memory
+        pixels: uint8 [batch_size, 3, resolution, resolution], 0 to 255, channels last in memory; or of encoded shards
+        moments: float16 [batch_size, 2C, h, w], mean and standard deviation of the latents, and if the captions are
+            encoded too, encoder_hidden_states: float16 [batch_size, tokens, dim], and text_embeds, [batch_size, dim]
         captions: list of str, "" with probability `proportion_empty_prompts`; of a sample's several captions one is
             drawn, anew in each epoch
         original_sizes: int64 [batch_size, 2], (height, width) by the JSON's original_height and original_width, else
@@ -250,9 +252,14 @@ class StreamIterator:
     def __next__(self) -> dict:
         samples = list(islice(self._samples, self.stream.batch_size))
         # In a worker process it stacks into shared memory: nothing is copied on the way to the main process.
-        pixels = default_collate([torch.from_numpy(sample.pixels) for sample in samples])
+        tensors = {
+            name: default_collate([torch.from_numpy(sample.arrays[name]) for sample in samples])
+            for name in samples[0].arrays
+        }
+        if "pixels" in tensors:
+            tensors["pixels"] = tensors["pixels"].permute(0, 3, 1, 2)
         return {
-            "pixels": pixels.permute(0, 3, 1, 2),
+            **tensors,
             "captions": [sample.caption for sample in samples],
             "original_sizes": torch.tensor([sample.original_size for sample in samples]),
             "crop_top_lefts": torch.tensor([sample.crop_top_left for sample in samples]),
@@ -279,6 +286,8 @@ class StreamIterator:
                     except BadSample as bad:
                         self._drop(bad.reason)
                         continue
+                    except MixedShards as error:
+                        raise StreamError(f"{error} It is in {stream.shards[read.part.shard]}.") from None
                     delivered = True
                     self._count(bad=False)
                     yield sample

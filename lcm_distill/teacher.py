@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from diffusers.loaders.single_file_utils import (
     create_diffusers_clip_model_from_ldm,
     fetch_diffusers_config,
 )
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from lcm_distill.errors import UsageError, brief
@@ -158,7 +159,7 @@ class Teacher:
         """
         own = {name: kind for name, kind in parts.items() if name != "vae" or self.vae is None}
         loaded = self._load_single_file(own, dtypes) if self.is_single_file else self._load_folder(own, dtypes)
-        if self.vae is not None:
+        if self.vae is not None and "vae" in parts:
             try:
                 loaded["vae"] = AutoencoderKL.from_pretrained(
                     self.vae, torch_dtype=dtypes["vae"], revision=self.vae_revision, cache_dir=self.cache_dir
@@ -222,6 +223,55 @@ class Teacher:
     def _download_configs(self, source: str, parts: Mapping[str, Any]) -> str:
         patterns = [f"{name}/{files}" for name in parts for files in ("*.json", "*.txt")]
         return snapshot_download(source, cache_dir=self.cache_dir, allow_patterns=patterns)
+
+    def fingerprint(self, part: str, kind: Any) -> str:
+        """Tells the weights of `part`, a network of class `kind`, from others, mostly without loading them.
+
+        Of each tensor the first row counts (of a vector all), rounded to float16, and its name does not: folders, Hub
+        ids and single files, full and half precision of the same weights have one fingerprint. Of a VAE only the
+        encoder counts: one with another decoder makes the same latents. (The original layout of OpenCLIP's text
+        encoders joins tensors that Diffusers' has apart: these have two.) `UsageError` if weights are not there.
+        """
+        counted = ("encoder.", "quant_conv.") if part == "vae" else ""
+        rows = [
+            hashlib.blake2b(row.half().numpy().tobytes(), digest_size=16).digest()
+            for name, row in self._first_rows(part, kind)
+            if row.is_floating_point() and row.dim() and name.startswith(counted)
+        ]
+        return hashlib.blake2b(b"".join(sorted(rows)), digest_size=16).hexdigest()
+
+    def _first_rows(self, part: str, kind: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        path = self._weights_file(part, kind)
+        if path is None:  # pickled, in several files, or not there, which loading tells
+            network = self.load({part: kind}, {part: torch.float32})[part]
+            for name, tensor in network.state_dict().items():
+                yield name, tensor[:1] if tensor.dim() > 1 else tensor
+            return
+        prefixes = _ORIGINAL[part] if path == self.model else ("",)
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                for prefix in prefixes:
+                    if name.startswith(prefix):
+                        tensor = file.get_slice(name)
+                        many = len(tensor.get_shape()) > 1
+                        yield name.removeprefix(prefix), tensor[:1] if many else file.get_tensor(name)
+
+    def _weights_file(self, part: str, kind: Any) -> str | None:
+        """The .safetensors file that `part` is loaded from; None if there is none."""
+        if part == "vae" and self.vae is not None:
+            model, subfolder, revision, variant = self.vae, "", self.vae_revision, None
+        elif self.is_single_file:
+            return self.model
+        else:
+            model, subfolder, revision, variant = self.model, f"{part}/", self.revision, self.variant
+        stem = "diffusion_pytorch_model" if hasattr(kind, "load_config") else "model"
+        file = f"{subfolder}{stem}{f'.{variant}' if variant else ''}.safetensors"
+        if Path(model).exists():
+            return str(Path(model) / file) if (Path(model) / file).is_file() else None
+        try:
+            return hf_hub_download(model, file, revision=revision, cache_dir=self.cache_dir)
+        except (OSError, ValueError):
+            return None
 
 
 def _from_original_layout(

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
 from original_layout import open_clip, save_single_file
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lcm_distill import sd, sdxl
 from lcm_distill.errors import UsageError
@@ -181,6 +181,15 @@ def test_a_single_file_loads_in_silence(family, teachers, single_files, capfd):
         diffusers_logging.remove_handler(handler)
     printed = capfd.readouterr()
     assert printed.out == printed.err == ""
+
+
+def test_only_the_parts_asked_for_are_loaded(teacher, single_files, monkeypatch):
+    """A separate autoencoder was loaded whatever was asked for."""
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", lambda *_, **__: pytest.fail("nobody asked for the VAE"))
+    for model, config in ((teacher, None), (single_files["sd"], teacher)):
+        loading = Teacher(model, config=config, vae=f"{teacher}/vae")
+        parts = loading.load({"text_encoder": CLIPTextModel}, {"text_encoder": torch.float32})
+        assert list(parts) == ["text_encoder"]
 
 
 def test_a_single_file_without_an_autoencoder_takes_a_separate_one(teacher, single_files, tmp_path):

@@ -1,0 +1,413 @@
+"""Encode pictures once, and train from their latents: no training step needs the VAE, or has pictures to decode.
+
+    python -m lcm_distill.encode_shards "data/{00000..00099}.tar" encoded \\
+        --pretrained_teacher_model stable-diffusion-v1-5/stable-diffusion-v1-5 --resolution 512 --captions
+    torchrun --nproc_per_node 8 -m lcm_distill.encode_shards ...              # a process for each GPU
+
+IN is what --train_shards_path_or_url takes. For each of its shards OUT gets one of the same name, with the same samples
+in the same order, their captions and their JSON. In place of a picture it holds the distribution of its latents (mean
+and standard deviation, float16), of which each training step draws, as it does from a picture. The training programs
+take OUT as --train_shards_path_or_url, with the same teacher, VAE and --resolution, and refuse it with others.
+
+What is drawn anew in each epoch from pictures is fixed here: each sample has one crop, at random from (--seed, shard,
+sample), or with --center_crop the middle. With --random_flip the mirrored pictures are encoded too, and training with
+--random_flip draws which. --captions encodes the captions as well: then training needs no text encoder either. A
+picture takes 66 kB at 512 pixels, 262 kB at 1024; a caption 118 kB for Stable Diffusion 1.x, 318 kB for SDXL.
+
+Samples that training would leave out (bad ones, and those of the filters) are left out here, and named in a file
+.dropped.json at the end of their shard. A shard that has its name is whole: after a kill the same command goes on with
+the others. Started by torchrun (RANK, WORLD_SIZE) each process takes every WORLD_SIZE-th shard; they need neither start
+nor end together. The same pictures, flags and device give the same bytes.
+"""
+
+import argparse
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import re
+import shlex
+import sys
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from tqdm.auto import tqdm
+
+from lcm_distill import flags
+from lcm_distill.encoded import Encoding, read_encoding
+from lcm_distill.errors import UsageError, run_program
+from lcm_distill.filters import parse_filters
+from lcm_distill.latents import encode_moments, scale_and_shift, vae_factor
+from lcm_distill.preflight import inspect_shards
+from lcm_distill.runtime import drawing_device, quiet_libraries
+from lcm_distill.samples import (
+    DUPLICATE_NAME,
+    UNREADABLE_SHARD,
+    BadSample,
+    Preparation,
+    Sample,
+    prepare_sample,
+    read_captions,
+    read_json,
+)
+from lcm_distill.shards import FLAG, LATENTS, PICTURES, RawSample, expand_shards, list_counts, printable, read_shard
+from lcm_distill.sources import local_path
+from lcm_distill.students import FAMILIES, family_of
+from lcm_distill.teacher import VAE_FLAG, Teacher, read_configs
+from lcm_distill.writing import PARTIAL, TarWriter, whole_tar
+
+DROPPED = ".dropped.json"  # the last file of a shard: reason to the names of the samples left out
+KEPT = "The shards that are whole are kept: run the same command again to go on"
+
+_NAME = re.compile(r"([^/\\\s'\"?=&.][^/\\\s'\"?=&]*?)\.(?:tar|tgz)(?![^\W_])")
+
+
+@dataclass
+class Encoded:
+    """What one process did."""
+
+    shards: int = 0
+    there: int = 0  # shards that an earlier run had encoded
+    samples: int = 0
+    bytes: int = 0
+    dropped: Counter = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Networks, and how they are used."""
+
+    encoding: Encoding
+    preparation: Preparation
+    frozen: Any  # a family's `Frozen`
+    family: Any  # its module
+    batch_size: int
+    num_workers: int
+
+
+def output_names(shards: list[str]) -> list[str]:
+    """The names of the shards' encoded ones: their own, always with .tar; numbers where an address has none.
+
+    `UsageError` if two have one name.
+    """
+    names = []
+    for number, shard in enumerate(shards):
+        found = _NAME.findall(shard)
+        names.append(f"{found[-1] if found else f'{number:05d}'}.tar")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UsageError(f"IN: several shards are called {twice[0]}; encode them into folders of their own.")
+    return names
+
+
+def encode_shards(
+    shards: list[str],
+    out: str | os.PathLike,
+    *,
+    teacher: Teacher,
+    preparation: Preparation,
+    captions: bool = False,
+    seed: int = 0,
+    batch_size: int = 8,
+    num_workers: int = 4,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Encoded:
+    """Encodes every `world_size`-th shard, from number `rank` on, that is not yet in `out`; see the module's docstring.
+
+    `preparation` is as for training, which would draw from (seed, epoch, sample) what is fixed here.
+
+    Raises:
+        UsageError: two shards of one name; an `out` that holds anything but shards of this encoding; a teacher or
+            shards that cannot be used; latents beyond float16; what stops it on the way (a full disk): then the whole
+            shards stay.
+    """
+    out, result = Path(out), Encoded()
+    names = output_names(shards)
+    family = family_of(teacher.read_config(UNet2DConditionModel, "unet"))
+    configs = read_configs(teacher, family=family, resolution=preparation.resolution, num_ddim_timesteps=1)
+    module = FAMILIES[family]
+    side = preparation.resolution // vae_factor(configs.vae)
+    frozen = module.Frozen(teacher, device=device, dtype=dtype)
+    encoding = Encoding(
+        vae=teacher.fingerprint("vae", AutoencoderKL),
+        **scale_and_shift(configs.vae),
+        vae_dtype=str(frozen.dtypes["vae"]).removeprefix("torch."),
+        moments=(2 * configs.vae.get("latent_channels", 4), side, side),
+        resolution=preparation.resolution,
+        interpolation=preparation.interpolation,
+        center_crop=preparation.center_crop,
+        random_flip=preparation.random_flip,
+        caption_column=preparation.caption_column,
+        seed=seed,
+        filters=_filters_in_words(preparation),
+        text=module.text_fingerprint(teacher) if captions else None,
+        text_dtype=str(dtype).removeprefix("torch.") if captions else None,
+        vae_name=_public_name(teacher.vae or teacher.model),
+        text_name=_public_name(teacher.model) if captions else "",
+    )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        there = _find_encoded(out, encoding)
+        mine = list(zip(shards, names, strict=True))[rank::world_size]
+        todo = [(shard, out / name) for shard, name in mine if name not in there]
+        result.there = len(mine) - len(todo)
+        if not todo:
+            return result
+        report = inspect_shards(shards, preparation)
+        if report.preparation.encoding is not None:
+            raise UsageError(f"IN holds encoded shards already ({report.preparation.encoding}); give it pictures.")
+        if captions:
+            empty = _embeddings(module.encode_captions(frozen, [""]))
+            shapes = {name: array.shape[1:] for name, array in empty.items()}
+            first = {name: array[0] for name, array in empty.items()}
+            encoding = replace(encoding, embeddings=shapes, empty_caption=first)
+        encoder = Encoder(encoding, preparation, frozen, module, batch_size, num_workers)
+        with tqdm(desc="encoding", unit=" pictures", dynamic_ncols=True, position=rank) as bar:
+            for shard, path in todo:
+                for left in out.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):  # by a killed process
+                    left.unlink(missing_ok=True)
+                with whole_tar(path) as tar:
+                    samples, dropped = _encode_shard(shard, path.name, encoder, tar, bar)
+                result.shards += 1
+                result.samples += samples
+                result.bytes += tar.size
+                result.dropped.update({reason: len(keys) for reason, keys in dropped.items()})
+    except OSError as error:
+        raise UsageError(f"OUT {out}: {error.strerror or error}. {KEPT} when that is mended") from None
+    return result
+
+
+def _public_name(model: str) -> str:
+    """A model's Hub id; of a path the last part, since shards travel."""
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
+def _filters_in_words(preparation: Preparation) -> tuple[str, ...]:
+    size = preparation.min_image_size
+    return (*[f"--min_image_size {size}"] * bool(size), *(condition.flag for condition in preparation.filters))
+
+
+def _find_encoded(out: Path, encoding: Encoding) -> set[str]:
+    """The names of the shards in `out`; `UsageError` unless all that is there are shards of this encoding."""
+    found = set()
+    for path in sorted(out.iterdir()):
+        if path.name.startswith("."):
+            continue
+        before = None
+        with contextlib.suppress(Exception):  # no tar, or a folder
+            before = read_encoding(str(path))
+        if before is None:
+            raise UsageError(f"OUT {out} holds other things ({printable(path.name)}); name a new or empty folder.")
+        if different := encoding.differences(before):
+            raise UsageError(
+                f"OUT {out} was begun with other flags or another teacher: {', '.join(different)}. Name another "
+                "folder, or remove that one."
+            )
+        found.add(path.name)
+    return found
+
+
+def _encode_shard(
+    shard: str, name: str, encoder: Encoder, tar: TarWriter, bar: tqdm
+) -> tuple[int, dict[str, list[str]]]:
+    """Fills `tar` from a shard; returns (how many samples it has, the names of those left out by reason)."""
+    for file, content in encoder.encoding.header_files().items():
+        tar.add(file, content)
+    dropped: dict[str, list[str]] = defaultdict(list)
+    samples, last_key = 0, None
+    good: list[tuple[RawSample, Sample]] = []
+    for raw, sample in _prepared(shard, name, encoder, dropped):
+        bar.update()
+        reason = DUPLICATE_NAME if isinstance(sample, Sample) and raw.key == last_key else sample
+        if isinstance(reason, Sample):
+            good.append((raw, reason))
+            last_key = raw.key
+        else:
+            dropped[reason].append(printable(raw.key))
+        if len(good) == encoder.batch_size:
+            samples += _write_batch(good, shard, encoder, tar)
+            good = []
+    samples += _write_batch(good, shard, encoder, tar)
+    if dropped:
+        tar.add(DROPPED, json.dumps(dropped, indent=1, sort_keys=True).encode())
+    return samples, dropped
+
+
+def _prepared(
+    shard: str, name: str, encoder: Encoder, dropped: dict[str, list[str]]
+) -> Iterator[tuple[RawSample, Sample | str]]:
+    """The samples of a shard in their order, decoded by threads: each with its pixels, or why it cannot be used."""
+    # The mirror image is made of the pixels, and no caption is chosen yet.
+    preparation = replace(encoder.preparation, random_flip=False, proportion_empty_prompts=0.0)
+    seed = encoder.encoding.seed
+
+    def prepare(raw: RawSample) -> tuple[RawSample, Sample | str]:
+        place = hashlib.blake2b(f"{name}\0{raw.key}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        sequence = np.random.SeedSequence((seed, int.from_bytes(place, "big")))
+        draws = np.random.Generator(np.random.Philox(sequence)).random(5)
+        try:
+            return raw, prepare_sample(raw, preparation, draws=draws)
+        except BadSample as bad:
+            return raw, bad.reason
+
+    waiting: deque = deque()
+    with ThreadPoolExecutor(encoder.num_workers) as pool:
+        try:
+            for raw in read_shard(shard, caption_column=preparation.caption_column):
+                waiting.append(pool.submit(prepare, raw))
+                if len(waiting) > encoder.batch_size + encoder.num_workers:
+                    yield waiting.popleft().result()
+        except Exception as error:
+            if isinstance(error, UsageError):
+                raise
+            if local_path(shard) is None:  # the next time it may not break off
+                raise UsageError(f"IN: {printable(shard)} broke off ({error}). {KEPT}.") from None
+            dropped[UNREADABLE_SHARD].append(f"{os.path.basename(shard)}: {error}")
+        while waiting:
+            yield waiting.popleft().result()
+
+
+@torch.no_grad()
+def _write_batch(samples: list[tuple[RawSample, Sample]], shard: str, encoder: Encoder, tar: TarWriter) -> int:
+    """Encodes samples and adds them to `tar`; returns how many there are."""
+    if not samples:
+        return 0
+    pixels = torch.from_numpy(np.stack([sample.arrays["pixels"] for _, sample in samples])).permute(0, 3, 1, 2)
+    arrays = {"moments": _moments(pixels, encoder)}
+    if encoder.preparation.random_flip:
+        arrays["mirrored_moments"] = _moments(pixels.flip(-1), encoder)
+    captions = [read_captions(raw, read_json(raw), encoder.preparation.caption_column)[0] for raw, _ in samples]
+    ends = np.cumsum([len(of_sample) for of_sample in captions])[:-1]
+    embeddings = {}
+    if encoder.encoding.text:
+        flat = [caption for of_sample in captions for caption in of_sample]
+        parts = [
+            _embeddings(encoder.family.encode_captions(encoder.frozen, flat[first : first + encoder.batch_size]))
+            for first in range(0, len(flat), encoder.batch_size)
+        ]
+        embeddings = {name: np.split(np.concatenate([part[name] for part in parts]), ends) for name in parts[0]}
+    for number, (raw, sample) in enumerate(samples):
+        own = {name: array[number] for name, array in (arrays | embeddings).items()}
+        for what, array in own.items():
+            if not np.isfinite(array).all():
+                raise UsageError(
+                    f"IN: the {what} of {printable(raw.key)} in {printable(shard)} are not finite in half precision. "
+                    f"Give --dtype fp32, and in place of SDXL's own VAE {VAE_FLAG} madebyollin/sdxl-vae-fp16-fix."
+                )
+        sizes = np.array([sample.original_size, sample.crop_top_left, sample.picture_size], np.int64)
+        tar.add(f"{raw.key}.{LATENTS}", encoder.encoding.pack(own | {"sizes": sizes}))
+        for extension, content in raw.files.items():
+            if extension not in (*PICTURES, LATENTS):
+                tar.add(f"{raw.key}.{extension}", content)
+    return len(samples)
+
+
+def _moments(pixels: torch.Tensor, encoder: Encoder) -> np.ndarray:
+    return encode_moments(encoder.frozen.vae, pixels, encoder.batch_size).half().cpu().numpy()
+
+
+def _embeddings(conditioning: dict[str, Any]) -> dict[str, np.ndarray]:
+    tensors = {"encoder_hidden_states": conditioning["encoder_hidden_states"]}
+    tensors |= conditioning.get("added_cond_kwargs", {})
+    return {name: tensor.half().cpu().numpy() for name, tensor in tensors.items()}
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = flags.CommandParser(
+        "python -m lcm_distill.encode_shards",
+        __doc__,
+        "%(prog)s IN OUT --pretrained_teacher_model TEACHER --resolution PIXELS [flags]",
+    )
+    parser.add_argument("shards", metavar="IN", help=f"shards of pictures: a folder, a pattern, a URL, as {FLAG} takes")
+    parser.add_argument("out", metavar="OUT", help="folder for the encoded shards: new or empty, or one to go on with")
+    flags.add_model_flags(parser)
+    flags.add_preparation_flags(parser, resolution=None)
+    group = parser.add_argument_group("encoding")
+    group.add_argument(
+        "--captions", action=argparse.BooleanOptionalAction, default=False, help="encode the captions as well"
+    )
+    group.add_argument("--seed", type=flags.count, default=0, help="of the random crops")
+    group.add_argument("--batch_size", type=flags.positive_int, default=8, help="pictures encoded at once")
+    group.add_argument("--num_workers", type=flags.positive_int, default=4, help="threads that decode pictures")
+    flags.add_device_flags(parser, dtype="fp32")
+    return parser.parse_args(argv)
+
+
+def _rank() -> tuple[int, int]:
+    """(rank, world size) as torchrun tells them."""
+    try:
+        rank, world_size = (int(os.environ.get(name, least)) for name, least in (("RANK", 0), ("WORLD_SIZE", 1)))
+    except ValueError:
+        rank, world_size = 0, 0
+    if not 0 <= rank < world_size:
+        raise UsageError("RANK and WORLD_SIZE in the environment are not those of a process among several; unset them.")
+    return rank, world_size
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    quiet_libraries()
+    rank, world_size = _rank()
+    local = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ and torch.cuda.is_available() else None
+    device, dtype = drawing_device(args.device or local, args.dtype)
+    teacher = Teacher(
+        args.pretrained_teacher_model,
+        revision=args.teacher_revision,
+        variant=args.variant,
+        config=args.teacher_config,
+        vae=args.pretrained_vae_model_name_or_path,
+        vae_revision=args.revision,
+        cache_dir=args.cache_dir,
+    )
+    preparation = Preparation(
+        resolution=args.resolution,
+        interpolation=args.interpolation_type,
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        caption_column=args.caption_column,
+        min_image_size=args.min_image_size,
+        filters=parse_filters(args.filter, max_pwatermark=args.max_pwatermark, min_aesthetic=args.min_aesthetic),
+    )
+    try:
+        done = encode_shards(
+            expand_shards(args.shards),
+            args.out,
+            teacher=teacher,
+            preparation=preparation,
+            captions=args.captions,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+            device=device,
+            dtype=dtype,
+            rank=rank,
+            world_size=world_size,
+        )
+    except KeyboardInterrupt:
+        print(f"interrupted. {KEPT}", file=sys.stderr)
+        sys.exit(130)
+    who = f"process {rank} of {world_size}: " if world_size > 1 else ""
+    before = f" ({done.there} more were there already)" if done.there else ""
+    if done.dropped:
+        print(f"{who}left out, all named in the {DROPPED} of their shards: {list_counts(done.dropped)}")
+    print(
+        f"{who}{done.shards} shard{'s' * (done.shards != 1)}{before}, {done.samples} samples, "
+        f"{done.bytes / 10**6:.1f} MB: train with {FLAG} {shlex.quote(args.out)} --resolution {args.resolution}"
+    )
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,557 @@
+"""Encoded shards: the latents of their pictures; whole, resumable, recognised, refused elsewhere."""
+
+import dataclasses
+import io
+import itertools
+import json
+import pickle
+import shutil
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from original_layout import save_single_file
+from PIL import Image
+from safetensors.numpy import load as load_bytes
+from safetensors.numpy import save as save_bytes
+from safetensors.torch import load_file, save_file
+from test_stream import TouchesFile, noise_picture, take, write_tar
+
+from lcm_distill import encode_shards as module
+from lcm_distill import sd, sdxl
+from lcm_distill.encode_shards import DROPPED, encode_shards, main, output_names
+from lcm_distill.encoded import HEADER, empty_batch, read_encoding
+from lcm_distill.errors import UsageError
+from lcm_distill.filters import FILTERED, parse_filters
+from lcm_distill.frozen import batch_latents, check_encoding
+from lcm_distill.preflight import inspect_shards
+from lcm_distill.samples import DAMAGED_LATENTS, NO_CAPTION, NO_LATENTS, NOT_A_PICTURE, Preparation
+from lcm_distill.shards import LATENTS, count_samples, expand_shards, read_shard
+from lcm_distill.stream import ShardStream, StreamIterator, make_loader
+from lcm_distill.teacher import Teacher
+
+FAMILIES = {"sd": sd, "sdxl": sdxl}
+PREPARATION = Preparation(resolution=32)
+
+
+def write_pictures(folder: Path, shards: int = 2, each: int = 5) -> str:
+    """Shards of pictures of several sizes; 'caption 0-1', original sizes in every second JSON, two captions in some."""
+    for s in range(shards):
+        files = []
+        for i in range(each):
+            meta = {"original_height": 900 + i, "original_width": 700, "aesthetic": i} if i % 2 else {"aesthetic": i}
+            captions = f"caption {s}-{i}"
+            if i == 3:
+                meta["caption"] = [captions, f"other words for {s}-{i}"]
+            files += [(f"deep/{s}_{i}.png", noise_picture(10 * s + i, size=(40 + 8 * i, 32 if i else 48)))]
+            files += [(f"deep/{s}_{i}.json", json.dumps(meta))]
+            files += [(f"deep/{s}_{i}.txt", captions)] if i != 3 else []
+        write_tar(folder / f"{s:03d}.tar", files)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> str:
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def encoded(pictures: str, out: Path, teacher: str, preparation: Preparation = PREPARATION, **options) -> list[str]:
+    """The encoded shards of `pictures`, in `out`."""
+    encode_shards(expand_shards(pictures), out, teacher=Teacher(teacher), preparation=preparation, **options)
+    return expand_shards(str(out))
+
+
+@pytest.fixture(scope="module")
+def latents(pictures, teacher, tmp_path_factory) -> list[str]:
+    """By the SD teacher: random crops, mirror images too, captions not encoded."""
+    preparation = dataclasses.replace(PREPARATION, random_flip=True)
+    return encoded(pictures, tmp_path_factory.mktemp("encoded"), teacher, preparation)
+
+
+@pytest.fixture(scope="module")
+def with_captions(pictures, teacher, tmp_path_factory) -> list[str]:
+    return encoded(pictures, tmp_path_factory.mktemp("captions"), teacher, captions=True)
+
+
+def stream_of(shards: list[str], preparation: Preparation = PREPARATION, **options) -> ShardStream:
+    prepared = inspect_shards(shards, preparation).preparation
+    defaults = {"batch_size": 2, "seed": 5, "shuffle_window": 3}
+    return ShardStream(shards=shards, preparation=prepared, **defaults | options)
+
+
+def assert_same(one: object, other: object) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def contents(shard: str | Path) -> dict[str, bytes]:
+    with tarfile.open(shard) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def changed(shard: str, path: Path, changes: dict[str, bytes | None]) -> str:
+    """A copy of a shard in which files whose names end so have another content, or None: are not there."""
+    kept = []
+    for name, content in contents(shard).items():
+        ending = next((ending for ending in changes if name.endswith(ending)), None)
+        new = content if ending is None else changes[ending]
+        kept += [] if new is None else [(name, new)]
+    return write_tar(path, kept)
+
+
+# ------------------------------------------------------------------------------------------------ the same numbers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_from_latents_has_the_batches_of_a_run_from_pictures(family, pictures, teachers, tmp_path):
+    """Centre crops: the same samples, flips, captions and sizes by the same draws; the same latents to float16."""
+    preparation = dataclasses.replace(
+        PREPARATION, center_crop=True, random_flip=True, proportion_empty_prompts=0.3, interpolation="bicubic"
+    )
+    shards = encoded(pictures, tmp_path, teachers[family], preparation, captions=True)
+    frozen = FAMILIES[family].load_frozen(Teacher(teachers[family]), device="cpu", dtype=torch.float32)
+    streams = [take(iter(stream_of(of, preparation)), 12) for of in (expand_shards(pictures), shards)]
+    for number, (plain, cached) in enumerate(zip(*streams, strict=True)):
+        assert plain["captions"] == cached["captions"]
+        assert_same(*([batch[key] for key in ("original_sizes", "crop_top_lefts")] for batch in (plain, cached)))
+        assert "pixels" not in cached and cached["moments"].dtype == torch.float16
+        assert cached["moments"].shape == (2, 8, 8, 8)
+        first, second = (
+            batch_latents(frozen, batch, 8, torch.Generator().manual_seed(number)) for batch in (plain, cached)
+        )
+        assert second.dtype == torch.float32
+        torch.testing.assert_close(second, first, rtol=0, atol=2**-11 * 2 * float(first.abs().max()))
+        words, stored = (FAMILIES[family].batch_conditioning(frozen, batch) for batch in (plain, cached))
+        torch.testing.assert_close(stored, words, rtol=2**-10, atol=1e-3)
+    assert {caption for batch in streams[1] for caption in batch["captions"]} > {"", "caption 0-1"}
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_random_crop_is_where_the_shard_says(pictures, latents, teacher, mirrored):
+    """The moments are the VAE's of that part of the picture; the mirror image is not the latents' mirror."""
+    originals = {raw.key: raw for shard in expand_shards(pictures) for raw in read_shard(shard)}
+    vae = sd.load_frozen(Teacher(teacher), device="cpu", dtype=torch.float32).vae
+    corners = Counter()
+    for raw in itertools.chain.from_iterable(map(read_shard, latents)):
+        arrays = load_bytes(raw.files[LATENTS])
+        picture = Image.open(io.BytesIO(originals[raw.key].files["png"]))
+        (height, width), (top, left) = picture.size[::-1], arrays["sizes"][1].tolist()
+        assert arrays["sizes"][2].tolist() == [height, width]
+        if height != 32:
+            continue  # the others are not resized
+        corners[left] += 1
+        square = np.asarray(picture)[top : top + 32, left : left + 32]
+        pixels = torch.from_numpy((square[:, ::-1] if mirrored else square).copy()).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            posterior = vae.encode(pixels / 127.5 - 1).latent_dist
+        moments = torch.from_numpy(arrays["mirrored_moments" if mirrored else "moments"])
+        expected = torch.cat([posterior.mean, posterior.std], 1)[0]
+        torch.testing.assert_close(moments.float(), expected, rtol=2**-10, atol=1e-5)
+    assert sum(corners.values()) == 8 and len(corners) > 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embeddings_are_those_of_the_caption_that_is_drawn(family, pictures, teachers, tmp_path):
+    """Of several captions too, and of the empty one: that is kept once for each shard."""
+    shards = encoded(pictures, tmp_path, teachers[family], captions=True)
+    frozen = FAMILIES[family].load_frozen(Teacher(teachers[family]), device="cpu", dtype=torch.float32)
+    seen = set()
+    for proportion in (0.0, 1.0):
+        preparation = dataclasses.replace(PREPARATION, proportion_empty_prompts=proportion)
+        for batch in take(iter(stream_of(shards, preparation)), 20):
+            seen.update(batch["captions"])
+            expected = FAMILIES[family].encode_captions(frozen, batch["captions"])
+            stored = FAMILIES[family].batch_conditioning(frozen, batch)
+            torch.testing.assert_close(stored, expected, rtol=2**-10, atol=1e-3)
+    assert {"", "caption 0-3", "other words for 0-3"} < seen
+    encoding = read_encoding(shards[0])
+    unconditional = FAMILIES[family].batch_conditioning(frozen, empty_batch(encoding))
+    torch.testing.assert_close(unconditional, FAMILIES[family].encode_captions(frozen, [""]), rtol=2**-10, atol=1e-3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_stream_of_latents_goes_on_where_it_was(latents, workers):
+    preparation = dataclasses.replace(PREPARATION, random_flip=True)
+    whole = make_loader(stream_of(latents, preparation), workers)
+    iterator = iter(whole)
+    take(iterator, 3)
+    state = whole.state_dict()
+    expected = take(iterator, 4)
+    whole.close()
+    resumed = make_loader(stream_of(latents, preparation), workers)
+    resumed.load_state_dict(state)
+    for one, other in zip(expected, take(iter(resumed), 4), strict=True):
+        assert one["captions"] == other["captions"] and one["dropped"] == other["dropped"]
+        assert_same(
+            *([batch[key] for key in ("moments", "original_sizes", "crop_top_lefts")] for batch in (one, other))
+        )
+    resumed.close()
+
+
+def test_filters_and_sizes_still_count_in_training(latents):
+    preparation = dataclasses.replace(PREPARATION, min_image_size=33, filters=parse_filters(["aesthetic<3"]))
+    stream = iter(stream_of(latents, preparation))
+    assert {caption for batch in take(stream, 3) for caption in batch["captions"]} == {"caption 0-0", "caption 1-0"}
+    assert set(stream.dropped) == {f"{FILTERED} --min_image_size 33", f"{FILTERED} --filter 'aesthetic<3'"}
+    report = inspect_shards(latents, preparation)
+    assert (report.usable, report.seen) == (2, 10) and report.smallest == (48, 40)
+
+
+# ------------------------------------------------------------------------------------------------- what is written
+
+
+def test_a_shard_is_the_one_it_was_made_of(pictures, latents):
+    """The same keys in the same order, captions and JSON byte for byte, no picture; first of all how it was made."""
+    for before, after in zip(expand_shards(pictures), latents, strict=True):
+        assert Path(before).name == Path(after).name
+        old, new = contents(before), contents(after)
+        assert next(iter(new)) == HEADER
+        header = json.loads(new.pop(HEADER))
+        assert (header["resolution"], header["center_crop"], header["random_flip"]) == (32, False, True)
+        assert list(new) == [name.replace("png", LATENTS) for name in old]
+        assert all(new[name] == content for name, content in old.items() if not name.endswith("png"))
+    assert count_samples(latents) == 10
+
+
+def test_the_same_bytes_by_several_processes_and_after_a_kill(pictures, latents, teacher, tmp_path, monkeypatch):
+    expected = {Path(shard).name: Path(shard).read_bytes() for shard in latents}
+
+    def run(out, *more):
+        main([pictures, str(out), "--pretrained_teacher_model", teacher, "--resolution", "32", "--random_flip", *more])
+        return {path.name: path.read_bytes() for path in out.iterdir()}
+
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        files = run(tmp_path / "ranks", "--device", "cpu")
+        assert len(files) == 2 - rank
+    assert files == expected
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+
+    out, write = tmp_path / "killed", module._write_batch
+    calls = itertools.count()
+    monkeypatch.setattr(module, "_write_batch", lambda *a: 1 / 0 if next(calls) == 1 else write(*a))
+    with pytest.raises(ZeroDivisionError):  # in the second shard
+        run(out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {"000.tar": expected["000.tar"]}
+    monkeypatch.setattr(module, "_write_batch", write)
+    stamp = (out / "000.tar").stat().st_mtime_ns
+    (out / ".001.tar.7.partial").write_bytes(b"half")
+    assert run(out) == expected and (out / "000.tar").stat().st_mtime_ns == stamp
+    # With nothing left to do no network is loaded.
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert run(out, "--batch_size", "3") == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--resolution", "64", "--random_flip"], r"resolution 32 \(now 64\)"),
+        (["--resolution", "32"], r"random_flip True \(now False\)"),
+        (["--resolution", "32", "--random_flip", "--seed", "1"], r"seed 0 \(now 1\)"),
+        (["--resolution", "32", "--random_flip", "--min_aesthetic", "2"], "filters"),
+        (["--resolution", "32", "--random_flip", "--captions"], "text None"),
+    ],
+)
+def test_a_folder_begun_with_other_flags_is_refused(pictures, latents, teacher, flags, words):
+    with pytest.raises(UsageError, match=f"^OUT .* was begun with other flags .*{words}"):
+        main([pictures, str(Path(latents[0]).parent), "--pretrained_teacher_model", teacher, *flags])
+
+
+def test_mistakes_are_told(pictures, latents, teacher, tmp_path, monkeypatch):
+    def run(*argv):
+        main([*argv, "--pretrained_teacher_model", teacher, "--resolution", "32"])
+
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes.md").touch()
+    with pytest.raises(UsageError, match="OUT .*used holds other things"):
+        run(pictures, str(tmp_path / "used"))
+    with pytest.raises(UsageError, match="^IN holds encoded shards already"):
+        run(str(Path(latents[0]).parent), str(tmp_path / "twice"))
+    with pytest.raises(UsageError, match="^IN: several shards are called 000.tar"):
+        run(f"{pictures}/000.tar::{pictures}/000.tar", str(tmp_path / "out"))
+    with pytest.raises(UsageError, match="--resolution 36 is not a multiple of 8"):
+        main([pictures, str(tmp_path / "out"), "--pretrained_teacher_model", teacher, "--resolution", "36"])
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(UsageError, match="^RANK and WORLD_SIZE"):
+        run(pictures, str(tmp_path / "out"))
+
+
+def test_names_of_encoded_shards():
+    shards = [
+        "/a/000.tar",
+        "s3://b/001.tar.gz?x=1",
+        "pipe:curl -s 'https://h/d/002.tgz?download=true' | cat",
+        "pipe:cat x",
+    ]
+    assert output_names([*shards, "/a/x.tarball"]) == ["000.tar", "001.tar", "002.tar", "00003.tar", "00004.tar"]
+
+
+def test_bad_samples_are_left_out_and_named(teacher, tmp_path, capsys):
+    files = [("a.png", noise_picture(0)), ("b.png", b"no picture"), ("b.txt", "b"), ("c.png", noise_picture(1))]
+    files += [("c.txt", "c"), ("d.txt", "d"), ("c.png", noise_picture(2)), ("c.txt", "c again")]
+    write_tar(tmp_path / "in" / "0.tar", files)
+    cut = write_tar(tmp_path / "in" / "1.tar", [("e.png", noise_picture(3)), ("e.txt", "e"), ("f.png", bytes(5000))])
+    Path(cut).write_bytes(Path(cut).read_bytes()[:-3000])
+    write_tar(tmp_path / "in" / "2.tar", [("g.png", b"no picture"), ("g.txt", "g")])
+    main([str(tmp_path / "in"), str(tmp_path / "out"), "--pretrained_teacher_model", teacher, "--resolution", "32"])
+    told = capsys.readouterr().out
+    for reason in (NO_CAPTION, NOT_A_PICTURE, "shard cannot be read", "two files of one name"):
+        assert reason in told, told
+    assert "3 shards, 2 samples" in told
+    shards = expand_shards(str(tmp_path / "out"))
+    assert [[raw.key for raw in read_shard(shard)] for shard in shards] == [["c"], ["e"], []]
+    dropped = [json.loads(contents(shard)[DROPPED]) for shard in shards]
+    assert dropped[0][NO_CAPTION] == ["a"] and dropped[0][NOT_A_PICTURE] == ["b"]
+    assert dropped[2] == {NOT_A_PICTURE: ["g"]}
+
+
+@pytest.mark.parametrize("scale", [1e6, float("nan")])
+def test_latents_beyond_half_precision_are_told(pictures, teacher, tmp_path, monkeypatch, scale):
+    """SDXL's own VAE overflows in half precision: its black pictures must not be trained on."""
+    encode_moments = module.encode_moments
+    monkeypatch.setattr(module, "encode_moments", lambda *a: encode_moments(*a) * scale)
+    with pytest.raises(UsageError, match="--pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix"):
+        encoded(pictures, tmp_path / "out", teacher)
+    assert not list((tmp_path / "out").iterdir())
+
+
+# ------------------------------------------------------------------------------------- what is read, and what is not
+
+
+def test_the_preflight_says_what_the_shards_are(latents, with_captions):
+    text = str(inspect_shards(latents, PREPARATION))
+    assert "encoded by sd in float32; latents of 32x32, random crop" in text and "captions not encoded" in text
+    assert "with their mirror images" in text and "32x56" not in text
+    assert "no flip; captions encoded by sd" in str(inspect_shards(with_captions, PREPARATION))
+
+
+@pytest.mark.parametrize(
+    ("preparation", "flag"),
+    [
+        (Preparation(resolution=64), "--resolution 64: .*give --resolution 32"),
+        (Preparation(resolution=32, center_crop=True), "--center_crop: "),
+        (Preparation(resolution=32, random_flip=True), "--random_flip: "),
+        (Preparation(resolution=32, interpolation="lanczos"), "--interpolation_type lanczos: .*bilinear"),
+        (Preparation(resolution=32, caption_column="txt"), "--caption_column txt: .*the usual places"),
+    ],
+)
+def test_flags_that_the_latents_contradict_are_refused(with_captions, preparation, flag):
+    with pytest.raises(UsageError, match=f"^{flag}"):
+        inspect_shards(with_captions, preparation)
+
+
+def test_where_captions_come_from_is_remembered(pictures, teacher, tmp_path):
+    """A run need not name the column again; and may name another, if the captions are not encoded."""
+    write_tar(
+        tmp_path / "in" / "0.tar", [("a.png", noise_picture(0)), ("a.blip", "by blip"), ("a.json", '{"x": "by x"}')]
+    )
+    shards = encoded(str(tmp_path / "in"), tmp_path / "out", teacher, Preparation(resolution=32, caption_column="blip"))
+    for column, caption in ((None, "by blip"), ("blip", "by blip"), ("x", "by x")):
+        stream = stream_of(shards, Preparation(resolution=32, caption_column=column))
+        assert next(iter(stream))["captions"] == [caption] * 2
+
+
+def test_shards_of_several_kinds_are_refused(pictures, latents, with_captions, teacher, tmp_path):
+    """By the preflight as far as it looks, and by the stream when it comes to the other kind."""
+    of_pictures = expand_shards(pictures)
+    crops = encoded(pictures, tmp_path / "crops", teacher, dataclasses.replace(PREPARATION, center_crop=True))
+    for first, second, words in (
+        (of_pictures, latents, "is encoded, and others are pictures"),
+        (latents, of_pictures, "is a picture, and others are encoded"),
+        (latents, crops, "was encoded in another way than others"),
+        (latents, with_captions, "was encoded in another way than others"),
+    ):
+        with pytest.raises(UsageError, match=words) as preflight:
+            inspect_shards([first[0], second[1]], PREPARATION)
+        prepared = inspect_shards(first, PREPARATION).preparation
+        stream = iter(ShardStream(shards=[first[0], second[1]], preparation=prepared, batch_size=1, seed=0))
+        with pytest.raises(UsageError, match=words) as later:
+            take(stream, 11)
+        for message in (str(preflight.value), str(later.value)):
+            assert second[1] in message and "the sample deep/" in message and message.startswith("--train_shards_path")
+    with pytest.raises(UsageError, match=r"^--train_shards_path_or_url: the sample .* is encoded"):  # from a worker
+        take(iter(make_loader(ShardStream(shards=latents, preparation=PREPARATION, batch_size=1, seed=0), 1)), 1)
+
+
+def test_other_seeds_and_names_may_be_mixed(pictures, latents, teacher, tmp_path):
+    """Two crops of each picture, say; by the same VAE in another place."""
+    shutil.copytree(teacher, tmp_path / "elsewhere")
+    preparation = dataclasses.replace(PREPARATION, random_flip=True)
+    more = encoded(pictures, tmp_path / "more", str(tmp_path / "elsewhere"), preparation, seed=1)
+    batches = take(iter(stream_of([*latents, *more], preparation, batch_size=1)), 20)
+    assert not batches[-1]["dropped"]
+    assert Counter(batch["captions"][0].split("-")[0] for batch in batches)["caption 0"] >= 8
+
+
+def header(**fields):
+    return lambda old: json.dumps(json.loads(old) | fields).encode()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda old: b"{broken", "damaged"),
+        (lambda old: b"[]", "damaged"),
+        (lambda old: b"[" * 100_000, "damaged"),
+        (header(format=2), "another version"),
+        (header(moments=[8, "x", 8]), "damaged"),
+        (header(resolution=None), "damaged"),
+        (header(unheard_of=1), "damaged"),
+        (header(embeddings={"encoder_hidden_states": [16, 64]}), "damaged"),
+    ],
+)
+def test_a_header_that_cannot_be_used_is_told(latents, tmp_path, change, told):
+    shard = changed(latents[0], tmp_path / "0.tar", {HEADER: change(contents(latents[0])[HEADER])})
+    with pytest.raises(
+        UsageError, match=f"0.tar: its .encoding.json cannot be used .*{told}.*Encode the pictures again"
+    ):
+        inspect_shards([shard], PREPARATION)
+
+
+def test_a_shard_that_lost_its_header_is_told(latents, tmp_path):
+    with pytest.raises(UsageError, match="its shard has lost its first file"):
+        inspect_shards([changed(latents[0], tmp_path / "0.tar", {HEADER: None})], PREPARATION)
+
+
+def _as_npy(arrays):
+    file = io.BytesIO()
+    np.save(file, np.array([TouchesFile("hostile-was-here")], dtype=object), allow_pickle=True)
+    return file.getvalue()
+
+
+def _with(name, change):
+    return lambda arrays: save_bytes(arrays | {name: change(arrays[name])})
+
+
+def _not_finite(value):
+    def change(array):
+        array = array.copy()
+        array[-1, -1, -1] = value
+        return array
+
+    return change
+
+
+HOSTILE = {
+    "cut": lambda arrays: save_bytes(arrays)[:-100],
+    "empty": lambda arrays: b"",
+    "pickle": lambda arrays: pickle.dumps(TouchesFile("hostile-was-here")),
+    "pickled npy": _as_npy,
+    "a header of 2**60 bytes": lambda arrays: (2**60).to_bytes(8, "little") + save_bytes(arrays)[8:],
+    "no tag": lambda arrays: save_bytes({name: array for name, array in arrays.items() if name != "encoding"}),
+    "a short tag": _with("encoding", lambda tag: tag[:8]),
+    "wrong shape": _with("moments", lambda moments: moments[:, :4]),
+    "wrong dtype": _with("moments", lambda moments: moments.astype(np.float32)),
+    "NaN": _with("moments", _not_finite(np.nan)),
+    "infinite": _with("mirrored_moments", _not_finite(-np.inf)),
+    "no mirror image": lambda arrays: save_bytes({n: a for n, a in arrays.items() if n != "mirrored_moments"}),
+    "no sizes": _with("sizes", lambda sizes: sizes[:1]),
+    "no height": _with("sizes", lambda sizes: sizes * [[1, 1], [1, 1], [0, 1]]),
+    "a crop outside": _with("sizes", lambda sizes: sizes + [[0, 0], [0, 99], [0, 0]]),
+    "negative": _with("sizes", lambda sizes: sizes - [[9999, 0], [0, 0], [0, 0]]),
+}
+
+
+ONE_SIDED = ("wrong shape", "wrong dtype", "NaN", "infinite", "no mirror image")
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_latents_are_dropped_with_a_reason(latents, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    good = contents(latents[0])
+    name = f"deep/0_1.{LATENTS}"
+    shard = changed(latents[0], tmp_path / "0.tar", {name: HOSTILE[kind](load_bytes(good[name]))})
+    preparation = dataclasses.replace(PREPARATION, random_flip=True)
+    iterator = StreamIterator(stream_of([shard], preparation, batch_size=1), worker=0, workers=0)
+    delivered: set[str] = set()
+    while iterator.epoch < 6:  # with both flips
+        (caption,) = next(iterator)["captions"]
+        delivered.add(caption)
+    drops = iterator.dropped[DAMAGED_LATENTS]
+    if kind in ONE_SIDED:  # its mirror image is whole, or it is
+        assert 0 < drops < 6 and "caption 0-1" in delivered
+    else:
+        assert drops >= 6 and "caption 0-1" not in delivered
+    assert delivered >= {"caption 0-0", "caption 0-2", "caption 0-4"} and set(iterator.dropped) == {DAMAGED_LATENTS}
+    assert not (tmp_path / "hostile-was-here").exists()
+
+
+def test_embeddings_that_do_not_fit_the_captions_are_dropped(with_captions, tmp_path):
+    """Someone edited the captions: which embedding is whose cannot be known."""
+    changes = {"0_0.txt": b"", "0_1.json": json.dumps({"caption": ["a", "b"]}).encode(), "0_1.txt": None}
+    shard = changed(with_captions[0], tmp_path / "0.tar", changes | {f"0_2.{LATENTS}": None})
+    stream = stream_of([shard], shuffle_window=1, batch_size=1)
+    assert next(iter(stream))["dropped"] == {NO_CAPTION: 1, DAMAGED_LATENTS: 1, NO_LATENTS: 1}
+
+
+# ---------------------------------------------------------------------------------------------- another teacher
+
+
+def vae_copy(teacher: str, folder: Path, change=lambda name, tensor: tensor) -> str:
+    """The teacher's VAE in a folder of its own, with other weights."""
+    shutil.copytree(Path(teacher) / "vae", folder)
+    path = folder / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    save_file({name: change(name, tensor) for name, tensor in weights.items()}, path)
+    return str(folder)
+
+
+def test_another_vae_is_refused_and_the_same_in_another_form_is_not(latents, teacher, tmp_path, monkeypatch):
+    encoding = read_encoding(latents[0])
+
+    def check(**options):
+        check_encoding(encoding, Teacher(**{"model": teacher} | options), sd.text_fingerprint)
+
+    pipeline = sd.PIPELINE.from_pretrained(teacher, torch_dtype=torch.float32)
+    save_single_file(pipeline, str(tmp_path / "one.safetensors"))
+    pipeline.vae.half().save_pretrained(tmp_path / "half", variant="fp16")
+    (tmp_path / "half" / "diffusion_pytorch_model.fp16.safetensors").rename(
+        tmp_path / "half" / "diffusion_pytorch_model.safetensors"
+    )
+    decoder = vae_copy(teacher, tmp_path / "decoder", lambda name, w: w + 1 if name.startswith("decoder") else w)
+    other = vae_copy(teacher, tmp_path / "other", lambda name, w: w * 1.01 if name == "encoder.conv_in.weight" else w)
+    scaled = vae_copy(teacher, tmp_path / "scaled")
+    config = Path(scaled) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 1.0}))
+    pickled = vae_copy(teacher, tmp_path / "pickled")
+    torch.save(load_file(Path(pickled) / "diffusion_pytorch_model.safetensors"), Path(pickled) / "x")
+    (Path(pickled) / "x").rename(Path(pickled) / "diffusion_pytorch_model.bin")
+    (Path(pickled) / "diffusion_pytorch_model.safetensors").unlink()
+
+    check(vae=pickled)
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: pytest.fail("a model was loaded"))
+    check()
+    check(model=str(tmp_path / "one.safetensors"), config=teacher)
+    check(vae=str(tmp_path / "half"))
+    check(vae=decoder)  # of the same encoder are the same latents
+    for vae in (other, scaled):
+        with pytest.raises(UsageError, match=r"another VAE, sd\. Name that as --pretrained_vae_model_name_or_path"):
+            check(vae=vae)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_text_encoders_are_refused(family, pictures, teachers, tmp_path):
+    shards = encoded(pictures, tmp_path / "out", teachers[family], captions=True)
+    encoding, fingerprint = read_encoding(shards[0]), FAMILIES[family].text_fingerprint
+    check_encoding(encoding, Teacher(teachers[family]), fingerprint)
+    folder = tmp_path / "teacher"
+    shutil.copytree(teachers[family], folder)
+    path = folder / ("text_encoder_2" if family == "sdxl" else "text_encoder") / "model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in sorted(weights) if name.endswith("q_proj.weight"))  # a LoRA merged, say
+    save_file(weights | {name: weights[name] * 1.01}, path, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=f"other text encoders than the teacher's, those of {family}"):
+        check_encoding(encoding, Teacher(str(folder)), fingerprint)
+    check_encoding(dataclasses.replace(encoding, text=None), Teacher(str(folder)), fingerprint)
+    if family == "sdxl":
+        shutil.copy(Path(teachers[family]) / path.relative_to(folder), path)
+        check_encoding(encoding, Teacher(str(folder)), fingerprint)
+        index = folder / "model_index.json"
+        zeros = not sdxl.forces_zeros(Teacher(str(folder)))
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"force_zeros_for_empty_prompt": zeros}))
+        with pytest.raises(UsageError, match="other text encoders"):
+            check_encoding(encoding, Teacher(str(folder)), fingerprint)
