@@ -18,6 +18,7 @@ The method is that of arXiv 2311.05556. The result draws in 1 to 8 steps, on the
 
 import argparse
 import logging
+from functools import partial
 
 import torch
 
@@ -26,13 +27,14 @@ from lcm_distill.checkpoint import Checkpoints, find_run, public_flags
 from lcm_distill.consistency import ConsistencyFunction, consistency_loss, draw_guidance, guided_prediction, unet_output
 from lcm_distill.drawing import teacher_sampler
 from lcm_distill.ema import update_ema
+from lcm_distill.encoded import empty_batch
 from lcm_distill.ending import Ending
 from lcm_distill.errors import run_program
 from lcm_distill.export import export_lora_student
 from lcm_distill.filters import parse_filters
+from lcm_distill.frozen import batch_latents, check_encoding
 from lcm_distill.hub import open_hub
 from lcm_distill.journal import Journal, describe_launch
-from lcm_distill.latents import encode_pixels
 from lcm_distill.lora import TARGET, Lora, parse_target_modules
 from lcm_distill.optim import build_lr_scheduler, build_optimizer, keeping_settings
 from lcm_distill.plan import announce, plan_training
@@ -119,12 +121,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     preflight = inspect_shards(shards, preparation)
     logger.info("%s", preflight)
+    preparation = preflight.preparation
+    check_encoding(preparation.encoding, teacher, sdxl.text_fingerprint)
     seed = settle_seed(resumed.get("seed", args.seed))
     flags_to_record = public_flags(vars(args))
     plan = plan_training(
         max_steps=resumed.get("global_step", 0) + 1 if args.dry_run else args.max_train_steps,
         epochs=args.num_train_epochs,
-        count_samples=lambda: args.max_train_samples or count_samples(shards, caption_column=args.caption_column),
+        count_samples=lambda: (
+            args.max_train_samples or count_samples(shards, caption_column=preparation.caption_column)
+        ),
         batch_size=args.train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         processes=accelerator.num_processes,
@@ -138,7 +144,9 @@ def main(argv: list[str] | None = None) -> None:
     # The networks: one U-Net, which is the teacher while its adapter is off; the adapter is the student θ.
     dtype = inference_dtype(accelerator)
     base_dtype = dtype if args.cast_teacher_unet else torch.float32
-    frozen = sdxl.load_frozen(teacher, device=accelerator.device, dtype=dtype, unet_dtype=base_dtype)
+    frozen = sdxl.load_frozen(
+        teacher, device=accelerator.device, dtype=dtype, unet_dtype=base_dtype, encoding=preparation.encoding
+    )
     unet = frozen.unet
     lora = Lora(
         unet,
@@ -186,14 +194,14 @@ def main(argv: list[str] | None = None) -> None:
     schedule = NoiseSchedule.from_config(configs.scheduler).to(accelerator.device)
     solver = DDIMSolver(schedule, args.num_ddim_timesteps)
     consistency = ConsistencyFunction(schedule, args.timestep_scaling_factor)
-    empty = sdxl.encode_captions(frozen, [""])
-    pipelines = {"student": sdxl.build_pipeline(frozen, unet, sampler)}
+    empty = sdxl.batch_conditioning(frozen, empty_batch(preparation.encoding))
+    pipelines = {"student": partial(sdxl.build_pipeline, frozen, unet, sampler)}
     if lora.average:
         pipelines["target"] = pipelines["student"]
     validation = Validation(
         accelerator,
         pipelines,
-        sdxl.build_pipeline(frozen, unet, teacher_sampler(configs.scheduler)),
+        partial(sdxl.build_pipeline, frozen, unet, teacher_sampler(configs.scheduler)),
         prompts=prompts or preflight.captions,
         images_per_prompt=args.num_validation_images,
         inference_steps=args.validation_inference_steps,
@@ -203,6 +211,7 @@ def main(argv: list[str] | None = None) -> None:
         resolution=args.resolution,
         seed=seed,
         output_dir=None if args.dry_run else args.output_dir,
+        at_hand=frozen.complete,
         within={"teacher": lora.off, "target": lora.target},
     )
 
@@ -232,11 +241,11 @@ def main(argv: list[str] | None = None) -> None:
             # 1 batch → latents z, conditioning c
             batch = next(data)
             generator = random.at(batches)
-            latents = encode_pixels(frozen.vae, batch["pixels"], args.vae_encode_batch_size, generator)
+            latents = batch_latents(frozen, batch, args.vae_encode_batch_size, generator)
             time_ids = sdxl.time_ids(
                 batch["original_sizes"], batch["crop_top_lefts"], args.resolution, fixed=args.use_fix_crop_and_size
             )
-            conditioning = sdxl.with_time_ids(sdxl.encode_captions(frozen, batch["captions"]), time_ids)
+            conditioning = sdxl.with_time_ids(sdxl.batch_conditioning(frozen, batch), time_ids)
             unconditional = sdxl.with_time_ids(empty, time_ids)
             size, device = len(latents), latents.device
 

@@ -18,6 +18,7 @@ The method is Algorithm 1 of arXiv 2310.04378. The result draws in 1 to 8 steps:
 
 import argparse
 import logging
+from functools import partial
 
 import torch
 
@@ -32,13 +33,14 @@ from lcm_distill.consistency import (
 )
 from lcm_distill.drawing import teacher_sampler
 from lcm_distill.ema import update_ema
+from lcm_distill.encoded import empty_batch
 from lcm_distill.ending import Ending
 from lcm_distill.errors import run_program
 from lcm_distill.export import export_full_student
 from lcm_distill.filters import parse_filters
+from lcm_distill.frozen import batch_latents, check_encoding
 from lcm_distill.hub import open_hub
 from lcm_distill.journal import Journal, describe_launch
-from lcm_distill.latents import encode_pixels
 from lcm_distill.optim import build_lr_scheduler, build_optimizer, keeping_settings
 from lcm_distill.plan import announce, plan_training
 from lcm_distill.preflight import inspect_shards
@@ -120,12 +122,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     preflight = inspect_shards(shards, preparation)
     logger.info("%s", preflight)
+    preparation = preflight.preparation
+    check_encoding(preparation.encoding, teacher, sdxl.text_fingerprint)
     seed = settle_seed(resumed.get("seed", args.seed))
     flags_to_record = public_flags(vars(args))
     plan = plan_training(
         max_steps=resumed.get("global_step", 0) + 1 if args.dry_run else args.max_train_steps,
         epochs=args.num_train_epochs,
-        count_samples=lambda: args.max_train_samples or count_samples(shards, caption_column=args.caption_column),
+        count_samples=lambda: (
+            args.max_train_samples or count_samples(shards, caption_column=preparation.caption_column)
+        ),
         batch_size=args.train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         processes=accelerator.num_processes,
@@ -138,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # The networks: the frozen parts with the teacher, the student θ, and its slow copy, the target θ⁻.
     dtype = inference_dtype(accelerator)
-    frozen = sdxl.load_frozen(teacher, device=accelerator.device, dtype=dtype)
+    frozen = sdxl.load_frozen(teacher, device=accelerator.device, dtype=dtype, encoding=preparation.encoding)
     student = unets.student_from_teacher(frozen.unet, args.unet_time_cond_proj_dim).to(whole_device(accelerator))
     target = unets.target_from_student(student)
     teacher_dtype = dtype if args.cast_teacher_unet else torch.float32
@@ -182,17 +188,17 @@ def main(argv: list[str] | None = None) -> None:
     schedule = NoiseSchedule.from_config(configs.scheduler).to(accelerator.device)
     solver = DDIMSolver(schedule, args.num_ddim_timesteps)
     consistency = ConsistencyFunction(schedule, args.timestep_scaling_factor)
-    empty = sdxl.encode_captions(frozen, [""])
+    empty = sdxl.batch_conditioning(frozen, empty_batch(preparation.encoding))
     plain = accelerator.unwrap_model(student)
     pipelines = {
-        "student": sdxl.build_pipeline(frozen, plain, sampler),
-        "target": sdxl.build_pipeline(frozen, target, sampler),
+        "student": partial(sdxl.build_pipeline, frozen, plain, sampler),
+        "target": partial(sdxl.build_pipeline, frozen, target, sampler),
     }
     guidance_scale = validation_guidance_scale(args.validation_guidance_scale, args.w_min, args.w_max)
     validation = Validation(
         accelerator,
         pipelines,
-        sdxl.build_pipeline(frozen, frozen.unet, teacher_sampler(configs.scheduler)),
+        partial(sdxl.build_pipeline, frozen, frozen.unet, teacher_sampler(configs.scheduler)),
         prompts=prompts or preflight.captions,
         images_per_prompt=args.num_validation_images,
         inference_steps=args.validation_inference_steps,
@@ -202,6 +208,7 @@ def main(argv: list[str] | None = None) -> None:
         resolution=args.resolution,
         seed=seed,
         output_dir=None if args.dry_run else args.output_dir,
+        at_hand=frozen.complete,
     )
 
     # Resume, or start.
@@ -231,11 +238,11 @@ def main(argv: list[str] | None = None) -> None:
             # 1 batch → latents z, conditioning c
             batch = next(data)
             generator = random.at(batches)
-            latents = encode_pixels(frozen.vae, batch["pixels"], args.vae_encode_batch_size, generator)
+            latents = batch_latents(frozen, batch, args.vae_encode_batch_size, generator)
             time_ids = sdxl.time_ids(
                 batch["original_sizes"], batch["crop_top_lefts"], args.resolution, fixed=args.use_fix_crop_and_size
             )
-            conditioning = sdxl.with_time_ids(sdxl.encode_captions(frozen, batch["captions"]), time_ids)
+            conditioning = sdxl.with_time_ids(sdxl.batch_conditioning(frozen, batch), time_ids)
             unconditional = sdxl.with_time_ids(empty, time_ids)
             size, device = len(latents), latents.device
 

@@ -51,11 +51,11 @@ class Parser(CommandParser):
             sys.argv = [word.replace(args.hub_token, "***") for word in sys.argv]
         if args.w_min > args.w_max:
             self.error(f"argument --w_min: {args.w_min:g} is above --w_max {args.w_max:g}; give w_min <= w_max")
-        if args.keep_best and not args.validation_teacher_steps:
-            self.error(
-                "argument --keep_best: it goes by the distance to the teacher, "
-                "which --validation_teacher_steps 0 does not measure"
-            )
+        for flag in ("validation_teacher_steps", "num_validation_images"):
+            if args.keep_best and not vars(args)[flag]:
+                self.error(
+                    f"argument --keep_best: it goes by the distance to the teacher, which --{flag} 0 does not measure"
+                )
         return args
 
 
@@ -472,7 +472,7 @@ def add_run_flags(parser: Parser, *, guidance_default: str) -> None:
         help="what to draw: prompts, or .txt files with a prompt on each line (default: four captions of the first "
         "shard)",
     )
-    group.add_argument("--num_validation_images", type=positive_int, default=4, help="pictures per prompt")
+    group.add_argument("--num_validation_images", type=count, default=4, help="pictures per prompt; 0: draw none")
     group.add_argument(
         "--validation_inference_steps",
         type=positive_int,

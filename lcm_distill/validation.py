@@ -64,6 +64,9 @@ def validation_guidance_scale(chosen: float | None, w_min: float, w_max: float) 
 class Validation:
     """Draws the prompts with every pipeline, and measures how far the students are from their teacher.
 
+    `pipelines` and `teacher` are functions that build a pipeline, called for each drawing, inside the context `at_hand`
+    (`FrozenParts.complete`): what only drawing needs is there only then. Without prompts or pictures nothing is drawn.
+
     A grid has a row for each pipeline and each of `inference_steps`, "student, 4 steps", all from the same noise; a
     number given twice is drawn once. The first row is the `teacher`'s, drawn once, in `teacher_steps` of DDIM at
     `teacher_guidance_scale`: each of its pictures is the end of the trajectory that a student is to jump to in one
@@ -78,8 +81,8 @@ class Validation:
     def __init__(
         self,
         accelerator: Accelerator,
-        pipelines: Mapping[str, Any],
-        teacher: Any,
+        pipelines: Mapping[str, Callable[[], Any]],
+        teacher: Callable[[], Any],
         *,
         prompts: Sequence[str],
         images_per_prompt: int,
@@ -90,6 +93,7 @@ class Validation:
         resolution: int,
         seed: int,
         output_dir: str | None,
+        at_hand: Callable[[], AbstractContextManager] = contextlib.nullcontext,
         within: Mapping[str, Callable[[], AbstractContextManager]] | None = None,
     ):
         self._accelerator = accelerator
@@ -101,6 +105,7 @@ class Validation:
         self._teacher_guidance_scale = teacher_guidance_scale
         self._resolution = resolution
         self._output_dir = output_dir
+        self._at_hand = at_hand
         self._within = dict(within or {})
         self._prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
         self._seeds = [seed + number for number in range(len(self._prompts))]
@@ -113,20 +118,11 @@ class Validation:
     def __call__(self, global_step: int) -> dict[str, float]:
         """Draws the grid of `global_step`; returns "distance/student" and the like, the same on every rank."""
         distances: dict[str, float] = {}
+        if not self._prompts:
+            return distances
         if self._accelerator.is_main_process or is_split(self._accelerator):
-            fresh: dict[str, list[Image.Image]] = {}
-            if self._teacher_steps and not self._teacher_row:
-                self._ends = self._latents("teacher", self._teacher, self._teacher_steps, self._teacher_guidance_scale)
-                pictures = self._decode(self._teacher, self._ends)
-                self._teacher_row = fresh = {f"teacher, {_in_words(self._teacher_steps)}": pictures}
-            measured = [1] if self._teacher_steps else []
-            for label, pipeline in self._pipelines.items():
-                for steps in dict.fromkeys([*self._inference_steps, *measured]):
-                    latents = self._latents(label, pipeline, steps, self._guidance_scale)
-                    if steps in self._inference_steps:
-                        fresh = fresh | {f"{label}, {_in_words(steps)}": self._decode(pipeline, latents)}
-                    if steps in measured:
-                        distances[f"distance/{label}"] = relative_distance(latents, self._ends)
+            with self._at_hand():
+                fresh = self._draw(distances)
             if self._output_dir is not None and self._accelerator.is_main_process:
                 self._write(self._teacher_row | fresh, global_step)
                 log_pictures(self._accelerator, fresh, global_step)
@@ -143,6 +139,25 @@ class Validation:
                 ", ".join(f"{name.removeprefix('distance/')} {value:.3f}" for name, value in distances.items()),
             )
         return distances
+
+    def _draw(self, distances: dict[str, float]) -> dict[str, list[Image.Image]]:
+        """The rows of this drawing; fills `distances`."""
+        fresh: dict[str, list[Image.Image]] = {}
+        if self._teacher_steps and not self._teacher_row:
+            pipeline = self._teacher()
+            self._ends = self._latents("teacher", pipeline, self._teacher_steps, self._teacher_guidance_scale)
+            fresh[f"teacher, {_in_words(self._teacher_steps)}"] = self._decode(pipeline, self._ends)
+            self._teacher_row = dict(fresh)
+        measured = [1] if self._teacher_steps else []
+        for label, build in self._pipelines.items():
+            pipeline = build()
+            for steps in dict.fromkeys([*self._inference_steps, *measured]):
+                latents = self._latents(label, pipeline, steps, self._guidance_scale)
+                if steps in self._inference_steps:
+                    fresh[f"{label}, {_in_words(steps)}"] = self._decode(pipeline, latents)
+                if steps in measured:
+                    distances[f"distance/{label}"] = relative_distance(latents, self._ends)
+        return fresh
 
     def _latents(self, label: str, pipeline: Any, steps: int, guidance_scale: float) -> torch.Tensor:
         with self._accelerator.autocast(), self._within.get(label, contextlib.nullcontext)():

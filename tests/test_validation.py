@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -251,7 +252,8 @@ def make(pipelines, teacher, output_dir, *, accelerator=None, **options):
         "prompts": ["a", "b"], "inference_steps": [4, 1, 4], "teacher_steps": 9, "teacher_guidance_scale": 5.0,
     } | DRAWING | {"resolution": 8} | options  # fmt: skip
     where = None if output_dir is None else str(output_dir)
-    return Validation(accelerator or fake_accelerator(), pipelines, teacher, output_dir=where, **chosen)
+    builders = {label: partial(lambda pipeline: pipeline, pipeline) for label, pipeline in pipelines.items()}
+    return Validation(accelerator or fake_accelerator(), builders, lambda: teacher, output_dir=where, **chosen)
 
 
 def test_each_pipeline_draws_a_row_for_each_number_of_steps(tmp_path, monkeypatch, caplog):
@@ -306,6 +308,18 @@ def test_the_distance_needs_no_row_of_one_step_and_can_be_turned_off(tmp_path, m
     calls = len(teacher.calls)
     assert validate(2) == {} == validate.measured and len(teacher.calls) == calls
     assert [label for label, _ in grids[1]] == ["student, 4 steps", "student, 1 step"]
+
+
+def test_without_pictures_nothing_is_built_or_drawn(tmp_path):
+    def never():
+        pytest.fail("a pipeline was asked for")
+
+    options = {"output_dir": str(tmp_path), "teacher_steps": 9, "teacher_guidance_scale": 5.0, "inference_steps": [1]}
+    none = {"images_per_prompt": 0}
+    for some in ({"prompts": ["a"]} | none, {"prompts": []}):
+        validate = Validation(fake_accelerator(), {"student": never}, never, at_hand=never, **options | DRAWING | some)
+        assert validate(1) == {} == validate.measured
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_pipeline_draws_within_its_context(tmp_path):

@@ -1,0 +1,164 @@
+"""The programs on encoded shards: the runs that they would be on pictures, without a VAE or text encoder in sight."""
+
+import pytest
+import torch
+from test_encode_shards import vae_copy
+from test_programs import LORA_PROGRAMS, PROGRAMS, captured_losses, family, result, same
+
+from lcm_distill.encode_shards import encode_shards
+from lcm_distill.encoded import read_encoding
+from lcm_distill.errors import UsageError
+from lcm_distill.frozen import FrozenParts
+from lcm_distill.samples import Preparation
+from lcm_distill.shards import expand_shards
+from lcm_distill.teacher import Teacher
+
+NOT_NEEDED = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+
+@pytest.fixture(scope="module")
+def encoded(shards, teachers, tmp_path_factory):
+    """`encoded(family, captions)`: the shards' centre crops and their mirror images, encoded by the toy teacher."""
+    folder = tmp_path_factory.mktemp("encoded")
+
+    def build(of: str, captions: bool = True) -> str:
+        out = folder / f"{of}-{captions}"
+        preparation = Preparation(resolution=64, center_crop=True, random_flip=True)
+        encode_shards(
+            expand_shards(shards), out, teacher=Teacher(teachers[of]), preparation=preparation, captions=captions
+        )
+        return str(out)
+
+    return build
+
+
+@pytest.fixture()
+def loaded(monkeypatch) -> list[str]:
+    """The names of the parts that are loaded from here on."""
+    names: list[str] = []
+    load = Teacher.load
+    monkeypatch.setattr(Teacher, "load", lambda self, parts, dtypes: names.extend(parts) or load(self, parts, dtypes))
+    return names
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_run_from_latents_is_the_run_from_pictures(program, command, run, encoded, loaded, tmp_path, monkeypatch):
+    """The same losses to float16 by the same draws; nothing loaded but the U-Net; 2 + 2 resumed steps are 4."""
+    losses = captured_losses(monkeypatch)
+    options = {"family": family(program), "learning_rate": 1e-3, "random_flip": True, "center_crop": True,
+               "proportion_empty_prompts": 0.3, "ema_decay": 0.9, "num_validation_images": 0}  # fmt: skip
+    if program in LORA_PROGRAMS:
+        options |= {"lora_rank": 4}
+    run(program, command("pictures", steps=2, **options))
+    from_pictures = [loss for _, loss in losses]
+    assert set(NOT_NEEDED) & set(loaded) and not (tmp_path / "pictures" / "validation").exists()
+    loaded.clear()
+    losses.clear()
+    options["train_shards_path_or_url"] = encoded(family(program))
+    loaded.clear()
+    run(program, command("whole", steps=4, checkpointing_steps=2, **options))
+    assert loaded == ["unet"]
+    from_latents = [loss for _, loss in losses]
+    assert from_latents[:2] == pytest.approx(from_pictures, rel=5e-3) and from_latents[:2] != from_pictures
+
+    half = str(tmp_path / "whole" / "checkpoint-2")
+    run(program, command("rest", steps=4, resume_from_checkpoint=half, **options))
+    assert [loss for _, loss in losses] == from_latents + from_latents[2:]
+    assert same(result(tmp_path / "whole"), result(tmp_path / "rest"))
+
+
+def test_what_only_drawing_needs_is_loaded_for_the_first_picture(command, run, encoded, loaded, tmp_path, monkeypatch):
+    from lcm_distill.validation import Validation
+
+    before: list[list[str]] = []
+    draw = Validation.__call__
+    monkeypatch.setattr(Validation, "__call__", lambda self, step: before.append(list(loaded)) or draw(self, step))
+    shards = encoded("sd", captions=False)
+    loaded.clear()
+    run(PROGRAMS[0], command(steps=4, validation_steps=2, train_shards_path_or_url=shards, validation_teacher_steps=2))
+    text = ["tokenizer", "text_encoder"]
+    assert sorted(before[0]) == sorted([*text, "unet"])  # the captions are not encoded
+    assert sorted(before[1]) == sorted(loaded) == sorted([*text, "unet", "vae"])  # once
+    assert sorted(path.name for path in (tmp_path / "out" / "validation").iterdir()) == [
+        "step-000002.png", "step-000004.png",
+    ]  # fmt: skip
+
+
+def test_a_dry_run_from_latents_draws(command, run, encoded, loaded, caplog, tmp_path):
+    shards = encoded("sdxl")
+    loaded.clear()
+    program = "train_lcm_distill_lora_sdxl_wds"
+    run(program, command(family="sdxl", dry_run=True, lora_rank=4, train_shards_path_or_url=shards))
+    assert "dry run: shards, models, a training step and a drawing all work" in caplog.text
+    assert "encoded by sdxl in float32; latents of 64x64, centre crop, with their mirror images" in caplog.text
+    assert sorted(loaded) == sorted([*NOT_NEEDED, "unet"]) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resolution": 32}, "--resolution 32: .*give --resolution 64"),
+        ({"interpolation_type": "box"}, "--interpolation_type box: "),
+        ({"family": "sdxl"}, "the captions were encoded with other text encoders"),
+        ({"pretrained_vae_model_name_or_path": "other"}, "another VAE, sd. Name that as --pretrained_vae"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_latents_that_do_not_fit_are_refused_before_anything_is_loaded(
+    options, message, command, run, encoded, teacher, tmp_path, monkeypatch
+):
+    shards = encoded("sd")
+    options = dict(options)
+    if "pretrained_vae_model_name_or_path" in options:
+        other = vae_copy(teacher, tmp_path / "vae", lambda name, weight: weight * 1.01)
+        options["pretrained_vae_model_name_or_path"] = other
+    monkeypatch.setattr(Teacher, "load", lambda *_: pytest.fail("a model was loaded"))
+    program = PROGRAMS[1] if options.get("family") == "sdxl" else PROGRAMS[0]
+    with pytest.raises(UsageError, match=message):
+        run(program, command(train_shards_path_or_url=shards, **options))
+
+
+class Network(torch.nn.Module):
+    """Notes where it is."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.device = name, "cpu"
+
+    def to(self, device, *_, **__):
+        self.device = str(device)
+        return self
+
+
+class Shelf:
+    """A teacher whose parts are all there, and which counts how often each is taken."""
+
+    def __init__(self):
+        self.taken = []
+
+    def load(self, parts, dtypes):
+        self.taken += parts
+        return {name: Network(name) for name in parts}
+
+
+@pytest.mark.parametrize("captions", [False, True])
+def test_what_no_step_needs_is_off_the_device_but_for_drawing(encoded, captions):
+    """The memory of VAE and text encoders is the training's while no picture is drawn."""
+    encoding = read_encoding(expand_shards(encoded("sd", captions))[0])
+    names = ("text_encoder", "vae", "unet")
+    parts = FrozenParts(
+        Shelf(), device="cuda:3", kinds=dict.fromkeys(names), dtypes=dict.fromkeys(names, torch.float16),
+        text=("text_encoder",), encoding=encoding,
+    )  # fmt: skip
+    parts.load_for_training()
+    assert parts._teacher.taken == (["unet"] if captions else ["text_encoder", "unet"])
+    idle = ("vae", "text_encoder") if captions else ("vae",)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="a full disk, say"), parts.complete():
+            assert {getattr(parts, name).device for name in names} == {"cuda:3"}
+            raise RuntimeError("a full disk, say")
+        assert {name: getattr(parts, name).device for name in names} == {
+            name: "cpu" if name in idle else "cuda:3" for name in names
+        }
+    assert sorted(parts._teacher.taken) == sorted(names)
+    assert not hasattr(parts, "scheduler")
