@@ -270,7 +270,7 @@ def _prepared(
         except Exception as error:
             if isinstance(error, UsageError):
                 raise
-            if local_path(shard) is None:  # the next time it may not break off
+            if local_path(shard) is None or getattr(error, "errno", None):  # the next time it may not break off
                 raise UsageError(f"IN: {printable(shard)} broke off ({error}). {KEPT}.") from None
             dropped[UNREADABLE_SHARD].append(f"{os.path.basename(shard)}: {error}")
         while waiting:

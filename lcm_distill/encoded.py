@@ -128,7 +128,7 @@ def read_encoding(shard: str) -> Encoding | None:
         return None
     try:
         return _parse(files)
-    except (ValueError, TypeError, KeyError, RecursionError, safetensors.SafetensorError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, safetensors.SafetensorError) as error:
         told = error if isinstance(error, _OtherFormat) else "it is damaged"
         raise UsageError(
             f"{printable(shard)}: its {HEADER} cannot be used ({told}). Encode the pictures again."

@@ -309,6 +309,17 @@ def test_bad_samples_are_left_out_and_named(teacher, tmp_path, capsys):
     assert dropped[2] == {NOT_A_PICTURE: ["g"]}
 
 
+def test_a_shard_whose_disk_fails_is_not_taken_for_a_short_one(pictures, teacher, tmp_path, monkeypatch):
+    def breaking(shard, **options):
+        yield from itertools.islice(read_shard(shard, **options), 2)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(module, "read_shard", breaking)
+    with pytest.raises(UsageError, match=r"^IN: .*000.tar broke off .*Input/output error.*run the same command again"):
+        encoded(pictures, tmp_path / "out", teacher)
+    assert not list((tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize("scale", [1e6, float("nan")])
 def test_latents_beyond_half_precision_are_told(pictures, teacher, tmp_path, monkeypatch, scale):
     """SDXL's own VAE overflows in half precision: its black pictures must not be trained on."""
@@ -396,6 +407,7 @@ def header(**fields):
     [
         (lambda old: b"{broken", "damaged"),
         (lambda old: b"[]", "damaged"),
+        (lambda old: b"5", "damaged"),
         (lambda old: b"[" * 100_000, "damaged"),
         (header(format=2), "another version"),
         (header(moments=[8, "x", 8]), "damaged"),
