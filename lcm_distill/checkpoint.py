@@ -5,7 +5,8 @@
       optimizer.bin, …             Accelerate's state: optimizer, learning rate, loss scaler, random state
       stream-RANK.pt               where each rank's data stream stood
       run.json                     step, flags, seed, layout, versions, architecture
-      rating.json                  how far from the teacher it was, if it was ever the best (--keep_best)
+      rating.json                  how far from the teacher it was, if it was ever the best (--keep_best), and whether
+                                   it was saved for that alone
 
 One is written under a temporary name and renamed when it is on the disk, and loses its name before it is
 removed: a checkpoint that has its name is whole. Older ones go only after the new one stands; the best one stays.
@@ -121,19 +122,23 @@ class Checkpoints:
     ) -> bool:
         """Keeps this step's checkpoint as the best if `distance` is less than that of any before; returns whether.
 
-        If the step has no checkpoint yet, it gets one. `distance` is the same on every rank.
+        If the step has no checkpoint yet, it gets one, which goes when another is the best. `distance` is the same on
+        every rank; one that is not finite is never the best.
         """
         best = find_best(self._output_dir) if self._accelerator.is_main_process else None
-        better = broadcast_object_list([best is None or distance < _rating(best)])[0]
-        if not better:
+        least = math.inf if best is None else _rating(best)[0]
+        if not broadcast_object_list([distance < least])[0]:
             return False
         path = self._output_dir / f"checkpoint-{global_step}"
-        saved = broadcast_object_list([path.exists()])[0] or self.save(global_step, run, stream_state)
+        stands = broadcast_object_list([path.exists()])[0]
+        saved = stands or self.save(global_step, run, stream_state)
         if saved and self._accelerator.is_main_process:
             partial = path / ".rating.json"
             try:
-                partial.write_text(json.dumps({"distance": distance}) + "\n")
+                partial.write_text(json.dumps({"distance": distance, "saved_for_it": not stands}) + "\n")
                 partial.rename(path / _RATING)
+                if best is not None and _rating(best)[1]:
+                    _remove(best)
                 self._prune(keep=path)
             except OSError as error:
                 logger.error("%s could not be marked as the best (%s)", path, error)
@@ -196,7 +201,9 @@ class Checkpoints:
     def _prune(self, keep: Path) -> None:
         if self._limit is None:
             return
-        older = [path for path in list_checkpoints(self._output_dir) if path not in (keep, find_best(self._output_dir))]
+        found = list_checkpoints(self._output_dir)
+        best = _best_of(found)
+        older = [path for path in found if path not in (keep, best)]
         for path in older[: max(0, len(older) + 1 - self._limit)]:
             _remove(path)
 
@@ -222,18 +229,25 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(whole, key=_step)
 
 
-def _rating(path: Path) -> float:
-    """The distance to the teacher that was measured at a checkpoint; infinity if it was never the best."""
+def _rating(path: Path) -> tuple[float, bool]:
+    """(a checkpoint's distance to the teacher, whether it was saved for that alone); infinity if never the best."""
     try:
-        return float(json.loads((path / _RATING).read_text())["distance"])
+        rating = json.loads((path / _RATING).read_text())
+        distance = float(rating["distance"])
+        return (distance if math.isfinite(distance) else math.inf), rating.get("saved_for_it") is True
     except (OSError, ValueError, KeyError, TypeError):
-        return math.inf
+        return math.inf, False
 
 
 def find_best(output_dir: str | Path) -> Path | None:
     """The checkpoint in `output_dir` that came closest to the teacher; None if none was rated."""
-    best = min(list_checkpoints(output_dir), key=_rating, default=None)
-    return best if best is not None and _rating(best) < math.inf else None
+    return _best_of(list_checkpoints(output_dir))
+
+
+def _best_of(checkpoints: list[Path]) -> Path | None:
+    distances = {path: _rating(path)[0] for path in checkpoints}
+    best = min(checkpoints, key=distances.__getitem__, default=None)
+    return best if best is not None and distances[best] < math.inf else None
 
 
 def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> Path | None:
@@ -334,7 +348,7 @@ def public_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     public = {name: value for name, value in flags.items() if "token" not in name}
     if shards := public.get("train_shards_path_or_url"):
         for secret, instead in ((r"\?.*?(?=::|$)", "?…"), (r"://[^/@]*@", "://…@"), (r"pipe:.*", "pipe:…")):
-            shards = re.sub(secret, instead, shards)
+            shards = re.sub(secret, instead, shards, flags=re.DOTALL)  # a command may have several lines
         public["train_shards_path_or_url"] = shards
     return public
 

@@ -439,7 +439,7 @@ def add_run_flags(parser: Parser, *, guidance_default: str) -> None:
         group,
         "--keep_best",
         "also keep the checkpoint that came closest to the teacher by the distance that validation measures: one is "
-        "saved whenever that is less than ever before",
+        "saved whenever that is less than ever before, and goes when the next one is",
     )
     group.add_argument(
         "--max_train_time",

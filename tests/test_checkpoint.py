@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 
 import pytest
 import torch
@@ -98,6 +99,7 @@ def test_tokens_are_never_written_and_changes_are_listed():
     assert flags == {"lr": 1, "resume_from_checkpoint": "latest"}
     secret = "pipe:curl -H 'Authorization: Bearer secret' https://host/{0..9}.tar"
     urls = [
+        "pipe:curl -s \\\n -H 'Authorization: Bearer secret' https://h/0.tar",  # a shell's line, carried on
         "https://host/0.tar?sig=secret", f"a.tar::https://h/b.tar?secret::{secret}", "https://secret@h/a@b.tar",
         "https://alice:secret@host/0.tar::https://a:secret@h/1.tar", "https://h/0.tar?se=10:00:00Z&sig=secret::b.tar",
     ]  # fmt: skip
@@ -224,6 +226,48 @@ def test_the_best_checkpoint_stays_beside_the_newest(tmp_path):
     (tmp_path / "checkpoint-5" / "rating.json").write_text("{torn")
     with pytest.raises(UsageError, match="best"):
         find(tmp_path, resume="best")
+    accelerator.free_memory()
+
+
+def test_what_was_saved_for_being_the_best_alone_goes_when_it_is_no_more(tmp_path):
+    """Distances fall with nearly every validation: without a limit each left a whole checkpoint on the disk."""
+    accelerator = Accelerator(cpu=True)
+    checkpoints = Checkpoints(accelerator, str(tmp_path), {"unet": UNetPart(tiny_unet())}, limit=None)
+
+    def names():
+        return [path.name for path in list_checkpoints(tmp_path)]
+
+    for step in (1, 2):
+        assert checkpoints.keep_if_best(1 / step, step, {}, {}) and names() == [f"checkpoint-{step}"]
+    checkpoints.save(3, {}, {})  # one of the run's own, which the limit, None, keeps
+    assert checkpoints.keep_if_best(0.3, 3, {}, {}) and names() == ["checkpoint-3"]
+    assert checkpoints.keep_if_best(0.2, 4, {}, {}) and names() == ["checkpoint-3", "checkpoint-4"]
+    assert checkpoints.keep_if_best(0.1, 5, {}, {}) and names() == ["checkpoint-3", "checkpoint-5"]
+    accelerator.free_memory()
+
+
+def test_a_distance_that_is_no_number_is_never_the_best(tmp_path):
+    """Python's min holds on to a NaN that comes first: no later checkpoint was the best any more."""
+    accelerator = Accelerator(cpu=True)
+    checkpoints = Checkpoints(accelerator, str(tmp_path), {"unet": UNetPart(tiny_unet())}, limit=None)
+    assert not checkpoints.keep_if_best(math.nan, 1, {}, {}) and not list_checkpoints(tmp_path)
+    for step, distance in ((1, 0.5), (2, 0.4)):
+        checkpoints.save(step, {}, {})
+        assert checkpoints.keep_if_best(distance, step, {}, {})
+    (tmp_path / "checkpoint-1" / "rating.json").write_text('{"distance": NaN}')
+    assert find_checkpoint("best", str(tmp_path)) == tmp_path / "checkpoint-2"
+    accelerator.free_memory()
+
+
+def test_a_torn_checkpoint_is_told_of_once_a_save(tmp_path, caplog):
+    """Pruning looked for the best anew beside each checkpoint, and told of the torn one each time."""
+    accelerator = Accelerator(cpu=True)
+    for step in (1, 2, 3):
+        make(tmp_path, step)
+    (tmp_path / "checkpoint-0").mkdir()
+    checkpoints = Checkpoints(accelerator, str(tmp_path), {"unet": UNetPart(tiny_unet())}, limit=9)
+    checkpoints.save(4, {}, {})
+    assert caplog.text.count("checkpoint-0 is not a whole checkpoint") == 1
     accelerator.free_memory()
 
 
