@@ -25,7 +25,7 @@ import torch
 from lcm_distill import flags, sdxl, unets
 from lcm_distill.checkpoint import Checkpoints, find_run, public_flags
 from lcm_distill.consistency import ConsistencyFunction, consistency_loss, draw_guidance, guided_prediction, unet_output
-from lcm_distill.drawing import teacher_sampler
+from lcm_distill.drawing import check_steps, teacher_sampler
 from lcm_distill.ema import update_ema
 from lcm_distill.encoded import empty_batch
 from lcm_distill.ending import Ending
@@ -108,6 +108,8 @@ def main(argv: list[str] | None = None) -> None:
     sampler = lcm_scheduler(
         configs.scheduler, args.num_ddim_timesteps, args.timestep_scaling_factor, max(args.validation_inference_steps)
     )
+    undistilled = teacher_sampler(configs.scheduler)
+    check_steps("--validation_teacher_steps", args.validation_teacher_steps, undistilled)
     prompts = read_prompts(args.validation_prompts)
     accelerator = start_accelerator(
         output_dir=args.output_dir,
@@ -201,9 +203,10 @@ def main(argv: list[str] | None = None) -> None:
     validation = Validation(
         accelerator,
         pipelines,
-        partial(sdxl.build_pipeline, frozen, unet, teacher_sampler(configs.scheduler)),
+        partial(sdxl.build_pipeline, frozen, unet, undistilled),
         prompts=prompts or preflight.captions,
         images_per_prompt=args.num_validation_images,
+        batch_size=args.train_batch_size,
         inference_steps=args.validation_inference_steps,
         guidance_scale=1.0 if args.validation_guidance_scale is None else args.validation_guidance_scale,
         teacher_steps=args.validation_teacher_steps,

@@ -30,7 +30,7 @@ from lcm_distill.consistency import (
     guided_prediction,
     unet_output,
 )
-from lcm_distill.drawing import teacher_sampler
+from lcm_distill.drawing import check_steps, teacher_sampler
 from lcm_distill.ema import update_ema
 from lcm_distill.encoded import empty_batch
 from lcm_distill.ending import Ending
@@ -104,6 +104,8 @@ def main(argv: list[str] | None = None) -> None:
     sampler = lcm_scheduler(
         configs.scheduler, args.num_ddim_timesteps, args.timestep_scaling_factor, max(args.validation_inference_steps)
     )
+    undistilled = teacher_sampler(configs.scheduler)
+    check_steps("--validation_teacher_steps", args.validation_teacher_steps, undistilled)
     prompts = read_prompts(args.validation_prompts)
     accelerator = start_accelerator(
         output_dir=args.output_dir,
@@ -194,9 +196,10 @@ def main(argv: list[str] | None = None) -> None:
     validation = Validation(
         accelerator,
         pipelines,
-        partial(sd.build_pipeline, frozen, frozen.unet, teacher_sampler(configs.scheduler)),
+        partial(sd.build_pipeline, frozen, frozen.unet, undistilled),
         prompts=prompts or preflight.captions,
         images_per_prompt=args.num_validation_images,
+        batch_size=args.train_batch_size,
         inference_steps=args.validation_inference_steps,
         guidance_scale=guidance_scale,
         teacher_steps=args.validation_teacher_steps,

@@ -7,17 +7,22 @@ import random
 import sys
 import tempfile
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from lcm_distill.errors import UsageError
 from lcm_distill.sharding import settle_engine
 from lcm_distill.zero import ZeroAccelerator, asks_for_deepspeed
+
+# Ranks wait that long for one another. The main process draws and writes alone, which takes more than the ten minutes
+# after which NCCL would give the run up; a rank that has died ends it at once, by the launcher.
+_PATIENCE = timedelta(hours=1)
 
 
 def start_accelerator(
@@ -50,6 +55,7 @@ def start_accelerator(
         gradient_accumulation_steps=gradient_accumulation_steps,
         log_with=None if dry_run or not trackers else trackers,
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=str(Path(output_dir) / logging_dir)),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
     )
     # From here on the precision may also come from `accelerate config`.
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":

@@ -71,11 +71,13 @@ class Validation:
     number given twice is drawn once. The first row is the `teacher`'s, drawn once, in `teacher_steps` of DDIM at
     `teacher_guidance_scale`: each of its pictures is the end of the trajectory that a student is to jump to in one
     step, and how far off that jump lands is the distance (`measures.relative_distance`). With `teacher_steps` 0 there
-    is neither. Grids go to `validation/step-N.png` in `output_dir` and to every tracker; without an `output_dir`
-    nowhere, and the teacher takes one step (a dry run). `within` has, by a pipeline's label, a context to draw in.
+    is neither. At most `batch_size` pictures are drawn at once, as many as are trained on: it needs no more of a GPU's
+    memory than the guided teacher of the training. Grids go to `validation/step-N.png` in `output_dir` and to every
+    tracker; without an `output_dir` nowhere, and the teacher takes one step (a dry run). `within` has, by a pipeline's
+    label, a context to draw in.
 
     Every rank makes one and calls it; the main process draws while the others wait. With sharded networks all draw,
-    the same.
+    the same: the main process's `prompts`.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Validation:
         *,
         prompts: Sequence[str],
         images_per_prompt: int,
+        batch_size: int,
         inference_steps: Sequence[int],
         guidance_scale: float,
         teacher_steps: int,
@@ -107,10 +110,11 @@ class Validation:
         self._output_dir = output_dir
         self._at_hand = at_hand
         self._within = dict(within or {})
+        prompts = broadcast_object_list([list(prompts)])[0]
         self._prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
         self._seeds = [seed + number for number in range(len(self._prompts))]
         self._columns = [text for prompt in prompts for text in [prompt, *[""] * (images_per_prompt - 1)]]
-        self._images_per_prompt = images_per_prompt
+        self._batch_size = min(batch_size, images_per_prompt)
         self._teacher_row: dict[str, list[Image.Image]] = {}
         self._ends = torch.empty(0)
         self.measured: dict[str, float] = {}  # the last distances, by what they are in words
@@ -168,7 +172,7 @@ class Validation:
                 inference_steps=steps,
                 guidance_scale=guidance_scale,
                 resolution=self._resolution,
-                batch_size=self._images_per_prompt,
+                batch_size=self._batch_size,
             )
         release(pipeline.unet)
         return latents.cpu()

@@ -637,6 +637,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(command, run, monkeypatch
         ({"num_ddim_timesteps": 2000}, "--num_ddim_timesteps"),
         ({"report_to": "nothing"}, "--report_to nothing"),
         ({"num_ddim_timesteps": 3, "validation_inference_steps": 4}, "--validation_inference_steps 4"),
+        ({"validation_teacher_steps": 1001}, "--validation_teacher_steps 1001"),
         ({"resolution": 20}, "--resolution 20"),
         ({"output_dir": "/dev/null/x"}, "--output_dir /dev/null/x"),
         ({"resume_from_checkpoint": "checkpoint-9"}, "--resume_from_checkpoint"),

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -179,6 +180,24 @@ def test_local_rank_reaches_the_launcher_s_variable(monkeypatch):
         monkeypatch.setattr("os.environ", {"LOCAL_RANK": before} if before else {})
         start_accelerator(**options, gradient_accumulation_steps=1, allow_tf32=False, local_rank=3)
         assert os.environ["LOCAL_RANK"] == expected
+
+
+def test_ranks_wait_while_the_main_process_draws_and_writes(monkeypatch):
+    """NCCL gave a run up after ten minutes: fifty steps of an SDXL teacher for some dozens of prompts take longer."""
+    given = []
+    monkeypatch.setattr(
+        "lcm_distill.runtime.Accelerator",
+        lambda *, kwargs_handlers, **_: (
+            given.extend(kwargs_handlers)
+            or SimpleNamespace(is_main_process=False, mixed_precision="no", distributed_type="NO")
+        ),
+    )
+    start_accelerator(
+        output_dir="x", logging_dir="logs", trackers=[], mixed_precision="no", gradient_accumulation_steps=1,
+        allow_tf32=False,
+    )  # fmt: skip
+    (handler,) = given
+    assert handler.to_kwargs() == {"timeout": timedelta(hours=1)}
 
 
 def test_errors_for_users_are_messages_with_exit_codes(capsys):

@@ -250,6 +250,7 @@ def fake_accelerator(trackers=(), is_main_process=True, autocast=nullcontext):
 def make(pipelines, teacher, output_dir, *, accelerator=None, **options):
     chosen = {
         "prompts": ["a", "b"], "inference_steps": [4, 1, 4], "teacher_steps": 9, "teacher_guidance_scale": 5.0,
+        "batch_size": 16,
     } | DRAWING | {"resolution": 8} | options  # fmt: skip
     where = None if output_dir is None else str(output_dir)
     builders = {label: partial(lambda pipeline: pipeline, pipeline) for label, pipeline in pipelines.items()}
@@ -320,6 +321,25 @@ def test_without_pictures_nothing_is_built_or_drawn(tmp_path):
         validate = Validation(fake_accelerator(), {"student": never}, never, at_hand=never, **options | DRAWING | some)
         assert validate(1) == {} == validate.measured
     assert not list(tmp_path.iterdir())
+
+
+def test_no_more_pictures_are_drawn_at_once_than_are_trained_on(tmp_path):
+    """With --train_batch_size 1 on a GPU that just suffices, four of them, guided, were eight at once."""
+    student, teacher = FakePipeline(0.5), FakePipeline()
+    validate = make({"student": student}, teacher, tmp_path, images_per_prompt=3, batch_size=2)
+    assert validate(1) == pytest.approx({"distance/student": 0.5})
+    assert [len(prompts) for prompts, *_ in teacher.calls] == [2, 2, 2]
+    assert sum(len(prompts) for prompts, *_ in student.calls) == 2 * 6
+
+
+def test_all_ranks_draw_the_main_process_s_prompts(tmp_path, monkeypatch):
+    """Each rank takes captions from its own look at the shards; sharded networks wait for one another in each batch."""
+    monkeypatch.setattr(validation, "broadcast_object_list", lambda values: [["from the main process"]])
+    student = FakePipeline()
+    validate = make({"student": student}, FakePipeline(), tmp_path, teacher_steps=0, inference_steps=[1])
+    monkeypatch.setattr(validation, "broadcast_object_list", lambda values: values)
+    validate(1)
+    assert [prompts for prompts, *_ in student.calls] == [["from the main process"] * 2]
 
 
 def test_a_pipeline_draws_within_its_context(tmp_path):
