@@ -283,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
         cache_dir=args.cache_dir,
     )
     with memory_errors("take smaller --batch_sizes or a smaller --resolution."):
-        pipeline = load_teacher(teacher, device=device, dtype=dtype, resolution=args.resolution or 8)
+        pipeline = load_teacher(teacher, device=device, dtype=dtype, resolution=args.resolution)
         resolution = args.resolution or natural_resolution(pipeline)
         contenders = enter(
             pipeline,

@@ -17,8 +17,9 @@ DDIM at --guidance_scale, the end of the trajectory that a student is to jump to
     toy        caption accuracy and Fréchet distance of the toy world
 
 The reference pictures are the teacher's, or with --real those of your shards, whose captions are then the prompts.
-A full student draws at --guidance_scale. A LoRA is not told the guidance: it draws at --lora_guidance_scale 1, and the
-comparison is fair if it was trained at that guidance (w = guidance_scale − 1).
+A full student draws at --guidance_scale. A LoRA, or a U-Net that one was merged into, is not told the guidance: it
+draws at --lora_guidance_scale 1, and the comparison is fair if it was trained at that guidance
+(w = guidance_scale − 1).
 
 Writes evaluation.md, evaluation.json and evaluation.png (the first pictures of each row) to --output_dir.
 """
@@ -90,12 +91,19 @@ def evaluate(
     """Draws and judges row after row: the reference first, then `samplers`, the control, the `students`.
 
     One picture of each of `prompts`, number i from the noise of seed + i. `pipeline` is the teacher's, by
-    `load_teacher`; `make_metrics` is given the reference. `UsageError` for more `steps` than a student's sampler has.
+    `load_teacher`; `make_metrics` is given the reference. `UsageError`, before anything is drawn, for more steps than
+    a sampler has and for a student that does not fit the teacher.
     """
     scheduler_config = dict(pipeline.scheduler.config)
+    undistilled = {name: teacher_sampler(scheduler_config, name) for name in samplers}
     lcm = [student.sampler(scheduler_config) for student in students]
-    for sampler in lcm:
+    untrained = lcm[0] if lcm else LCMScheduler.from_config(scheduler_config)
+    for sampler in [*undistilled.values(), *lcm, *[untrained] * control]:
         check_steps("--steps", max(steps), sampler)
+    check_steps("--reference_steps", reference_steps, teacher_sampler(scheduler_config))
+    for student in students:
+        with student.drawing_in(pipeline):
+            pass
     seeds = range(seed, seed + len(prompts))
 
     def draw(count: int, scale: float) -> tuple[Drawn, float]:
@@ -121,19 +129,20 @@ def evaluate(
     metrics = make_metrics(reference)
     values = {name: value for metric in metrics for name, value in metric(reference).items()}
     yield Row("DDIM", reference_steps, guidance_scale, values, seconds, reference.first_pictures(shown), True)
-    for sampler in samplers:
-        pipeline.scheduler = teacher_sampler(scheduler_config, sampler)
+    for name, sampler in undistilled.items():
+        pipeline.scheduler = sampler
         for count in steps:
-            yield judge(sampler, count, guidance_scale)
+            yield judge(name, count, guidance_scale)
     if control:
-        pipeline.scheduler = lcm[0] if lcm else LCMScheduler.from_config(scheduler_config)
+        pipeline.scheduler = untrained
         for count in steps:
             yield judge(CONTROL, count, guidance_scale)
     pipeline.scheduler = teacher_sampler(scheduler_config)
     for student in students:
+        scale = guidance_scale if student.is_told_the_guidance else lora_guidance_scale
         with student.drawing_in(pipeline):
             for count in steps:
-                yield judge(student.name, count, guidance_scale if student.kind == "full" else lora_guidance_scale)
+                yield judge(student.name, count, scale)
 
 
 def tables(rows: Sequence[Row], titles: dict[str, str], steps: Sequence[int]) -> str:
@@ -205,7 +214,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--samplers", nargs="*", default=list(SAMPLERS), choices=SAMPLERS, help="of the teacher's rows (default: both)")
     add("--reference_steps", type=flags.positive_int, default=50, help="DDIM steps of the reference")
     add("--guidance_scale", type=flags.non_negative, default=8.0, help="w + 1, of teacher, control and full students")
-    add("--lora_guidance_scale", type=flags.non_negative, default=1.0, help="of LoRAs")
+    add(
+        "--lora_guidance_scale",
+        type=flags.non_negative,
+        default=1.0,
+        help="of LoRAs, and of LCMs without a guidance embedding",
+    )
     add("--resolution", type=flags.positive_int, help="pixels (default: what the teacher's U-Net is made for)")
     add("--seed", type=flags.count, default=0, help="picture i starts from the noise of seed + i")
     group = parser.add_argument_group("metrics")
@@ -241,21 +255,26 @@ def main(argv: list[str] | None = None) -> None:
         vae_revision=args.revision,
         cache_dir=args.cache_dir,
     )
-    pipeline = load_teacher(teacher, device=device, dtype=dtype, resolution=args.resolution or 8)
+    pipeline = load_teacher(teacher, device=device, dtype=dtype, resolution=args.resolution)
     resolution = args.resolution or natural_resolution(pipeline)
     count = args.num_pictures or (len(prompts) if prompts else 64)
     real, captions = real_pictures(args.real, count, resolution) if args.real else (None, [])
     prompts = list(itertools.islice(itertools.cycle(prompts or captions), count))
 
+    def prepare(name: str) -> Callable[[Drawn], Metric]:
+        """Loads what a metric needs; what it returns makes the metric, given the reference."""
+        if name == "latents":
+            return LatentDistances
+        if name in ("cmmd", "fid"):
+            compared = Fid(device) if name == "fid" else Cmmd(args.cmmd_model, device, args.cache_dir)
+            return lambda reference: compared.against(real or reference.pictures)
+        metric = Toy(prompts, args.seed) if name == "toy" else ClipScore(args.clip_model, device, args.cache_dir)
+        return lambda reference: metric
+
+    prepared = [prepare(name) for name in dict.fromkeys(args.metrics)]
+
     def make_metrics(reference: Drawn) -> list[Metric]:
-        makers: dict[str, Callable[[], Metric]] = {
-            "latents": lambda: LatentDistances(reference),
-            "clip": lambda: ClipScore(args.clip_model, device, args.cache_dir),
-            "cmmd": lambda: Cmmd(real or reference.pictures, args.cmmd_model, device, args.cache_dir),
-            "fid": lambda: Fid(real or reference.pictures, device),
-            "toy": lambda: Toy(prompts, args.seed),
-        }
-        made = [makers[name]() for name in dict.fromkeys(args.metrics)]
+        made = [make(reference) for make in prepared]
         titles.update({name: title for metric in made for name, title in metric.titles.items()})
         return made
 

@@ -1,4 +1,4 @@
-"""How good pictures are: each metric is made from a reference and judges one row of drawn pictures after the other.
+"""How good pictures are: each metric judges one row of drawn pictures after the other.
 
     latents    distance and energy to the teacher's own answers (lcm_distill.measures); needs no further network
     clip       CLIP score: how well picture and prompt agree; transformers' CLIP
@@ -6,8 +6,9 @@
     fid        FID to the reference pictures; needs torch-fidelity (pip install torch-fidelity)
     toy        caption accuracy and Fréchet distance in the toy world (toy.score); prompts must be its captions
 
-The reference of cmmd and fid are real pictures if there are any, else the teacher's. Both are biased upwards for few
-pictures: compare rows of one evaluation with each other, not with numbers from elsewhere.
+What a metric needs it loads when it is made, before anything is drawn. The reference of cmmd and fid, which `against`
+gives them, are real pictures if there are any, else the teacher's. Both are biased upwards for few pictures: compare
+rows of one evaluation with each other, not with numbers from elsewhere.
 """
 
 import dataclasses
@@ -102,12 +103,15 @@ class Cmmd:
 
     titles = {"cmmd": "CMMD to the reference pictures (lower is better)"}
 
-    def __init__(
-        self, reference: Sequence[Image.Image], model: str, device: torch.device | str, cache_dir: str | None = None
-    ):
+    def __init__(self, model: str, device: torch.device | str, cache_dir: str | None = None):
         self._device = device
         self._model, self._process = _load_clip(model, "--cmmd_model", device, cache_dir)
+        self._reference = torch.empty(0)
+
+    def against(self, reference: Sequence[Image.Image]) -> "Cmmd":
+        """Itself, which compares with `reference` from now on."""
         self._reference = self._embed(reference)
+        return self
 
     @torch.no_grad()
     def _embed(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
@@ -115,7 +119,7 @@ class Cmmd:
         for first in range(0, len(pictures), 16):
             pixels = self._process(list(pictures[first : first + 16]), return_tensors="pt").pixel_values
             hidden = self._model.vision_model(pixel_values=pixels.to(self._device)).pooler_output
-            rows.append(self._model.visual_projection(hidden).double().cpu())
+            rows.append(self._model.visual_projection(hidden).cpu().double())  # Apple's GPUs have no float64
         return torch.nn.functional.normalize(torch.cat(rows))
 
     def __call__(self, drawn: Drawn) -> dict[str, float]:
@@ -136,21 +140,23 @@ class Fid:
 
     titles = {"fid": "FID to the reference pictures (lower is better)"}
 
-    def __init__(self, reference: Sequence[Image.Image], device: torch.device | str):
+    def __init__(self, device: torch.device | str):
         try:
             from torch_fidelity import calculate_metrics
         except ImportError:
             raise UsageError("--metrics fid needs torch-fidelity: pip install torch-fidelity, or take cmmd.") from None
         self._calculate = functools.partial(
-            calculate_metrics,
-            input2=_Pictures(reference),
-            fid=True,
-            cuda=torch.device(device).type == "cuda",
-            verbose=False,
+            calculate_metrics, fid=True, cuda=torch.device(device).type == "cuda", verbose=False
         )
+        self._reference = _Pictures([])
+
+    def against(self, reference: Sequence[Image.Image]) -> "Fid":
+        """Itself, which compares with `reference` from now on."""
+        self._reference = _Pictures(reference)
+        return self
 
     def __call__(self, drawn: Drawn) -> dict[str, float]:
-        values = self._calculate(input1=_Pictures(drawn.pictures))
+        values = self._calculate(input1=_Pictures(drawn.pictures), input2=self._reference)
         return {"fid": float(values["frechet_inception_distance"])}
 
 

@@ -312,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
         vae_revision=args.revision,
         cache_dir=args.cache_dir,
     )
-    pipeline = load_teacher(teacher, device=device, dtype=dtype, resolution=args.resolution or 8)
+    pipeline = load_teacher(teacher, device=device, dtype=dtype, resolution=args.resolution)
     pipeline.scheduler = teacher_sampler(pipeline.scheduler.config, args.teacher_sampler)
     resolution = args.resolution or natural_resolution(pipeline)
     for row in rows:

@@ -32,13 +32,16 @@ def family_of(unet_config: Mapping[str, Any]) -> str:
     return "sdxl" if unet_config.get("addition_embed_type") == "text_time" else "sd"
 
 
-def load_teacher(teacher: Teacher, *, device: torch.device | str, dtype: torch.dtype, resolution: int = 8) -> Any:
+def load_teacher(
+    teacher: Teacher, *, device: torch.device | str, dtype: torch.dtype, resolution: int | None = None
+) -> Any:
     """The teacher's pipeline on `device`, networks in `dtype` (SDXL's VAE in float32 unless half is safe for it).
 
-    It samples with DDIM. `UsageError` for a teacher that cannot be read, or a `resolution` that it cannot draw.
+    It samples with DDIM. `UsageError` for a teacher that cannot be read, or a `resolution` (None: not known yet) that
+    it cannot draw.
     """
     family = family_of(teacher.read_config(UNet2DConditionModel, "unet"))
-    configs = read_configs(teacher, family=family, resolution=resolution, num_ddim_timesteps=1)
+    configs = read_configs(teacher, family=family, resolution=resolution or 0, num_ddim_timesteps=1)
     frozen = FAMILIES[family].load_frozen(teacher, device=device, dtype=dtype, unet_dtype=dtype)
     return FAMILIES[family].build_pipeline(frozen, frozen.unet, teacher_sampler(configs.scheduler))
 

@@ -79,8 +79,10 @@ def test_a_student_equal_to_its_teacher_is_the_untrained_control(pipeline, untra
     assert not any("lora" in name for name, _ in pipeline.unet.named_parameters())
 
 
-def test_a_full_student_is_told_the_guidance_and_a_lora_is_not(pipeline, untrained, monkeypatch):
+def test_a_full_student_is_told_the_guidance_and_a_lora_is_not(pipeline, untrained, monkeypatch, tmp_path):
+    """Nor is a U-Net that a LoRA was merged into: at the teacher's scale the pipelines guided it a second time."""
     scales = []
+    pipeline.unet.save_pretrained(tmp_path / "merged")
 
     def draw(pipeline, prompts, seeds, *, guidance_scale, **_):
         scales.append(guidance_scale)
@@ -89,10 +91,10 @@ def test_a_full_student_is_told_the_guidance_and_a_lora_is_not(pipeline, untrain
     monkeypatch.setattr(evaluate, "draw_latents", draw)
     monkeypatch.setattr(metrics, "decode_latents", lambda *_, **__: [])
     rows = rows_of(
-        pipeline, find_students(untrained), guidance_scale=4.0, lora_guidance_scale=1.5, steps=[1],
-        make_metrics=lambda reference: [],
+        pipeline, find_students([*untrained, str(tmp_path / "merged")]), guidance_scale=4.0, lora_guidance_scale=1.5,
+        steps=[1], make_metrics=lambda reference: [],
     )  # fmt: skip
-    assert scales == [4.0, 4.0, 4.0, 4.0, 1.5] == [row.guidance_scale for row in rows]
+    assert scales == [4.0, 4.0, 4.0, 4.0, 1.5, 1.5] == [row.guidance_scale for row in rows]
 
 
 class PerfectStudent(Student):
@@ -143,9 +145,29 @@ def test_a_perfect_student_has_no_distance(pipeline):
             assert np.abs(np.asarray(picture, int) - np.asarray(other, int)).max() <= 1
 
 
-def test_more_steps_than_the_student_s_grid_are_told(pipeline, untrained):
-    with pytest.raises(UsageError, match="--steps 51: .*draws in at most 50 steps"):
-        rows_of(pipeline, find_students(untrained[:1]), steps=[1, 51])
+@pytest.mark.parametrize(
+    ("students", "options", "message"),
+    [
+        (1, {"steps": [1, 51]}, "--steps 51: LCM.*draws in at most 50 steps"),
+        (0, {"steps": [51]}, "--steps 51: LCM.*draws in at most 50 steps"),
+        (0, {"steps": [1001], "control": False}, "--steps 1001: DDIM.*draws in at most 1000 steps"),
+        (0, {"reference_steps": 1001}, "--reference_steps 1001: DDIM.*draws in at most 1000 steps"),
+    ],
+)
+def test_more_steps_than_a_grid_has_are_told_before_anything_is_drawn(
+    pipeline, untrained, monkeypatch, students, options, message
+):
+    monkeypatch.setattr(evaluate, "draw_latents", lambda *_, **__: pytest.fail("drawn"))
+    with pytest.raises(UsageError, match=message):
+        rows_of(pipeline, find_students(untrained[:students]), **options)
+
+
+def test_a_student_that_does_not_fit_is_told_before_anything_is_drawn(pipeline, untrained, monkeypatch, tmp_path):
+    """It was told behind the teacher's rows, which take hours for a real one."""
+    UNet2DConditionModel.from_config(dict(pipeline.unet.config) | {"layers_per_block": 2}).save_pretrained(tmp_path)
+    monkeypatch.setattr(evaluate, "draw_latents", lambda *_, **__: pytest.fail("drawn"))
+    with pytest.raises(UsageError, match="--student .* was not made from this teacher: .*layers_per_block"):
+        rows_of(pipeline, find_students([*untrained, str(tmp_path)]))
 
 
 # --- metrics
@@ -199,9 +221,17 @@ def test_clip_score_is_the_cosine_of_picture_and_prompt(clip):
     assert score == pytest.approx(100 * sum(scores) / 20, rel=1e-3)
 
 
+class OnApple(torch.Tensor):
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
 def test_cmmd_is_the_squared_mmd_of_the_embeddings(clip):
     a, b = noise_pictures(5, 0), [Image.new("RGB", (40, 40), colour) for colour in ("red", "green", "white")]
-    metric = Cmmd(b, clip, "cpu")
+    metric = Cmmd(clip, "cpu").against(b)
     assert metric(drawn(b))["cmmd"] == pytest.approx(0, abs=1e-9)
     process = transformers.CLIPImageProcessorPil.from_pretrained(clip)
     model = transformers.CLIPModel.from_pretrained(clip).eval()
@@ -221,6 +251,9 @@ def test_cmmd_is_the_squared_mmd_of_the_embeddings(clip):
 
     expected = 1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
     assert metric(drawn(a))["cmmd"] == pytest.approx(expected, rel=1e-4) and expected > 0
+    # On Apple's GPUs there is no float64.
+    metric._model.visual_projection.register_forward_hook(lambda module, inputs, out: out.as_subclass(OnApple))
+    assert metric(drawn(a))["cmmd"] == pytest.approx(expected, rel=1e-4)
     assert squared_mmd(torch.zeros(1, 2), torch.tensor([[0.0, 10.0]])) == pytest.approx(2 - 2 * np.exp(-0.5))
 
 
@@ -228,13 +261,13 @@ def test_fid_is_torch_fidelity_s(monkeypatch):
     """The library wants torchvision, so a stand-in checks what it is given."""
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(UsageError, match="--metrics fid needs torch-fidelity"):
-        Fid([], "cpu")
+        Fid("cpu")
     calls = []
     library = ModuleType("torch_fidelity")
     library.calculate_metrics = lambda **options: calls.append(options) or {"frechet_inception_distance": 12.5}
     monkeypatch.setitem(sys.modules, "torch_fidelity", library)
     reference, pictures = noise_pictures(3, 0), noise_pictures(2, 1)
-    assert Fid(reference, "cpu")(drawn(pictures)) == {"fid": 12.5}
+    assert Fid("cpu").against(reference)(drawn(pictures)) == {"fid": 12.5}
     (call,) = calls
     assert call["fid"] and not call["cuda"] and len(call["input1"]) == 2 and len(call["input2"]) == 3
     assert call["input1"][1].dtype == torch.uint8 and call["input1"][1].shape == (3, 40, 40)
@@ -244,7 +277,7 @@ def test_fid_is_torch_fidelity_s(monkeypatch):
 def test_mistakes_with_metrics_are_told(tmp_path):
     for make, message in (
         (lambda: ClipScore(str(tmp_path), "cpu"), "--clip_model .*no CLIP model"),
-        (lambda: Cmmd([], str(tmp_path / "none"), "cpu"), "--cmmd_model .*no CLIP model"),
+        (lambda: Cmmd(str(tmp_path / "none"), "cpu"), "--cmmd_model .*no CLIP model"),
         (lambda: Toy(["a castle at dusk"], 0), "--metrics toy: .*a castle at dusk.*captions of the toy world"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -302,6 +335,17 @@ def test_mistakes_are_told(teacher, shards, tmp_path, more, message, capsys):
     with pytest.raises((UsageError, SystemExit)) as error:
         evaluate.main(argv)
     assert message in str(error.value) + capsys.readouterr().err
+
+
+@pytest.mark.parametrize("metric", ["clip", "cmmd", "fid", "toy"])
+def test_a_metric_that_cannot_be_had_is_told_before_anything_is_drawn(teacher, tmp_path, monkeypatch, metric):
+    """It was told behind the reference, which takes an hour for a real teacher."""
+    monkeypatch.setattr(evaluate, "draw_latents", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    none = str(tmp_path / "none")
+    argv = ["--prompts", "a castle", "--metrics", "latents", metric, "--clip_model", none, "--cmmd_model", none]
+    with pytest.raises(UsageError, match=f"{metric}"):
+        evaluate.main(command(teacher, tmp_path / "out", *argv))
 
 
 def test_tables_leave_out_what_no_row_has():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from finished_students import GRID
 from peft.tuners.lora import LoraLayer
@@ -107,6 +107,19 @@ def test_the_teacher_s_pipeline_is_whole_and_samples_with_ddim(pipeline, family,
     close(drawn(pipeline), by_users(plain))
     with pytest.raises(UsageError, match="--resolution"):
         load_teacher(Teacher(teachers[family]), device="cpu", dtype=torch.float32, resolution=63)
+
+
+def test_a_vae_of_another_factor_needs_no_resolution_to_be_loaded(teachers, tmp_path):
+    """The size to check was taken to be 8 where the flag was not given, which a factor of 16 does not divide."""
+    vae = AutoencoderKL.from_pretrained(teachers["sd"], subfolder="vae")
+    coarse = {"block_out_channels": [8] * 5, "down_block_types": ["DownEncoderBlock2D"] * 5}
+    coarse |= {"up_block_types": ["UpDecoderBlock2D"] * 5}
+    AutoencoderKL.from_config(dict(vae.config) | coarse).save_pretrained(tmp_path)
+    pipeline = load_teacher(Teacher(teachers["sd"], vae=str(tmp_path)), device="cpu", dtype=torch.float32)
+    assert pipeline.vae_scale_factor == 16 and natural_resolution(pipeline) == 256
+    assert draw_latents(pipeline, PROMPTS, [1, 2], **DRAWING).shape == (2, 4, 4, 4)
+    with pytest.raises(UsageError, match="--resolution 72 is not a multiple of 16"):
+        load_teacher(Teacher(teachers["sd"], vae=str(tmp_path)), device="cpu", dtype=torch.float32, resolution=72)
 
 
 def test_a_teacher_that_does_not_tell_its_size_needs_the_flag(sd_pipeline):
