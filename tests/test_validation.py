@@ -316,6 +316,7 @@ def test_without_pictures_nothing_is_built_or_drawn(tmp_path):
         pytest.fail("a pipeline was asked for")
 
     options = {"output_dir": str(tmp_path), "teacher_steps": 9, "teacher_guidance_scale": 5.0, "inference_steps": [1]}
+    options["batch_size"] = 2
     none = {"images_per_prompt": 0}
     for some in ({"prompts": ["a"]} | none, {"prompts": []}):
         validate = Validation(fake_accelerator(), {"student": never}, never, at_hand=never, **options | DRAWING | some)
