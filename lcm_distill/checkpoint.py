@@ -34,6 +34,17 @@ from lcm_distill.sharding import saves_together
 logger = logging.getLogger(__name__)
 
 _RATING = "rating.json"
+# The flags that decide which pictures --keep_best compares.
+_MEASURED_BY = (
+    "validation_prompts",
+    "num_validation_images",
+    "validation_guidance_scale",
+    "validation_teacher_steps",
+    "w_min",
+    "w_max",
+    "resolution",
+    "pretrained_vae_model_name_or_path",
+)
 _NAME = re.compile(r"checkpoint-(\d+)")
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "webdataset", "torchdata")
 
@@ -123,10 +134,12 @@ class Checkpoints:
         """Keeps this step's checkpoint as the best if `distance` is less than that of any before; returns whether.
 
         If the step has no checkpoint yet, it gets one, which goes when another is the best. `distance` is the same on
-        every rank; one that is not finite is never the best.
+        every rank; one that is not finite is never the best. Once the flags say that other pictures are compared, by
+        `run`, those before do not count.
         """
         best = find_best(self._output_dir) if self._accelerator.is_main_process else None
-        least = math.inf if best is None else _rating(best)[0]
+        changed = [] if best is None else _measured_otherwise(best, run)
+        least = math.inf if best is None or changed else _rating(best)[0]
         if not broadcast_object_list([distance < least])[0]:
             return False
         path = self._output_dir / f"checkpoint-{global_step}"
@@ -137,7 +150,12 @@ class Checkpoints:
             try:
                 partial.write_text(json.dumps({"distance": distance, "saved_for_it": not stands}) + "\n")
                 partial.rename(path / _RATING)
-                if best is not None and _rating(best)[1]:
+                if changed:
+                    flags = ", ".join(f"--{name}" for name in changed)
+                    logger.warning("%s is the best no more: distances with another %s do not compare", best, flags)
+                    for other in set(list_checkpoints(self._output_dir)) - {path}:
+                        (other / _RATING).unlink(missing_ok=True)
+                elif best is not None and _rating(best)[1]:
                     _remove(best)
                 self._prune(keep=path)
             except OSError as error:
@@ -237,6 +255,18 @@ def _rating(path: Path) -> tuple[float, bool]:
         return (distance if math.isfinite(distance) else math.inf), rating.get("saved_for_it") is True
     except (OSError, ValueError, KeyError, TypeError):
         return math.inf, False
+
+
+def _measured_otherwise(path: Path, run: Mapping[str, Any]) -> list[str]:
+    """The flags that make the distance of a rated checkpoint another measure than that of `run`."""
+    try:
+        before = json.loads((path / "run.json").read_text())["flags"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # it does not tell
+    now = json.loads(json.dumps(run.get("flags", {}), default=str))
+    captions_are_prompts = not (before.get("validation_prompts") and now.get("validation_prompts"))
+    names = [*_MEASURED_BY, *["train_shards_path_or_url"] * captions_are_prompts]
+    return [name for name in names if before.get(name) != now.get(name)]
 
 
 def find_best(output_dir: str | Path) -> Path | None:

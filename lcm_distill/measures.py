@@ -21,7 +21,7 @@ def relative_distance(answers: torch.Tensor, ends: torch.Tensor) -> float:
 
 
 def energy_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The energy coefficient of two distributions, from N samples of each, `[N, …]`: 0 if equal, 1 infinitely far apart.
+    """The energy coefficient of two distributions, from N samples of each, `[N, …]`: 0 if equal, 1 if far apart.
 
     (2·E‖a − b‖ − E‖a − a'‖ − E‖b − b'‖) / 2·E‖a − b‖, of Székely and Rizzo (2013). All means are over pairs i ≠ j, so
     that samples that belong together (one prompt, one noise) do not count as close, and the estimate can be a little

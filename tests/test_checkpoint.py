@@ -246,6 +246,27 @@ def test_what_was_saved_for_being_the_best_alone_goes_when_it_is_no_more(tmp_pat
     accelerator.free_memory()
 
 
+def test_distances_to_other_pictures_are_not_compared(tmp_path, caplog):
+    """Resumed with harder prompts, a run never had a best again: that of the easy ones stood for ever."""
+    accelerator = Accelerator(cpu=True)
+    checkpoints = Checkpoints(accelerator, str(tmp_path), {"unet": UNetPart(tiny_unet())}, limit=None)
+
+    def keep(distance, step, **flags):
+        run = {"flags": {"validation_prompts": ["a"], "resolution": 64, "learning_rate": 1, "w_max": 15.0} | flags}
+        return checkpoints.keep_if_best(distance, step, run, {})
+
+    assert keep(0.5, 1) and not keep(0.6, 2, learning_rate=2) and not keep(0.6, 2, train_shards_path_or_url="b.tar")
+    assert not caplog.records
+    assert keep(0.9, 3, validation_prompts=["a", "b"])
+    assert "checkpoint-1 is the best no more: distances with another --validation_prompts do" in caplog.text
+    assert find_checkpoint("best", str(tmp_path)).name == "checkpoint-3"
+    assert not keep(0.95, 4, validation_prompts=["a", "b"])
+    # The captions of the first shard are the prompts, unless there are others.
+    assert keep(1.0, 5, validation_prompts=None) and keep(1.1, 6, validation_prompts=None, train_shards_path_or_url="b")
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in (1, 3, 5, 6)]
+    accelerator.free_memory()
+
+
 def test_a_distance_that_is_no_number_is_never_the_best(tmp_path):
     """Python's min holds on to a NaN that comes first: no later checkpoint was the best any more."""
     accelerator = Accelerator(cpu=True)
