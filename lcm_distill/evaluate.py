@@ -150,14 +150,14 @@ def tables(rows: Sequence[Row], titles: dict[str, str], steps: Sequence[int]) ->
     found = {(row.model, row.steps): row.values for row in rows if not row.is_reference}
     parts = []
     for name, title in titles.items():
-        columns = [count for count in steps if any(name in found[model, count] for model, _ in found)]
+        columns = [count for count in steps if any(name in found.get((model, count), ()) for model, _ in found)]
         if not columns:
             continue
         lines = [f"**{title}**", ""]
         lines += ["| model | " + " | ".join(f"{count} step{'s' * (count > 1)}" for count in columns) + " |"]
         lines += ["|---" * (len(columns) + 1) + "|"]
         for model in dict.fromkeys(model for model, _ in found):
-            cells = [found[model, count].get(name) for count in columns]
+            cells = [found.get((model, count), {}).get(name) for count in columns]
             lines += [f"| {model} | " + " | ".join("" if cell is None else number(cell) for cell in cells) + " |"]
         own = [(row.label, row.values[name]) for row in rows if row.is_reference and name in row.values]
         lines += ["", "The reference: " + "; ".join(f"{label}: {number(value)}" for label, value in own) + "."] * bool(
@@ -297,12 +297,6 @@ def main(argv: list[str] | None = None) -> None:
         seed=args.seed,
         shown=args.shown,
     )
-    with memory_errors("take a smaller --batch_size or --resolution."):
-        for row in drawing:
-            rows.append(row)
-            said = "  ".join(f"{name} {number(value)}" for name, value in row.values.items())
-            print(f"{len(rows):3d} of {total}  {row.label:32s} {said}", flush=True)
-
     settings = {
         "teacher": args.pretrained_teacher_model,
         "students": args.student,
@@ -313,9 +307,17 @@ def main(argv: list[str] | None = None) -> None:
         "seed": args.seed,
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
-        "reference": "real pictures" if real else rows[0].label,
+        "reference": "real pictures" if real else f"DDIM, {args.reference_steps} steps",
     }
-    write(rows, titles, steps, settings, Path(args.output_dir), prompts[: args.shown])
+    try:
+        with memory_errors("take a smaller --batch_size or --resolution."):
+            for row in drawing:
+                rows.append(row)
+                said = "  ".join(f"{name} {number(value)}" for name, value in row.values.items())
+                print(f"{len(rows):3d} of {total}  {row.label:32s} {said}", flush=True)
+    finally:  # interrupted, what was judged is there
+        if rows:
+            write(rows, titles, steps, settings, Path(args.output_dir), prompts[: args.shown])
     print("", tables(rows, titles, steps), "", f"written to {args.output_dir}", sep="\n")
 
 

@@ -318,6 +318,24 @@ def test_the_command_writes_tables_numbers_and_a_grid(teacher, untrained, shards
         assert grid.height > 9 * 64 and 3 * 64 < grid.width < 3 * 64 + 400
 
 
+def test_what_was_judged_before_an_interruption_is_written(teacher, tmp_path, monkeypatch):
+    judged = evaluate.LatentDistances.__call__
+    calls = []
+
+    def judge(self, drawn):
+        calls.append(drawn)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return judged(self, drawn)
+
+    monkeypatch.setattr(evaluate.LatentDistances, "__call__", judge)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(command(teacher, tmp_path, "--prompts", *CAPTIONS))
+    rows = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
+    assert [(row["model"], row["steps"]) for row in rows] == [("DDIM", 4), ("DDIM", 1)]
+    assert "| DDIM | " in (tmp_path / "evaluation.md").read_text() and (tmp_path / "evaluation.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
