@@ -24,6 +24,7 @@ import torch
 
 from lcm_distill import flags, sdxl, unets
 from lcm_distill.checkpoint import Checkpoints, find_run, public_flags
+from lcm_distill.compiling import compile_networks
 from lcm_distill.consistency import ConsistencyFunction, consistency_loss, draw_guidance, guided_prediction, unet_output
 from lcm_distill.drawing import check_steps, teacher_sampler
 from lcm_distill.ema import update_ema
@@ -41,7 +42,7 @@ from lcm_distill.plan import announce, plan_training
 from lcm_distill.preflight import inspect_shards
 from lcm_distill.progress import Progress
 from lcm_distill.randomness import BatchRandom
-from lcm_distill.runtime import inference_dtype, settle_seed, start_accelerator
+from lcm_distill.runtime import autocast_over, inference_dtype, settle_seed, start_accelerator
 from lcm_distill.samples import Preparation
 from lcm_distill.schedule import DDIMSolver, NoiseSchedule, lcm_scheduler
 from lcm_distill.shards import count_samples, expand_shards
@@ -62,7 +63,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flags.add_distillation_flags(parser, w_min=3.0, vae_encode_batch_size=8)
     flags.add_sdxl_flags(parser)
     flags.add_lora_flags(parser)
-    flags.add_speed_flags(parser, cast_base=True)
+    flags.add_speed_flags(parser)
     flags.add_run_flags(parser, guidance_default="1; the guidance of the training is in the LoRA")
     return parser.parse(argv)
 
@@ -150,6 +151,7 @@ def main(argv: list[str] | None = None) -> None:
         teacher, device=accelerator.device, dtype=dtype, unet_dtype=base_dtype, encoding=preparation.encoding
     )
     unet = frozen.unet
+    unets.to_channels_last(unet, frozen.vae)
     lora = Lora(
         unet,
         rank=args.lora_rank,
@@ -162,6 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         unets.enable_xformers(unet)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    compile_networks(args.compile, unet)
     optimizer = build_optimizer(
         lora.parameters(),
         learning_rate=plan.learning_rate,
@@ -175,6 +178,7 @@ def main(argv: list[str] | None = None) -> None:
         args.lr_scheduler, optimizer, warmup_steps=args.lr_warmup_steps, training_steps=plan.steps
     )
     student, optimizer = accelerator.prepare(unet, optimizer)
+    vars(unet).pop("forward", None)  # Accelerate's autocast around it: the loop says where there is one
     accelerator.register_for_checkpointing(lr_scheduler)
 
     # The data and the random draws.
@@ -261,22 +265,30 @@ def main(argv: list[str] | None = None) -> None:
             # 3 z_{n+k}
             noisy = schedule.add_noise(latents, noise, start)
 
-            # 4 student f_θ(z_{n+k}, c, t_{n+k})
-            with accelerator.autocast():
-                output = unet_output(student, noisy, start, conditioning, dtype=base_dtype)
-            prediction = consistency(output, noisy, start)
-
-            # 5 teacher with guidance, one solver step: ẑ_n
-            with torch.no_grad(), accelerator.autocast(), lora.off():
+            # 4 teacher with guidance, one solver step: ẑ_n
+            with torch.no_grad(), autocast_over(accelerator, base_dtype), lora.off():
                 clean, epsilon = guided_prediction(
-                    unet, schedule, noisy, start, conditioning, unconditional, w, dtype=base_dtype
+                    unet,
+                    schedule,
+                    noisy,
+                    start,
+                    conditioning,
+                    unconditional,
+                    w,
+                    dtype=base_dtype,
+                    batch_size=args.teacher_batch_size,
                 )
             previous = solver.step(clean, epsilon, index)
 
-            # 6 target f_θ⁻(ẑ_n, c, t_n)
+            # 5 target f_θ⁻(ẑ_n, c, t_n)
             with torch.no_grad(), accelerator.autocast(), lora.target():
                 output = unet_output(unet, previous, end, conditioning, dtype=base_dtype)
             goal = consistency(output, previous, end)
+
+            # 6 student f_θ(z_{n+k}, c, t_{n+k})
+            with accelerator.autocast():
+                output = unet_output(student, noisy, start, conditioning, dtype=base_dtype)
+            prediction = consistency(output, noisy, start)
 
             # 7 loss
             loss = consistency_loss(prediction, goal, args.loss_type, args.huber_c)

@@ -23,6 +23,7 @@ import torch
 
 from lcm_distill import flags, sd, unets
 from lcm_distill.checkpoint import Checkpoints, find_run, public_flags
+from lcm_distill.compiling import compile_networks
 from lcm_distill.consistency import (
     ConsistencyFunction,
     consistency_loss,
@@ -45,7 +46,7 @@ from lcm_distill.plan import announce, plan_training
 from lcm_distill.preflight import inspect_shards
 from lcm_distill.progress import Progress
 from lcm_distill.randomness import BatchRandom
-from lcm_distill.runtime import inference_dtype, settle_seed, start_accelerator
+from lcm_distill.runtime import autocast_over, inference_dtype, settle_seed, start_accelerator
 from lcm_distill.samples import Preparation
 from lcm_distill.schedule import DDIMSolver, NoiseSchedule, lcm_scheduler
 from lcm_distill.sharding import optimizer_parts, prepare, shard, whole_device
@@ -151,6 +152,10 @@ def main(argv: list[str] | None = None) -> None:
         unets.enable_xformers(frozen.unet, student, target)
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
+    unets.to_channels_last(frozen.unet, frozen.vae)
+    if not args.use_8bit_adam:  # which lays out anew what it trains
+        unets.to_channels_last(student, target)
+    compile_networks(args.compile, student, target, frozen.unet)
     shard(accelerator, student, target, frozen.unet)
     optimizer = build_optimizer(
         student.parameters(),
@@ -251,22 +256,30 @@ def main(argv: list[str] | None = None) -> None:
             # 3 z_{n+k}
             noisy = schedule.add_noise(latents, noise, start)
 
-            # 4 student f_θ(z_{n+k}, w, c, t_{n+k})
-            with accelerator.autocast():
-                output = unet_output(student, noisy, start, conditioning, w_embedding)
-            prediction = consistency(output, noisy, start)
-
-            # 5 teacher with guidance, one solver step: ẑ_n
-            with torch.no_grad(), accelerator.autocast():
+            # 4 teacher with guidance, one solver step: ẑ_n
+            with torch.no_grad(), autocast_over(accelerator, teacher_dtype):
                 clean, epsilon = guided_prediction(
-                    frozen.unet, schedule, noisy, start, conditioning, unconditional, w, dtype=teacher_dtype
+                    frozen.unet,
+                    schedule,
+                    noisy,
+                    start,
+                    conditioning,
+                    unconditional,
+                    w,
+                    dtype=teacher_dtype,
+                    batch_size=args.teacher_batch_size,
                 )
             previous = solver.step(clean, epsilon, index)
 
-            # 6 target f_θ⁻(ẑ_n, w, c, t_n)
+            # 5 target f_θ⁻(ẑ_n, w, c, t_n)
             with torch.no_grad(), accelerator.autocast():
                 output = unet_output(target, previous, end, conditioning, w_embedding)
             goal = consistency(output, previous, end)
+
+            # 6 student f_θ(z_{n+k}, w, c, t_{n+k})
+            with accelerator.autocast():
+                output = unet_output(student, noisy, start, conditioning, w_embedding)
+            prediction = consistency(output, noisy, start)
 
             # 7 loss
             loss = consistency_loss(prediction, goal, args.loss_type, args.huber_c)

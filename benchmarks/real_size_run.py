@@ -19,60 +19,12 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
 
+from benchmarks.architectures import write_teacher
 from lcm_distill.checkpoint import versions
 from toy.make_shards import make_shards
-from toy.train_teacher import build_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def write_sd15(folder: Path, dtype: torch.dtype) -> None:
-    """A pipeline folder of Stable Diffusion 1.5's shapes with random weights in `dtype`, and the toy's tokenizer."""
-    tokenizer = build_tokenizer()
-    text_config = CLIPTextConfig(
-        hidden_size=768,
-        intermediate_size=3072,
-        projection_dim=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        pipeline = StableDiffusionPipeline(
-            vae=AutoencoderKL(
-                block_out_channels=(128, 256, 512, 512),
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                layers_per_block=2,
-                sample_size=512,
-                scaling_factor=0.18215,
-            ),
-            text_encoder=CLIPTextModel(text_config),
-            tokenizer=tokenizer,
-            unet=UNet2DConditionModel(cross_attention_dim=768, sample_size=64),
-            scheduler=PNDMScheduler(
-                beta_start=0.00085,
-                beta_end=0.012,
-                beta_schedule="scaled_linear",
-                skip_prk_steps=True,
-                steps_offset=1,
-                set_alpha_to_one=False,
-            ),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-    finally:
-        torch.set_default_dtype(before)
-    pipeline.save_pretrained(folder)
 
 
 def main() -> None:
@@ -86,7 +38,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         print("writing a random teacher of the real size", flush=True)
-        write_sd15(folder / "teacher", torch.float16)
+        write_teacher("sd15", folder / "teacher")
         make_shards(folder / "shards", shards=1, samples_per_shard=16, resolution=args.resolution)
         command = [
             *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"),

@@ -39,11 +39,8 @@ import gzip
 import io
 import json
 import os
-import platform
 import random
-import shlex
 import statistics
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -51,7 +48,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
@@ -66,7 +62,7 @@ from torch.utils.data import default_collate
 
 import lcm_distill.samples
 import lcm_distill.stream
-from lcm_distill.checkpoint import versions
+from benchmarks.provenance import provenance
 from lcm_distill.encoded import Encoding
 from lcm_distill.preflight import inspect_shards
 from lcm_distill.samples import Preparation, prepare_sample
@@ -74,7 +70,6 @@ from lcm_distill.shards import LATENTS, read_shard
 from lcm_distill.stream import DropCounter, ShardStream, make_loader
 from lcm_distill.writing import whole_tar
 
-ROOT = Path(__file__).resolve().parents[1]
 RESOLUTION = 512
 BATCH = 16
 WINDOW = 64  # samples in the shuffle buffers of both
@@ -587,49 +582,6 @@ def run_memory(folder: Path, samples: int) -> dict:
     return result
 
 
-# What a result says about itself.
-
-
-def provenance(arguments: list[str]) -> dict:
-    """Where a result comes from; `dirty` if the working tree was not that commit's."""
-    return {
-        "command": shlex.join(["python", "-m", "benchmarks.stream", *arguments]),
-        "commit": _git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", "*.py")),
-        "date": date.today().isoformat(),
-        "hardware": hardware(),
-        "versions": versions()
-        | {package: version(package) for package in ("numpy", "pillow")}
-        | {"libjpeg-turbo": features.version("libjpeg_turbo")},
-    }
-
-
-def hardware() -> dict:
-    return {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "memory_gb": round(psutil.virtual_memory().total / 2**30),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-
-
-def _git(*arguments: str) -> str:
-    try:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], check=True, capture_output=True, text=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.stream", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -648,7 +600,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON; the other part of an older result stays")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    origin = provenance(sys.argv[1:])
+    origin = provenance("benchmarks.stream", sys.argv[1:])
+    origin["versions"] |= {package: version(package) for package in ("numpy", "pillow")}
+    origin["versions"] |= {"libjpeg-turbo": features.version("libjpeg_turbo")}
     part = "encoded" if args.encoded else "speed" if args.memory is None else "memory"
     with tempfile.TemporaryDirectory() as temporary:
         if args.encoded:

@@ -12,6 +12,7 @@ Everything but the networks is float32.
 
 import math
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def unet_output(
     """The U-Net's raw output as float32 `[B, C, H, W]`; its inputs are cast to `dtype`, that of its weights."""
     if timestep_cond is not None:
         timestep_cond = timestep_cond.to(dtype)
-    conditioning = map_tensors(lambda tensor: tensor.to(dtype), conditioning)
+    conditioning = map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, conditioning)
     return unet(noisy.to(dtype), timesteps, timestep_cond=timestep_cond, **conditioning).sample.float()
 
 
@@ -96,19 +97,28 @@ def guided_prediction(
     guidance_w: torch.Tensor | float,
     *,
     dtype: torch.dtype = torch.float32,
+    batch_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x̂_0 and ε̂ of the guided teacher, float32 `[B, C, H, W]` each, in one pass over a doubled batch.
 
     DDIM's step is linear in (x̂_0, ε̂), so guiding these guides the step: (1 + w)·Ψ(c) − w·Ψ(∅).
     `unconditional` has the layout of `conditioning`, with a batch of B or of 1. `guidance_w` is `[B]` or one number
-    for all; at 0 the unconditional half is left out.
+    for all; at 0 the unconditional half is left out. With `batch_size`, the 2B rows are several passes of at most so
+    many.
     """
+
+    def output_of(noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        inputs = {"noisy": noisy, "timesteps": timesteps, "conditioning": conditioning}
+        size = batch_size or len(noisy)
+        rows = [slice(start, start + size) for start in range(0, len(noisy), size)]
+        return torch.cat([unet_output(teacher, **map_tensors(itemgetter(r), inputs), dtype=dtype) for r in rows])
+
     if not isinstance(guidance_w, torch.Tensor) and guidance_w == 0:
-        output = unet_output(teacher, noisy, timesteps, conditioning, dtype=dtype)
+        output = output_of(noisy, timesteps, conditioning)
         return schedule.predict_sample(output, noisy, timesteps), schedule.predict_noise(output, noisy, timesteps)
     batch = len(noisy)
     noisy2, timesteps2 = torch.cat([noisy, noisy]), torch.cat([timesteps, timesteps])
-    output = unet_output(teacher, noisy2, timesteps2, _concatenate(conditioning, unconditional, batch), dtype=dtype)
+    output = output_of(noisy2, timesteps2, _concatenate(conditioning, unconditional, batch))
     w = per_sample(guidance_w.float(), noisy) if isinstance(guidance_w, torch.Tensor) else guidance_w
     guided = []
     for prediction in (schedule.predict_sample, schedule.predict_noise):
@@ -130,13 +140,13 @@ def consistency_loss(
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], conditioning: Conditioning) -> dict[str, Any]:
-    """A copy of `conditioning` with `function` applied to each floating-point tensor (time ids stay integers)."""
+    """A copy of `conditioning` with `function` applied to each tensor."""
     mapped: dict[str, Any] = {}
     for key, value in conditioning.items():
         if isinstance(value, Mapping):
             mapped[key] = map_tensors(function, value)
         else:
-            mapped[key] = function(value) if value.is_floating_point() else value
+            mapped[key] = function(value)
     return mapped
 
 

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from diffusers.optimization import SchedulerType
 
+from lcm_distill.compiling import MODES
 from lcm_distill.samples import INTERPOLATIONS
 
 
@@ -381,8 +382,7 @@ def add_sdxl_flags(parser: Parser) -> None:
     )
 
 
-def add_speed_flags(parser: Parser, *, cast_base: bool = False) -> None:
-    """With `cast_base` (LoRA) the frozen U-Net is in the mixed precision unless told otherwise."""
+def add_speed_flags(parser: Parser) -> None:
     group = parser.add_argument_group("precision, speed and memory")
     group.add_argument(
         "--mixed_precision",
@@ -393,8 +393,29 @@ def add_speed_flags(parser: Parser, *, cast_base: bool = False) -> None:
         "schedule, the solver and the loss stay float32",
     )
     _switch(group, "--allow_tf32", "TF32 matrix products and convolutions where float32 is asked for (Ampere or newer)")
-    what = "the frozen U-Net under the adapter" if cast_base else "the teacher U-Net"
-    _switch(group, "--cast_teacher_unet", f"keep {what} in the mixed precision instead of float32", default=cast_base)
+    _switch(
+        group,
+        "--cast_teacher_unet",
+        "keep the teacher's U-Net, which is also what is under a LoRA, in the mixed precision instead of float32",
+        default=True,
+    )
+    group.add_argument(
+        "--teacher_batch_size",
+        type=positive_int,
+        default=None,
+        help="rows that the teacher sees at once, of 2 × --train_batch_size (with guidance and without); less saves "
+        "memory (default: all)",
+    )
+    group.add_argument(
+        "--compile",
+        type=str,
+        nargs="?",
+        const="regional",
+        default=None,
+        choices=MODES,
+        help="compile the U-Nets: their repeated blocks (regional, what --compile alone means), or each in one piece "
+        "(whole: slower to begin); the first steps take minutes, in later runs much less",
+    )
     _switch(
         group,
         "--enable_xformers_memory_efficient_attention",

@@ -7,6 +7,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 
@@ -85,6 +86,15 @@ def check_writable(output_dir: str) -> None:
 def inference_dtype(accelerator: Accelerator) -> torch.dtype:
     """The dtype of frozen networks: that of the mixed precision, float32 without."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def autocast_over(accelerator: Accelerator, weights: torch.dtype) -> AbstractContextManager:
+    """The run's autocast for a network whose weights are float32; nothing for one that is in half precision itself.
+
+    Such a network computes as it does in the pipelines. Under autocast GPUs would do its norms in float32 and write
+    that to memory, to be rounded before the next product all the same.
+    """
+    return accelerator.autocast() if weights == torch.float32 else contextlib.nullcontext()
 
 
 def drawing_device(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:

@@ -6,6 +6,7 @@ slices and for one unit; gradients, optimizer state and the moving average exist
 is whole: a checkpoint can be resumed on another number of ranks, and with or without FSDP.
 """
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lcm_distill.compiling import BLOCKS
 from lcm_distill.errors import UsageError
 from lcm_distill.zero import ZeroAccelerator, ZeroOptimizerPart, check_zero, prepare_zero
-
-# What is gathered together; what is left of a U-Net (convolutions at its ends, embeddings, samplers) is one unit more.
-_UNITS = ("BasicTransformerBlock", "ResnetBlock2D")
 
 
 def settle_engine(accelerator: Accelerator, *, can_shard: bool) -> None:
@@ -85,6 +84,9 @@ def shard(accelerator: Accelerator, *networks: UNet2DConditionModel) -> None:
     In mixed precision units are gathered in it, which halves the traffic; slices, their gradients and the sums of
     gradients over the ranks keep float32. The networks are then on the accelerator's device and cannot be copied.
     """
+    if is_split(accelerator) or isinstance(accelerator, ZeroAccelerator):  # neither keeps another layout
+        for parameter in itertools.chain.from_iterable(network.parameters() for network in networks):
+            parameter.data = parameter.data.contiguous()
     if not is_split(accelerator):
         return
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
@@ -94,7 +96,8 @@ def shard(accelerator: Accelerator, *networks: UNet2DConditionModel) -> None:
         trains = any(parameter.requires_grad for parameter in network.parameters())
         # A frozen network has no backward pass that would free what its forward pass gathered.
         reshard = accelerator.state.fsdp_plugin.reshard_after_forward if trains else True
-        units = [module for module in network.modules() if type(module).__name__ in _UNITS]
+        # What is left of a U-Net (convolutions at its ends, embeddings, samplers) is one unit more.
+        units = [module for module in network.modules() if type(module).__name__ in BLOCKS]
         for module in [*units, network]:
             fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
 

@@ -38,6 +38,21 @@ def cast(network: torch.nn.Module, dtype: torch.dtype) -> None:
     torch.nn.Module.to(network, dtype=dtype)
 
 
+CHANNELS_LAST: tuple[str, ...] = (
+    "cuda",
+)  # the devices whose convolutions in half precision want it; a CPU's are indifferent
+
+
+def to_channels_last(*networks: torch.nn.Module) -> None:
+    """Lays the weights of convolutions out as [out, height, width, in], in place, where the device is quicker with it.
+
+    Activations then follow. The numbers are the same up to rounding.
+    """
+    for network in networks:
+        if next(network.parameters()).device.type in CHANNELS_LAST:
+            torch.nn.Module.to(network, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 class UNetPart:
     """A U-Net as a part of a checkpoint, as Diffusers saves it, in one piece even where it is sharded."""
 

@@ -164,7 +164,9 @@ class Validation:
         return fresh
 
     def _latents(self, label: str, pipeline: Any, steps: int, guidance_scale: float) -> torch.Tensor:
-        with self._accelerator.autocast(), self._within.get(label, contextlib.nullcontext)():
+        # Compiled networks draw uncompiled: their other batch size and resolution would be compiled too.
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, self._accelerator.autocast(), self._within.get(label, contextlib.nullcontext)():
             latents = draw_latents(
                 pipeline,
                 self._prompts,

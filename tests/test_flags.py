@@ -20,7 +20,8 @@ PROGRAMS = {
     "lora_sdxl": train_lcm_distill_lora_sdxl_wds,
 }
 
-# Name → (type, default), as public command lines expect them: first those of the SD program.
+# Name → (type, default), as public command lines expect them: first those of the SD program. Only --cast_teacher_unet
+# has another default than there: what is frozen is in the low precision unless told otherwise.
 SD_FLAGS = {
     "pretrained_vae_model_name_or_path": (str, None), "teacher_revision": (str, None), "revision": (str, None),
     "output_dir": (str, "lcm-xl-distilled"), "cache_dir": (str, None), "seed": (int, None),
@@ -37,7 +38,7 @@ SD_FLAGS = {
     "num_ddim_timesteps": (int, 50), "loss_type": (str, "l2"), "huber_c": (float, 0.001),
     "unet_time_cond_proj_dim": (int, 256), "vae_encode_batch_size": (int, 32),
     "timestep_scaling_factor": (float, 10.0), "ema_decay": (float, 0.95), "mixed_precision": (str, None),
-    "allow_tf32": (bool, False), "cast_teacher_unet": (bool, False),
+    "allow_tf32": (bool, False), "cast_teacher_unet": (bool, True),
     "enable_xformers_memory_efficient_attention": (bool, False), "gradient_checkpointing": (bool, False),
     "local_rank": (int, -1), "validation_steps": (int, 200), "push_to_hub": (bool, False), "hub_token": (str, None),
     "hub_model_id": (str, None), "tracker_project_name": (str, "text2image-fine-tune"),
@@ -47,7 +48,6 @@ _SDXL = {"resolution": (int, 1024), "w_min": (float, 3.0), "vae_encode_batch_siz
 _SDXL |= {"use_fix_crop_and_size": (bool, False)}
 _FULL_ONLY = ("unet_time_cond_proj_dim", "ema_decay")
 _LORA = {name: value for name, value in SD_FLAGS.items() if name not in _FULL_ONLY} | {
-    "cast_teacher_unet": (bool, True),  # the base of a LoRA is in the low precision unless told otherwise
     "lora_rank": (int, 64), "lora_alpha": (int, 64), "lora_dropout": (float, 0.0), "lora_target_modules": (str, None),
 }  # fmt: skip
 FLAGS = {"sd": SD_FLAGS, "sdxl": SD_FLAGS | _SDXL, "lora_sd": _LORA, "lora_sdxl": _LORA | _SDXL}

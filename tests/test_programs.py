@@ -206,7 +206,7 @@ def test_a_step_is_that_of_algorithm_1(program, command, run, monkeypatch, teach
         steps=2, family=family(program), train_batch_size=3, w_min=3, w_max=3, ema_decay=0.9, learning_rate=1e-2,
         loss_type="huber", huber_c=0.01, num_ddim_timesteps=10, **options,
     ))  # fmt: skip
-    student, teacher, target = calls[3:6]  # of the second step: by then the three networks differ
+    teacher, target, student = calls[3:6]  # of the second step: by then the three networks differ
 
     assert (student.grad, teacher.grad, target.grad) == (True, False, False)
     if is_lora:
@@ -216,7 +216,7 @@ def test_a_step_is_that_of_algorithm_1(program, command, run, monkeypatch, teach
     else:
         assert len({id(call.network) for call in (student, teacher, target)}) == 3
         assert torch.equal(student.w, guidance_embedding(torch.full((3,), 3.0))) and torch.equal(student.w, target.w)
-        assert teacher.w is None and calls[0].network is student.network
+        assert teacher.w is None and calls[2].network is student.network
 
     source = Teacher(teachers[family(program)])
     frozen = module.load_frozen(source, device="cpu", dtype=torch.float32)
@@ -488,7 +488,7 @@ def test_options_run(options, command, run, tmp_path, monkeypatch):
 
 
 def test_autocast_has_the_run_s_dtype(command, run, monkeypatch):
-    """Autocast without a dtype was fp16 on CUDA even for bf16 runs."""
+    """Autocast without a dtype was fp16 on CUDA even for bf16 runs. A network in half precision is run without it."""
     seen = []
     forward = UNet2DConditionModel.forward
 
@@ -499,10 +499,17 @@ def test_autocast_has_the_run_s_dtype(command, run, monkeypatch):
         return forward(self, sample, *args, **kwargs)
 
     monkeypatch.setattr(UNet2DConditionModel, "forward", spy)
-    run(PROGRAMS[0], command(steps=1, mixed_precision="bf16", cast_teacher_unet=True))
-    assert all(enabled and dtype == torch.bfloat16 for _, _, dtype, enabled in seen)
-    assert (torch.bfloat16, torch.bfloat16) in {s[:2] for s in seen}  # the cast teacher
-    assert (torch.float32, torch.float32) in {s[:2] for s in seen}  # what trains
+    run(PROGRAMS[0], command(steps=1, mixed_precision="bf16"))
+    assert all(dtype == torch.bfloat16 for _, _, dtype, enabled in seen if enabled)
+    teacher, target, student = seen[:3]
+    assert teacher[:2] == (torch.bfloat16, torch.bfloat16) and not teacher[3]
+    assert student[:2] == target[:2] == (torch.float32, torch.float32) and student[3] and target[3]
+    seen.clear()
+    run(LORA_PROGRAMS[0], command("lora", steps=1, mixed_precision="bf16"))
+    assert [enabled for *_, enabled in seen[:3]] == [False, True, True]
+    seen.clear()
+    run(PROGRAMS[0], command("float32", 1, mixed_precision="bf16", **{"no-cast_teacher_unet": True}))
+    assert seen[0] == (torch.float32, torch.float32, torch.bfloat16, True)
 
 
 @pytest.mark.parametrize("program", ["train_lcm_distill_sd_wds", "train_lcm_distill_lora_sd_wds"])

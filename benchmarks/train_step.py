@@ -1,0 +1,505 @@
+"""How fast is a training step, where does its time go, and how far is that from what the device could do?
+
+    python -m benchmarks.train_step --straightforward                     # the toy, against the plain step: a minute
+    python -m benchmarks.train_step --program lora_sd --teacher half --straightforward --each
+    python -m benchmarks.train_step --program sdxl --teacher sdxl --train_batch_size 8 --mixed_precision bf16 \\
+        --straightforward --variant compile=--compile --output benchmarks/results/train_step-gpu.json
+        --gradient_checkpointing --use_8bit_adam        # flags that are not this command's are the program's
+
+What runs is the program's own `main`, on a teacher of the real shapes with random weights (`benchmarks/
+architectures.py`) or on the toy's, and toy pictures of the right size. Its functions are wrapped by clocks; nothing of
+the step is written down here a second time, but for what `--straightforward` puts in place of the optimisations.
+
+Each variant is a process of its own, and they take turns, round after round. First come warm-up steps, then `--steps`
+whose total time is taken without waiting for the device in between, then `--part_steps` in which every part waits for
+the device before and after: those tell the milliseconds per part. Numbers are medians over the rounds. FLOPs are
+counted in a step of one picture without gradient checkpointing (products, convolutions and attention), the device's
+matrix rate by a large product in the run's precision: the floor is their quotient. benchmarks/README.md says how
+to read it all.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.architectures import RESOLUTIONS, write_teacher
+from benchmarks.provenance import ROOT, provenance
+from lcm_distill import consistency, unets
+from lcm_distill.progress import Progress
+from lcm_distill.schedule import per_sample
+from toy.make_shards import make_shards
+
+PROGRAMS = ("sd", "sdxl", "lora_sd", "lora_sdxl")
+PARTS = ("data", "VAE", "text", "teacher", "target", "student", "backward", "clip", "optimizer", "EMA")
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# What the plain step does in place of each optimisation.
+
+
+def two_teacher_passes(program: Any) -> None:
+    def guided(teacher, schedule, noisy, timesteps, conditioning, unconditional, w, **options):  # type: ignore
+        options.pop("batch_size", None)
+        branches = []
+        for given in (conditioning, unconditional):
+            given = consistency.map_tensors(lambda tensor: tensor.expand(len(noisy), *tensor.shape[1:]), given)
+            output = consistency.unet_output(teacher, noisy, timesteps, given, **options)
+            branches.append((output, noisy, timesteps))
+        w = per_sample(w, noisy) if isinstance(w, torch.Tensor) else w
+        guide = []
+        for prediction in (schedule.predict_sample, schedule.predict_noise):
+            conditional, empty = (prediction(*branch) for branch in branches)
+            guide.append(conditional + w * (conditional - empty))
+        return tuple(guide)
+
+    program.guided_prediction = torch.no_grad()(guided)
+
+
+def ema_per_tensor(program: Any) -> None:
+    @torch.no_grad()
+    def update(target, source, decay):  # type: ignore
+        for mine, other in zip(target, source, strict=True):
+            mine.mul_(decay).add_(other, alpha=1 - decay)
+
+    program.update_ema = update
+
+
+def optimizer_not_fused(program: Any) -> None:
+    build = program.build_optimizer
+    program.build_optimizer = lambda *given, **options: build(*given, **options | {"fused": False})
+
+
+def sync_every_step(program: Any) -> None:
+    step = Progress.step
+
+    def waiting(self: Progress, grad_norm: torch.Tensor) -> None:
+        float(self._loss)
+        step(self, grad_norm)
+
+    Progress.step = waiting  # type: ignore[method-assign]
+
+
+def default_memory_format(program: Any) -> None:
+    unets.CHANNELS_LAST = ()
+
+
+def autocast_everywhere(program: Any) -> None:
+    program.autocast_over = lambda accelerator, weights: accelerator.autocast()
+
+
+# Each by what it turns off: a patch of the program, or a flag.
+OPTIMISATIONS: dict[str, Callable[[Any], None] | list[str]] = {
+    "one teacher pass": two_teacher_passes,
+    "low-precision frozen U-Net": ["--no-cast_teacher_unet"],
+    "half networks without autocast": autocast_everywhere,
+    "channels-last on GPUs": default_memory_format,
+    "fused EMA": ema_per_tensor,
+    "fused optimizer": optimizer_not_fused,
+    "no sync": sync_every_step,
+}
+
+
+class Variant:
+    """A way to run the program: which optimisations are off, and flags of its own."""
+
+    def __init__(self, name: str, off: tuple[str, ...] = (), flags: tuple[str, ...] = ()):
+        self.name = name
+        self._patches = [what for o in off if not isinstance(what := OPTIMISATIONS[o], list)]
+        self.flags = [*flags, *(flag for o in off if isinstance(what := OPTIMISATIONS[o], list) for flag in what)]
+
+    def apply(self, program: Any) -> None:
+        for patch in self._patches:
+            patch(program)
+
+
+# Clocks around the parts of a step.
+
+
+class Done(BaseException):
+    """Enough steps are taken."""
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class Watch:
+    """Adds up what `read` says (seconds, FLOPs) by part, while `on`."""
+
+    def __init__(self, read: Callable[[], float]):
+        self.read = read
+        self.on = False
+        self.parts: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        before = self.read() if self.on else 0.0
+        yield
+        if self.on:
+            self.parts[name] += self.read() - before
+
+    def wrap(self, owner: Any, function: str, name: str | Callable[[], str]) -> None:
+        original = getattr(owner, function)
+
+        def watched(*given: Any, **options: Any) -> Any:
+            with self.part(name if isinstance(name, str) else name()):
+                return original(*given, **options)
+
+        setattr(owner, function, watched)
+
+    def attach(self, program: Any, family: Any) -> None:
+        """To the functions that a program calls in a step, by the names under which it calls them."""
+        self.wrap(program, "encode_pixels", "VAE")
+        self.wrap(family, "encode_captions", "text")
+        self.wrap(program, "guided_prediction", "teacher")
+        self.wrap(program, "unet_output", lambda: "student" if torch.is_grad_enabled() else "target")
+        self.wrap(program, "update_ema", "EMA")
+        self.wrap(Accelerator, "backward", "backward")
+        self.wrap(Accelerator, "clip_grad_norm_", "clip")
+        self.wrap(AcceleratedOptimizer, "step", "optimizer")
+        batches = Progress.batches
+
+        def watched(progress: Progress, loader: Any) -> Iterator[Any]:
+            data = batches(progress, loader)
+            while True:
+                with self.part("data"):
+                    batch = next(data)
+                yield batch
+
+        Progress.batches = watched  # type: ignore[method-assign, assignment]
+
+
+def at_steps(function: Callable[[int], None]) -> None:
+    """Calls `function` with 1, 2, … at the end of each optimizer step of the program."""
+    step, numbers = Progress.step, iter(range(1, 10**9))
+
+    def counted(self: Progress, grad_norm: torch.Tensor) -> None:
+        step(self, grad_norm)
+        function(next(numbers))
+
+    Progress.step = counted  # type: ignore[method-assign]
+
+
+# What one process measures.
+
+
+def measure(kind: str, variant: Variant, argv: list[str], warmup: int, steps: int, part_steps: int) -> dict[str, Any]:
+    """Milliseconds of a step and of its parts, peak memory in bytes, seconds to the end of the first step."""
+    program, family = modules(kind)
+    variant.apply(program)
+
+    def now() -> float:
+        wait()
+        return time.perf_counter()
+
+    watch, times, peak = Watch(now), dict[str, float](), [0]
+
+    def boundary(step: int) -> None:
+        if step == 1:
+            times["first"] = now()
+        if step == warmup:
+            times["start"] = now()
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+        if step == warmup + steps:
+            times["total"] = now()
+            peak[0] = peak_memory()
+            watch.on = True
+        if step == warmup + steps + part_steps:
+            times["parts"] = now()
+            raise Done
+
+    watch.attach(program, family)
+    at_steps(boundary)
+    began = time.perf_counter()
+    with contextlib.suppress(Done):
+        program.main([*argv, *variant.flags, "--max_train_steps", "1000000"])
+    parts = {name: 1e3 * watch.parts[name] / part_steps for name in PARTS if watch.parts[name]}
+    return {
+        "first_step_s": times["first"] - began,
+        "step_ms": 1e3 * (times["total"] - times["start"]) / steps,
+        "step_in_parts_ms": 1e3 * (times["parts"] - times["total"]) / part_steps,
+        "parts_ms": parts,
+        "peak_memory_bytes": peak[0],
+    }
+
+
+def peak_memory() -> int:
+    """On the GPU what its tensors took at most in the timed steps; on the CPU the process's, from its start."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def count_flops(kind: str, argv: list[str]) -> dict[str, float]:
+    """FLOPs by part of one step on one picture, of each micro-batch its share."""
+    program, family = modules(kind)
+    torch.compiler.set_stance("force_eager")
+
+    def attention(query, key, *rest, out_shape=None, **options):  # type: ignore
+        (*batch, heads, q, dim), k = query, key[-2]
+        return 4 * torch.Size(batch).numel() * heads * q * k * dim
+
+    def attention_backward(grad, query, key, *rest, out_shape=None, **options):  # type: ignore
+        return 5 * attention(query, key) // 2  # two products again, of which one is recomputed, and three new ones
+
+    names = torch.ops.aten
+    counter = FlopCounterMode(
+        display=False,
+        custom_mapping={
+            names._scaled_dot_product_flash_attention_for_cpu: attention,
+            names._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+        },
+    )
+    watch = Watch(lambda: float(counter.get_total_flops()))
+    watch.on = True
+    watch.attach(program, family)
+
+    def stop(step: int) -> None:
+        raise Done
+
+    at_steps(stop)
+    with contextlib.suppress(Done), counter:
+        program.main([*argv, "--train_batch_size", "1", "--no-gradient_checkpointing"])
+    return {name: watch.parts[name] for name in PARTS if watch.parts[name]}
+
+
+def matrix_rate(precision: str, tf32: bool) -> float:
+    """FLOP/s of a large square product in the run's precision, the median of many."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    size = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=DTYPES[precision]) for _ in range(2))
+    seconds = []
+    for _ in range(40 if device == "cuda" else 12):
+        wait()
+        start = time.perf_counter()
+        a @ b
+        wait()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds[2:])
+
+
+def modules(kind: str) -> tuple[Any, Any]:
+    family = "sdxl" if "sdxl" in kind else "sd"
+    return importlib.import_module(f"train_lcm_distill_{kind}_wds"), importlib.import_module(f"lcm_distill.{family}")
+
+
+def alone(function: Callable[..., Any], *given: Any) -> Any:
+    """What `function` returns, in a process of its own; `RuntimeError` with its message if it fails.
+
+    A fork, so that nothing is imported twice: this process must not use PyTorch's threads or the GPU itself.
+    """
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    with tempfile.TemporaryFile("w+") as said:
+        process = multiprocessing.get_context("fork").Process(target=_send, args=(theirs, said, function, given))
+        process.start()
+        theirs.close()
+        try:
+            good, result = ours.recv()
+        except EOFError:
+            good, result = False, "it died without a word: killed, perhaps for its memory"
+        process.join()
+        if not good:
+            said.seek(0)
+            print(said.read(), file=sys.stderr)
+            raise RuntimeError(result)
+    return result
+
+
+def _send(connection: Connection, said: IO[str], function: Callable[..., Any], given: tuple[Any, ...]) -> None:
+    os.dup2(said.fileno(), 1)
+    os.dup2(said.fileno(), 2)
+    try:
+        connection.send((True, function(*given)))
+    except BaseException as error:
+        traceback.print_exc()
+        connection.send((False, f"{type(error).__name__}: {error}"))
+    connection.close()
+    os._exit(0)  # a program that was left in the middle has threads and workers, which would be waited for
+
+
+# Results.
+
+
+def summarise(rounds: list[dict[str, Any]], pictures: int, floor_ms: float | None) -> dict[str, Any]:
+    """Medians over the rounds of one variant; a step trains on so many `pictures`."""
+    middle = {name: statistics.median(r[name] for r in rounds) for name in rounds[0] if name != "parts_ms"}
+    parts = {name: statistics.median(r["parts_ms"].get(name, 0) for r in rounds) for name in rounds[0]["parts_ms"]}
+    rest = middle["step_in_parts_ms"] - sum(parts.values())
+    return {
+        "pictures_per_second": round(1e3 * pictures / middle["step_ms"], 3),
+        "step_ms": round(middle["step_ms"], 2),
+        "step_ms_of_each_round": [round(r["step_ms"], 2) for r in rounds],
+        "parts_ms": {name: round(value, 2) for name, value in parts.items()} | {"rest": round(rest, 2)},
+        "peak_memory_gb": round(middle["peak_memory_bytes"] / 1e9, 2),
+        "first_step_s": round(middle["first_step_s"], 1),
+        "share_of_matrix_rate": floor_ms and round(floor_ms / middle["step_ms"], 3),
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown of everything in a results file."""
+    lines = [
+        "# Training steps",
+        "",
+        "Made by `python -m benchmarks.train_step`; benchmarks/README.md says how to read it. Times are milliseconds a "
+        "step.",
+    ]
+    for title, result in results.items():
+        hardware = result["hardware"]
+        where = result.get("gpu") or f"{hardware['cores']} cores of {hardware['cpu']}, {result['threads']} threads"
+        versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            f"`{result['command']}`, {result['date']}, commit {result['commit']}; {where}; {versions}.",
+            f"Medians of {result['rounds']} rounds of {result['steps']} steps.",
+        ]
+        if result["floor_ms"]:
+            lines[-1] += (
+                f" {result['tflops_per_picture']:.3g} TFLOP a picture at the measured {result['matrix_tflops']:.4g} "
+                f"TFLOP/s: the floor is {result['floor_ms']:.4g} ms a step."
+            )
+        parts = [name for name in (*PARTS, "rest") if any(name in v["parts_ms"] for v in result["variants"].values())]
+        columns = ["variant", "pictures/s", "step", "of the floor's rate", "peak GB", "to the first step", *parts]
+        lines += ["", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        for name, v in result["variants"].items():
+            share = "" if v["share_of_matrix_rate"] is None else f"{v['share_of_matrix_rate']:.0%}"
+            numbers = f"{v['pictures_per_second']:.4g}", f"{v['step_ms']:.4g}", share, f"{v['peak_memory_gb']:.2f}"
+            cells = [name, *numbers, f"{v['first_step_s']:.1f} s"]
+            lines.append("| " + " | ".join(cells + [f"{v['parts_ms'].get(part, 0):.4g}" for part in parts]) + " |")
+        lines += [f"\nFailed: {name}: {why}" for name, why in result["failed"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.train_step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--program", choices=PROGRAMS, default="sd", help="which of the four (sd)")
+    parser.add_argument("--teacher", choices=["toy", *RESOLUTIONS], default="toy", help="shapes (toy)")
+    parser.add_argument("--resolution", type=int, help="(the teacher's own)")
+    parser.add_argument("--train_batch_size", type=int, default=4, help="(4)")
+    parser.add_argument("--mixed_precision", choices=DTYPES, default="no", help="(no)")
+    parser.add_argument("--steps", type=int, default=10, help="timed in one piece, each round (10)")
+    parser.add_argument("--part_steps", type=int, default=5, help="timed part by part, each round (5)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before that (3)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each variant (3)")
+    parser.add_argument("--straightforward", action="store_true", help="also with every optimisation turned off")
+    parser.add_argument("--each", action="store_true", help="also with each one turned off")
+    parser.add_argument(
+        "--variant", action="append", default=[], metavar="NAME=FLAGS", help="also with these flags of the program"
+    )
+    parser.add_argument("--no_flops", action="store_true", help="leave out the count of FLOPs, and so the floor")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="and a table beside it; other results stay")
+    args, more = parser.parse_known_args()
+    variants = [Variant("all on")]
+    for name, _, flags in (text.partition("=") for text in args.variant):
+        variants.append(Variant(name, flags=tuple(flags.split())))
+    variants += [Variant(f"without {name}", off=(name,)) for name in OPTIMISATIONS] if args.each else []
+    variants += [Variant("straightforward", off=tuple(OPTIMISATIONS))] if args.straightforward else []
+
+    family = "sdxl" if "sdxl" in args.program else "sd"
+    resolution = args.resolution or RESOLUTIONS.get(args.teacher, 64)
+    modules(args.program)
+    result: dict[str, Any] = provenance("benchmarks.train_step", sys.argv[1:])
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        teacher = ROOT / "toy" / "teachers" / family
+        if args.teacher != "toy":
+            print(f"writing a random teacher: {args.teacher}", flush=True)
+            teacher = folder / "teacher"
+            alone(write_teacher, args.teacher, teacher)
+        alone(_write_shards, folder / "shards", resolution)
+        argv = [
+            *("--pretrained_teacher_model", str(teacher), "--train_shards_path_or_url", str(folder / "shards")),
+            *("--output_dir", str(folder / "out"), "--resolution", str(resolution), "--report_to", "none"),
+            *("--mixed_precision", args.mixed_precision, "--train_batch_size", str(args.train_batch_size)),
+            *("--seed", "0", "--logging_steps", "1000000", "--validation_prompts", "a circle"),
+            *("--learning_rate", "1e-6", *more),
+        ]
+        accumulation = modules(args.program)[0].parse_args(argv).gradient_accumulation_steps
+        pictures = args.train_batch_size * accumulation
+        result |= alone(_describe_device)
+        rates, flops = [], None
+        if not args.no_flops:
+            try:
+                flops = alone(count_flops, args.program, argv)
+            except RuntimeError as error:
+                print(f"FLOPs could not be counted: {error}", flush=True)
+        taken: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
+        failed: dict[str, str] = {}
+        for number in range(1, args.rounds + 1):
+            rates.append(alone(matrix_rate, args.mixed_precision, "--allow_tf32" in more))
+            for variant in variants:
+                if variant.name in failed:
+                    continue
+                given = (args.program, variant, argv, args.warmup, args.steps, args.part_steps)
+                try:
+                    taken[variant.name].append(alone(measure, *given))
+                except RuntimeError as error:
+                    failed[variant.name] = str(error).partition("\n")[0]
+                    continue
+                ms = taken[variant.name][-1]["step_ms"]
+                print(f"  round {number}, {variant.name}: {ms:.2f} ms a step", flush=True)
+    per_picture = sum(flops.values()) / accumulation if flops else None
+    rate = statistics.median(rates)
+    floor_ms = 1e3 * per_picture * pictures / rate if per_picture else None
+    result |= {
+        "flags": argv[6:],
+        "rounds": args.rounds,
+        "steps": args.steps,
+        "matrix_tflops": round(rate / 1e12, 4),
+        "tflops_per_picture": per_picture and round(per_picture / 1e12, 6),
+        "gflops_by_part": {name: round(value / 1e9, 3) for name, value in (flops or {}).items()},
+        "floor_ms": floor_ms and round(floor_ms, 3),
+        "variants": {name: summarise(rounds, pictures, floor_ms) for name, rounds in taken.items() if rounds},
+        "failed": failed,
+    }
+    title = f"{args.program}, {args.teacher} at {resolution}, batch {args.train_batch_size}, {args.mixed_precision}"
+    results = {" ".join([title + ",", *more]) if more else title: result}
+    print(table(results))
+    if args.output:
+        earlier = json.loads(args.output.read_text()) if args.output.exists() else {}
+        args.output.write_text(json.dumps(earlier | results, indent=2) + "\n")
+        args.output.with_suffix(".md").write_text(table(earlier | results))
+    sys.exit(1 if failed else 0)
+
+
+def _write_shards(folder: Path, resolution: int) -> None:
+    make_shards(folder, shards=1, samples_per_shard=32, resolution=resolution)
+
+
+def _describe_device() -> dict[str, Any]:
+    if torch.cuda.is_available():
+        return {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return {"threads": torch.get_num_threads()}
+
+
+if __name__ == "__main__":
+    main()
