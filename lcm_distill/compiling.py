@@ -5,6 +5,7 @@ student, teacher and target. They are few, since a run's shapes never change.
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -24,8 +25,9 @@ def compile_networks(mode: str | None, *networks: torch.nn.Module) -> None:
     """
     if mode is None:
         return
-    if BACKEND == "inductor" and not torch.cuda.is_available() and not _has_compiler():
-        raise UsageError("--compile needs a C++ compiler on this machine's CPU (the package g++); or leave it out.")
+    compilers = os.environ.get("CXX") or "g++", "clang++"
+    if not torch.cuda.is_available() and not any(shutil.which(compiler) for compiler in compilers):
+        raise UsageError("--compile needs a C++ compiler on a CPU (the package g++, or clang); or leave it out.")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lcm_distill" / "inductor"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     # By default PyTorch goes back to uncompiled code after the eighth form of a block. An SDXL network has 15 of its
@@ -36,12 +38,3 @@ def compile_networks(mode: str | None, *networks: torch.nn.Module) -> None:
         parts = [network] if mode == "whole" else [m for m in network.modules() if type(m).__name__ in BLOCKS]
         for part in parts:
             part.compile(backend=BACKEND, dynamic=False)
-
-
-def _has_compiler() -> bool:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        return bool(get_cpp_compiler())
-    except Exception:  # a class of Inductor's own, which moves between versions
-        return False

@@ -1,0 +1,103 @@
+"""--compile: the same training, under the same names, in a bounded number of compiled forms.
+
+PyTorch's "eager" backend stands in for the code generator: it runs what was captured by the same operations, so that
+equality is to the bit, and one kind of block is compiled, so that it is quick. tests/test_gpu.py has the real thing.
+"""
+
+import pytest
+import torch
+from test_programs import family, result, same
+from torch._dynamo.utils import counters
+
+from lcm_distill import compiling
+from lcm_distill.compiling import compile_networks
+from lcm_distill.errors import UsageError
+from lcm_distill.progress import Progress
+
+
+@pytest.fixture(autouse=True)
+def _capture_only(monkeypatch):
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    monkeypatch.setattr(compiling, "BLOCKS", ("BasicTransformerBlock",))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/nowhere")  # so that it is not set here for the tests that follow
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("program", ["train_lcm_distill_sd_wds", "train_lcm_distill_lora_sd_wds"])
+def test_a_run_goes_on_compiled_bit_for_bit(program, command, run, tmp_path, monkeypatch):
+    """From another run's checkpoint, with accumulated batches, recomputed activations, dropout, a moving average.
+
+    That the teacher's pass is compiled without the adapter, and the target's with its own, shows in the weights.
+    """
+    options = {"family": family(program), "learning_rate": 1e-2, "lr_warmup_steps": 0, "gradient_accumulation_steps": 2}
+    options |= {"gradient_checkpointing": True, "ema_decay": 0.5, "checkpointing_steps": 1, "teacher_batch_size": 2}
+    if "lora" in program:
+        options |= {"lora_rank": 4, "lora_dropout": 0.3}
+    run(program, command("plain", steps=3, **options))
+    assert not counters["stats"]
+    graphs = []
+    step = Progress.step
+
+    def counting(self, grad_norm):
+        graphs.append(counters["stats"]["unique_graphs"])
+        step(self, grad_norm)
+
+    monkeypatch.setattr(Progress, "step", counting)
+    resumed = {"resume_from_checkpoint": str(tmp_path / "plain" / "checkpoint-1"), "compile": True}
+    run(program, command("compiled", steps=3, **options, **resumed))
+    assert same(result(tmp_path / "plain"), result(tmp_path / "compiled"))
+    assert len(graphs) == 2 and 3 <= graphs[0] == graphs[1] <= 24  # none is compiled again
+
+
+@pytest.mark.parametrize("mode", ["regional", "whole"])
+def test_compiled_networks_keep_their_names_gradients_and_values(mode):
+    class BasicTransformerBlock(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x).sin()
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = BasicTransformerBlock(4, 4), BasicTransformerBlock(4, 5)
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    network = Network()
+    names, x = list(network.state_dict()), torch.randn(3, 4)
+    plain = network(x)
+    gradients = torch.autograd.grad(plain.sum(), list(network.parameters()))
+    compile_networks(mode, network)
+    compiled = network(x)
+    assert counters["stats"]["unique_graphs"] == (1 if mode == "whole" else 2)
+    assert torch.equal(compiled, plain) and list(network.state_dict()) == names
+    for new, old in zip(torch.autograd.grad(compiled.sum(), list(network.parameters())), gradients, strict=True):
+        assert torch.equal(new, old)
+    assert torch._dynamo.config.recompile_limit >= 100
+
+
+def test_no_mode_compiles_nothing():
+    network = torch.nn.Linear(2, 2)
+    compile_networks(None, network)
+    network(torch.zeros(1, 2))
+    assert not counters["stats"]
+
+
+def test_what_is_compiled_is_kept_for_the_next_run(monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compile_networks("whole", torch.nn.Linear(2, 2))
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    assert cache_dir() == str(tmp_path / "lcm_distill" / "inductor")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_a_missing_compiler_is_told(monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UsageError, match="--compile needs a C"):
+        compile_networks("regional", torch.nn.Linear(2, 2))
