@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.architectures import RESOLUTIONS, UNETS, build_text_encoders, build_vae, is_sdxl
 from benchmarks.provenance import provenance
+from benchmarks.train_step import alone
 from lcm_distill import unets
 from lcm_distill.consistency import ConsistencyFunction, consistency_loss, guided_prediction, unet_output
 from lcm_distill.ema import update_ema
@@ -145,8 +146,19 @@ class State(torch.optim.Optimizer):
         pass
 
 
-def build(case: Case, begin: Callable[[str], None]) -> Callable[[], None]:
+def build(case: Case, begin: Callable[[str], None], device: str = "cpu") -> Callable[[], None]:
     """Builds the networks; what comes back takes a step on empty pictures, and calls `begin` with each part's name."""
+    with torch.device(device):
+        step = _build(case, begin, device)
+
+    def on_device() -> None:
+        with torch.device(device):
+            step()
+
+    return on_device
+
+
+def _build(case: Case, begin: Callable[[str], None], device: str) -> Callable[[], None]:
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(case.mixed_precision, torch.float32)
     weights = half if case.cast_teacher_unet else torch.float32
     lora: Lora | None = None
@@ -170,7 +182,7 @@ def build(case: Case, begin: Callable[[str], None]) -> Callable[[], None]:
     if case.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     optimizer = State(trained, case.use_8bit_adam)
-    schedule = NoiseSchedule.from_config({"beta_schedule": "scaled_linear", "num_train_timesteps": 1000})
+    schedule = NoiseSchedule.from_config({"beta_schedule": "scaled_linear", "num_train_timesteps": 1000}).to(device)
     solver, consistency = DDIMSolver(schedule, 50), ConsistencyFunction(schedule)
     batch, width = case.train_batch_size, UNETS[case.teacher]["cross_attention_dim"]
 
@@ -182,7 +194,7 @@ def build(case: Case, begin: Callable[[str], None]) -> Callable[[], None]:
         return given
 
     def autocast(on: bool = True) -> torch.autocast:
-        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=on and half != torch.float32)
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=on and half != torch.float32)
 
     def step() -> None:
         begin("text")
@@ -191,7 +203,7 @@ def build(case: Case, begin: Callable[[str], None]) -> Callable[[], None]:
                 encoder(torch.zeros(batch, 77, dtype=torch.int64), output_hidden_states=True)
         begin("VAE")
         pixels = torch.zeros(batch, 3, size, size, dtype=torch.uint8)
-        latents = encode_pixels(vae, pixels, case.vae_encode_batch_size, torch.Generator())
+        latents = encode_pixels(vae, pixels, case.vae_encode_batch_size, torch.Generator(device))
         index = torch.zeros(batch, dtype=torch.int64)
         start, end = solver.timesteps[index], solver.previous_timesteps[index]
         noisy = schedule.add_noise(latents, torch.zeros_like(latents), start)
@@ -236,7 +248,6 @@ def compute(case: Case, autocast: Callable[[], Any] = gpu_autocast) -> dict[str,
 
 def measure(case: Case) -> float:
     """Gigabytes that a real step takes at most on this machine's CPU, what was there before aside. Linux."""
-    gc.collect()
     before = psutil.Process().memory_info().rss
     step = build(case, lambda part: None)
     step()
@@ -303,7 +314,7 @@ def main() -> None:
     for case in CHECKED if check else TABLE if chosen == Case() else [chosen]:
         row: dict[str, Any] = {"case": asdict(case)}
         if check:
-            row["measured"] = measure(case)
+            row["measured"] = alone(measure, case)
         row |= compute(case, contextlib.nullcontext if check else gpu_autocast)
         rows.append(row)
         parts = ", ".join(f"{part} {size}" for part, size in row["parts"].items())

@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--train_batch_size", type=int, default=1)
     parser.add_argument("--mixed_precision", default="bf16", choices=["no", "fp16", "bf16"])
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="keep the line there too")
     args, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -70,6 +71,8 @@ def main() -> None:
         "versions": versions(),
     }
     print(json.dumps(result))
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

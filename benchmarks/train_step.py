@@ -34,7 +34,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -241,6 +241,7 @@ def measure(kind: str, variant: Variant, argv: list[str], warmup: int, steps: in
         "step_in_parts_ms": 1e3 * (times["parts"] - times["total"]) / part_steps,
         "parts_ms": parts,
         "peak_memory_bytes": peak[0],
+        "matrix_rate": matrix_rate(argv),
     }
 
 
@@ -285,14 +286,13 @@ def count_flops(kind: str, argv: list[str]) -> dict[str, float]:
     return {name: watch.parts[name] for name in PARTS if watch.parts[name]}
 
 
-def matrix_rate(precision: str, tf32: bool) -> float:
+def matrix_rate(argv: list[str]) -> float:
     """FLOP/s of a large square product in the run's precision, the median of many."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    size = 8192 if device == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device, dtype=DTYPES[precision]) for _ in range(2))
+    size, dtype = (8192 if device == "cuda" else 2048), DTYPES[argv[argv.index("--mixed_precision") + 1]]
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = []
-    for _ in range(40 if device == "cuda" else 12):
+    for _ in range(40 if device == "cuda" else 8):
         wait()
         start = time.perf_counter()
         a @ b
@@ -309,11 +309,13 @@ def modules(kind: str) -> tuple[Any, Any]:
 def alone(function: Callable[..., Any], *given: Any) -> Any:
     """What `function` returns, in a process of its own; `RuntimeError` with its message if it fails.
 
-    A fork, so that nothing is imported twice: this process must not use PyTorch's threads or the GPU itself.
+    A fork imports nothing twice, but cannot use a GPU that a library has looked at before. So that forks can use
+    PyTorch's threads, this process must not.
     """
-    ours, theirs = multiprocessing.Pipe(duplex=False)
-    with tempfile.TemporaryFile("w+") as said:
-        process = multiprocessing.get_context("fork").Process(target=_send, args=(theirs, said, function, given))
+    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    ours, theirs = context.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile("w+") as said:
+        process = context.Process(target=_send, args=(theirs, said.name, function, given))
         process.start()
         theirs.close()
         try:
@@ -322,15 +324,15 @@ def alone(function: Callable[..., Any], *given: Any) -> Any:
             good, result = False, "it died without a word: killed, perhaps for its memory"
         process.join()
         if not good:
-            said.seek(0)
             print(said.read(), file=sys.stderr)
             raise RuntimeError(result)
     return result
 
 
-def _send(connection: Connection, said: IO[str], function: Callable[..., Any], given: tuple[Any, ...]) -> None:
-    os.dup2(said.fileno(), 1)
-    os.dup2(said.fileno(), 2)
+def _send(connection: Connection, said: str, function: Callable[..., Any], given: tuple[Any, ...]) -> None:
+    with open(said, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     try:
         connection.send((True, function(*given)))
     except BaseException as error:
@@ -345,7 +347,11 @@ def _send(connection: Connection, said: IO[str], function: Callable[..., Any], g
 
 def summarise(rounds: list[dict[str, Any]], pictures: int, floor_ms: float | None) -> dict[str, Any]:
     """Medians over the rounds of one variant; a step trains on so many `pictures`."""
-    middle = {name: statistics.median(r[name] for r in rounds) for name in rounds[0] if name != "parts_ms"}
+    middle = {
+        name: statistics.median(r[name] for r in rounds)
+        for name in rounds[0]
+        if isinstance(rounds[0][name], (int, float))
+    }
     parts = {name: statistics.median(r["parts_ms"].get(name, 0) for r in rounds) for name in rounds[0]["parts_ms"]}
     rest = middle["step_in_parts_ms"] - sum(parts.values())
     return {
@@ -369,7 +375,7 @@ def table(results: dict[str, Any]) -> str:
     ]
     for title, result in results.items():
         hardware = result["hardware"]
-        where = result.get("gpu") or f"{hardware['cores']} cores of {hardware['cpu']}, {result['threads']} threads"
+        where = result["gpu"] or f"{hardware['cores']} cores of {hardware['cpu']}, {result['threads']} threads"
         versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
         lines += [
             "",
@@ -435,7 +441,7 @@ def main() -> None:
             print(f"writing a random teacher: {args.teacher}", flush=True)
             teacher = folder / "teacher"
             alone(write_teacher, args.teacher, teacher)
-        alone(_write_shards, folder / "shards", resolution)
+        make_shards(folder / "shards", shards=1, samples_per_shard=32, resolution=resolution)
         argv = [
             *("--pretrained_teacher_model", str(teacher), "--train_shards_path_or_url", str(folder / "shards")),
             *("--output_dir", str(folder / "out"), "--resolution", str(resolution), "--report_to", "none"),
@@ -445,8 +451,7 @@ def main() -> None:
         ]
         accumulation = modules(args.program)[0].parse_args(argv).gradient_accumulation_steps
         pictures = args.train_batch_size * accumulation
-        result |= alone(_describe_device)
-        rates, flops = [], None
+        flops = None
         if not args.no_flops:
             try:
                 flops = alone(count_flops, args.program, argv)
@@ -455,7 +460,6 @@ def main() -> None:
         taken: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
         failed: dict[str, str] = {}
         for number in range(1, args.rounds + 1):
-            rates.append(alone(matrix_rate, args.mixed_precision, "--allow_tf32" in more))
             for variant in variants:
                 if variant.name in failed:
                     continue
@@ -468,9 +472,11 @@ def main() -> None:
                 ms = taken[variant.name][-1]["step_ms"]
                 print(f"  round {number}, {variant.name}: {ms:.2f} ms a step", flush=True)
     per_picture = sum(flops.values()) / accumulation if flops else None
-    rate = statistics.median(rates)
+    rate = statistics.median(one["matrix_rate"] for rounds in taken.values() for one in rounds)
     floor_ms = 1e3 * per_picture * pictures / rate if per_picture else None
     result |= {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
         "flags": argv[6:],
         "rounds": args.rounds,
         "steps": args.steps,
@@ -489,16 +495,6 @@ def main() -> None:
         args.output.write_text(json.dumps(earlier | results, indent=2) + "\n")
         args.output.with_suffix(".md").write_text(table(earlier | results))
     sys.exit(1 if failed else 0)
-
-
-def _write_shards(folder: Path, resolution: int) -> None:
-    make_shards(folder, shards=1, samples_per_shard=32, resolution=resolution)
-
-
-def _describe_device() -> dict[str, Any]:
-    if torch.cuda.is_available():
-        return {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return {"threads": torch.get_num_threads()}
 
 
 if __name__ == "__main__":
