@@ -73,3 +73,7 @@ def test_memory_of_a_step_is_that_of_its_weights_and_of_what_the_flags_say(monke
     less = compute(Case(**vars(case) | {"gradient_checkpointing": True, "use_8bit_adam": True}))
     assert less["rest"] == pytest.approx(plain["rest"] - 2 * size + size / 2, rel=0.02)
     assert less["parts"]["student"] - less["rest"] < 0.5 * (plain["parts"]["student"] - plain["rest"])
+    with Tally() as tally:  # and the same of tensors that are there
+        memory.build(case, tally.begin)()
+    for part, size in plain["parts"].items():
+        assert tally.peaks[part] == pytest.approx(size, rel=0.02), part

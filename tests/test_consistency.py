@@ -135,6 +135,23 @@ def test_guided_teacher_is_one_batched_pass_of_the_paper_s_formula(kind):
     assert clean.dtype == noise.dtype == torch.float32 and not clean.requires_grad
 
 
+@pytest.mark.parametrize("w", [torch.tensor([0.5, 3.0, 8.0]), 0.0], ids=["guided", "w = 0"])
+@pytest.mark.parametrize("rows, sizes", [(1, [1] * 6), (4, [4, 2]), (6, [6]), (7, [6])])
+def test_the_teacher_in_parts_is_the_teacher_at_once(w, rows, sizes):
+    """`--teacher_batch_size`, also for SDXL's nested conditioning and where it does not divide the rows."""
+    schedule = NoiseSchedule.from_config(SD)
+    x, t = torch.randn(3, 4, 8, 8), torch.tensor([19, 499, 999])
+    added = {"time_ids": torch.randint(9, (3, 1))}
+    cond = {"encoder_hidden_states": torch.randn(3, 3, 8), "added_cond_kwargs": added}
+    empty = {"encoder_hidden_states": torch.randn(1, 3, 8), "added_cond_kwargs": added}
+    teacher = Linear()
+    parts = guided_prediction(teacher, schedule, x, t, cond, empty, w, batch_size=rows)
+    assert teacher.calls == (sizes if isinstance(w, torch.Tensor) else [min(rows, 3)] * (3 // min(rows, 3)))
+    whole = guided_prediction(teacher, schedule, x, t, cond, empty, w)
+    for part, expected in zip(parts, whole, strict=True):
+        torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_guided_teacher_joins_nested_conditioning():
     """SDXL's conditioning holds a mapping; its integer time ids must not be rounded to the teacher's dtype."""
     teacher = Linear().bfloat16()

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from test_programs import PROGRAMS, captured_losses, check_channels_last, family
 
+from benchmarks.memory import Case, build, compute
+from lcm_distill import compiling
 from lcm_distill.progress import Progress
 
-PROGRAMS = [f"train_lcm_distill_{kind}_wds" for kind in ("sd", "sdxl", "lora_sd", "lora_sdxl")]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
@@ -24,10 +26,8 @@ def test_every_precision_trains_and_draws(program, precision, cast, command, run
         return values
 
     monkeypatch.setattr(Progress, "log", recording)
-    family = "sdxl" if "sdxl" in program else "sd"
-    run(
-        program, command(family=family, steps=4, mixed_precision=precision, gradient_checkpointing=True, **{cast: True})
-    )
+    options = {"mixed_precision": precision, "gradient_checkpointing": True, cast: True}
+    run(program, command(family=family(program), steps=4, **options))
     assert len(losses) >= 4 and all(math.isfinite(loss) for loss in losses)
 
 
@@ -49,6 +49,58 @@ def test_no_sync_on_a_step_that_does_not_log(program, precision, command, run, m
     monkeypatch.setattr(Progress, "log", unwatched)
     try:
         options = {"logging_steps": 5, "checkpointing_steps": 6, "mixed_precision": precision, "w_max": 7}
-        run(program, command(family="sdxl" if "sdxl" in program else "sd", steps=6, **options))
+        run(program, command(family=family(program), steps=6, **options))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("program, mode", [("sd", "regional"), ("lora_sdxl", "regional"), ("lora_sd", "whole")])
+def test_compiled_code_trains_as_eager_code(program, mode, command, run, monkeypatch, tmp_path):
+    """By the real code generator; tests/test_compiling.py has the rest."""
+    monkeypatch.setattr(compiling, "BLOCKS", ("BasicTransformerBlock",))  # for time's sake
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    losses = captured_losses(monkeypatch)
+    options = {"family": family(program), "mixed_precision": "bf16", "learning_rate": 1e-5, "steps": 3}
+    options |= {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}
+    run(f"train_lcm_distill_{program}_wds", command("eager", **options))
+    eager = [loss for _, loss in losses]
+    losses.clear()
+    run(f"train_lcm_distill_{program}_wds", command("compiled", **options, compile=mode))
+    assert len(losses) == 3 and [loss for _, loss in losses] == pytest.approx(eager, rel=0.05)
+    assert any((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_teacher_in_parts_is_the_teacher_at_once(program, command, run, monkeypatch):
+    losses = captured_losses(monkeypatch)
+    for number, rows in enumerate((None, 2, 1)):
+        run(program, command(f"out{number}", family=family(program), steps=1, teacher_batch_size=rows))
+    assert [loss for _, loss in losses] == pytest.approx([losses[0][1]] * 3, rel=1e-3)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_convolutions_have_channels_last_weights(program, command, run, monkeypatch):
+    check_channels_last(program, command(family=family(program), steps=1, mixed_precision="bf16"), run, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "case, limit",
+    [
+        (Case("lora_sdxl", "sdxl", gradient_checkpointing=True), 16e9),
+        (Case("lora_sdxl", "sdxl", train_batch_size=4, gradient_checkpointing=True), 24e9),
+        (Case("lora_sd", "sd15", gradient_checkpointing=True), 8e9),
+    ],
+    ids=["16 GB", "24 GB", "8 GB"],
+)
+def test_a_step_fits_and_takes_what_was_computed(case, limit):
+    if torch.cuda.get_device_properties(0).total_memory < 1.1 * limit:
+        pytest.skip("the GPU is too small for the networks while they are made")
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    step = build(case, lambda part: None, "cuda")
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < limit - 1.5e9  # for CUDA itself and gaps
+    assert peak / 1e9 == pytest.approx(compute(case)["peak"], rel=0.1)

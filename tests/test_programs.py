@@ -329,6 +329,49 @@ def test_the_base_of_a_lora_is_in_the_mixed_precision_unless_told_otherwise(prog
         assert {weight for _, weight in seen} == {dtype} and {sample for sample, _ in seen[:3]} == {dtype}
 
 
+def check_channels_last(program, argv, run, monkeypatch) -> None:
+    """In the middle of the run the weights of 3 × 3 convolutions lie so; adapters of convolutions keep the default."""
+    from lcm_distill.progress import Progress
+
+    layouts, networks = [], []
+    step, forward = Progress.step, UNet2DConditionModel.forward
+
+    def looking(self, grad_norm):
+        for module in {module for network in networks for module in network.modules()}:
+            if type(module) is torch.nn.Conv2d and module.weight.shape[1] > 1 and module.weight.shape[2] > 1:
+                layouts.append(module.weight.is_contiguous(memory_format=torch.channels_last))
+        step(self, grad_norm)
+
+    def spy(self, *args, **kwargs):
+        networks.append(self)
+        return forward(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "step", looking)
+        patch.setattr(UNet2DConditionModel, "forward", spy)
+        run(program, argv)
+    assert sum(layouts) > 20 and (all(layouts) or program in LORA_PROGRAMS)
+
+
+@pytest.mark.parametrize("program", ["train_lcm_distill_sd_wds", "train_lcm_distill_lora_sdxl_wds"])
+def test_channels_last_weights_change_nothing_but_rounding(program, command, run, monkeypatch, tmp_path):
+    """On GPUs; here on the CPU, by the same code. A checkpoint of one layout goes on in the other."""
+    options = {"family": family(program), "learning_rate": 1e-4, "lr_warmup_steps": 0, "ema_decay": 0.5}
+    options |= {"lora_rank": 4} if program in LORA_PROGRAMS else {}
+    losses = captured_losses(monkeypatch)
+    run(program, command("plain", steps=2, **options))
+    expected = [loss for _, loss in losses]
+    losses.clear()
+    monkeypatch.setattr(unets, "CHANNELS_LAST", ("cpu", "cuda"))
+    check_channels_last(program, command("last", steps=1, **options), run, monkeypatch)
+    monkeypatch.setattr(unets, "CHANNELS_LAST", ())
+    run(program, command("last", steps=2, resume_from_checkpoint="latest", **options))
+    assert [loss for _, loss in losses] == pytest.approx(expected, rel=1e-3)
+    plain, last = result(tmp_path / "plain"), result(tmp_path / "last")
+    assert plain.keys() == last.keys()
+    assert all(float((last[name] - weight).abs().max()) <= 4.1e-4 for name, weight in plain.items())  # 2 steps of Adam
+
+
 @pytest.mark.parametrize("program", LORA_PROGRAMS)
 def test_a_lora_run_holds_one_u_net(program, command, run, monkeypatch):
     """The public LoRA programs hold two. Counted in the middle of a run: live parameters of the U-Net's layers."""
