@@ -259,25 +259,24 @@ def measure(case: Case) -> float:
 
 
 _SDXL = Case("lora_sdxl", "sdxl", gradient_checkpointing=True)
-_SD = Case("lora_sd", "sd15")
+_SD = Case("lora_sd", "sd15", gradient_checkpointing=True)
 TABLE = [
-    replace(_SDXL, gradient_checkpointing=False),
-    replace(_SDXL, vae_float32=True),
-    _SDXL,
+    *(replace(_SDXL, gradient_checkpointing=on) for on in (False, True)),
     replace(_SDXL, use_8bit_adam=True),
-    replace(_SDXL, train_batch_size=4),
-    replace(_SDXL, train_batch_size=4, teacher_batch_size=2),
-    replace(_SDXL, train_batch_size=12, use_8bit_adam=True),
+    replace(_SDXL, use_8bit_adam=True, cast_teacher_unet=False),
+    *(replace(_SDXL, train_batch_size=8, vae_float32=True, vae_encode_batch_size=size) for size in (1, 8)),
+    *(replace(_SDXL, train_batch_size=size) for size in (4, 12)),
+    replace(_SDXL, train_batch_size=12, teacher_batch_size=8),
     replace(_SDXL, program="sdxl"),
     replace(_SDXL, program="sdxl", cast_teacher_unet=False),
     replace(_SDXL, program="sdxl", use_8bit_adam=True),
     replace(_SDXL, program="sdxl", use_8bit_adam=True, train_batch_size=12),
-    _SD,
-    replace(_SD, gradient_checkpointing=True),
-    replace(_SD, gradient_checkpointing=True, train_batch_size=12),
-    replace(_SD, program="sd"),
-    replace(_SD, program="sd", gradient_checkpointing=True, use_8bit_adam=True),
-    replace(_SD, program="sd", gradient_checkpointing=True, use_8bit_adam=True, train_batch_size=16),
+    replace(_SDXL, program="sdxl", teacher="ssd1b", use_8bit_adam=True),
+    *(replace(_SD, gradient_checkpointing=on) for on in (False, True)),
+    replace(_SD, train_batch_size=12),
+    *(replace(_SD, program="sd", gradient_checkpointing=on) for on in (False, True)),
+    replace(_SD, program="sd", use_8bit_adam=True),
+    replace(_SD, program="sd", use_8bit_adam=True, train_batch_size=16),
 ]
 CHECKED = [  # in float32, and small enough to be taken for real
     Case("lora_sd", "half", 256, mixed_precision="no", train_batch_size=2),
@@ -292,7 +291,8 @@ def told(case: Case) -> str:
     for name, value in asdict(case).items():
         if name in ("program", "teacher", "resolution", "mixed_precision") or value == plain[name]:
             continue
-        words.append({True: f"--{name}", False: f"--no-{name}"}.get(value, f"--{name} {value}"))
+        word = {True: f"--{name}", False: f"--no-{name}"}.get(value, f"--{name} {value}")
+        words.append("(VAE in float32)" if name == "vae_float32" else word)
     return " ".join(words)
 
 
@@ -309,7 +309,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     args = vars(parser.parse_args())
     check, output = args.pop("check"), args.pop("output")
-    chosen = Case(**args)
+    chosen, origin = Case(**args), provenance("benchmarks.memory", sys.argv[1:])
     rows: list[dict[str, Any]] = []
     for case in CHECKED if check else TABLE if chosen == Case() else [chosen]:
         row: dict[str, Any] = {"case": asdict(case)}
@@ -322,8 +322,9 @@ def main() -> None:
         print(f"{case.program} {told(case)}: {row['peak']} GB{measured}; at rest {row['rest']}; {parts}", flush=True)
     if output:
         earlier = json.loads(output.read_text()) if output.exists() else {}
-        result = provenance("benchmarks.memory", sys.argv[1:]) | {"rows": rows}
-        output.write_text(json.dumps(earlier | {"check" if check else "table": result}, indent=2) + "\n")
+        output.write_text(
+            json.dumps(earlier | {"check" if check else "table": origin | {"rows": rows}}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":
