@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         teacher, device=accelerator.device, dtype=dtype, unet_dtype=base_dtype, encoding=preparation.encoding
     )
     unet = frozen.unet
-    unets.to_channels_last(unet, frozen.vae)
+    unets.to_channels_last(unet)
     lora = Lora(
         unet,
         rank=args.lora_rank,

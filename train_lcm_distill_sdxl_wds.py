@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
         unets.enable_xformers(frozen.unet, student, target)
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
-    unets.to_channels_last(frozen.unet, frozen.vae)
+    unets.to_channels_last(frozen.unet)
     if not args.use_8bit_adam:  # which lays out anew what it trains
         unets.to_channels_last(student, target)
     compile_networks(args.compile, student, target, frozen.unet)

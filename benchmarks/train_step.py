@@ -169,8 +169,8 @@ class Watch:
 
     def attach(self, program: Any, family: Any) -> None:
         """To the functions that a program calls in a step, by the names under which it calls them."""
-        self.wrap(program, "encode_pixels", "VAE")
-        self.wrap(family, "encode_captions", "text")
+        self.wrap(program, "batch_latents", "VAE")
+        self.wrap(family, "batch_conditioning", "text")
         self.wrap(program, "guided_prediction", "teacher")
         self.wrap(program, "unet_output", lambda: "student" if torch.is_grad_enabled() else "target")
         self.wrap(program, "update_ema", "EMA")

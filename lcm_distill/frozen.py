@@ -13,6 +13,7 @@ from lcm_distill.errors import UsageError
 from lcm_distill.latents import encode_pixels, sample_moments, scale_and_shift
 from lcm_distill.shards import FLAG, printable
 from lcm_distill.teacher import VAE_FLAG, Teacher
+from lcm_distill.unets import to_channels_last
 
 
 class FrozenParts:
@@ -51,6 +52,8 @@ class FrozenParts:
         parts = self._teacher.load(kinds, {name: self.dtypes[name] for name in kinds if name in self.dtypes})
         self.__dict__.update(parts)
         self._move(parts, self.device)
+        if "vae" in parts:
+            to_channels_last(parts["vae"])
 
     def _move(self, names: Iterable[str], device: torch.device | str) -> None:
         for name in names:
