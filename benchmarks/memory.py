@@ -2,6 +2,7 @@
 
     python -m benchmarks.memory                       # the table of the README: some minutes
     python -m benchmarks.memory --program lora_sdxl --teacher sdxl --gradient_checkpointing --train_batch_size 2
+    python -m benchmarks.memory --flops               # the arithmetic of a step on one picture
     python -m benchmarks.memory --check               # the method against a real step's resident memory, here
 
 The parts that the programs are made of (`Lora`, `guided_prediction`, `update_ema`, …) run on PyTorch's fake tensors,
@@ -32,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.architectures import RESOLUTIONS, UNETS, build_text_encoders, build_vae, is_sdxl
 from benchmarks.provenance import provenance
-from benchmarks.train_step import alone
+from benchmarks.train_step import alone, flop_counter
 from lcm_distill import unets
 from lcm_distill.consistency import ConsistencyFunction, consistency_loss, guided_prediction, unet_output
 from lcm_distill.ema import update_ema
@@ -246,6 +247,21 @@ def compute(case: Case, autocast: Callable[[], Any] = gpu_autocast) -> dict[str,
     return {"peak": max(parts.values()), "rest": round(rest / GB, 2), "parts": parts}
 
 
+def count_flops(case: Case) -> dict[str, float]:
+    """TFLOP of each part of a step, by the same fake networks."""
+    counter, totals = flop_counter(), dict[str, int]()
+
+    def begin(part: str) -> None:
+        totals[part] = counter.get_total_flops()
+
+    with FakeTensorMode(), mock.patch.object(torch.nn.Module, "_apply", replacing):
+        step = build(case, begin)
+        with counter:
+            step()
+    names, ends = list(totals), [*totals.values(), counter.get_total_flops()]
+    return {name: round((ends[i + 1] - ends[i]) / 1e12, 4) for i, name in enumerate(names) if name != "optimizer"}
+
+
 def measure(case: Case) -> float:
     """Gigabytes that a real step takes at most on this machine's CPU, what was there before aside. Linux."""
     before = psutil.Process().memory_info().rss
@@ -278,6 +294,8 @@ TABLE = [
     replace(_SD, program="sd", use_8bit_adam=True),
     replace(_SD, program="sd", use_8bit_adam=True, train_batch_size=16),
 ]
+FLOPS = [replace(c, gradient_checkpointing=False) for c in (_SDXL, replace(_SDXL, program="sdxl"), _SD)]
+FLOPS += [replace(FLOPS[1], teacher="ssd1b"), replace(FLOPS[2], program="sd")]
 CHECKED = [  # in float32, and small enough to be taken for real
     Case("lora_sd", "half", 256, mixed_precision="no", train_batch_size=2),
     Case("lora_sd", "half", 256, mixed_precision="no", train_batch_size=2, gradient_checkpointing=True),
@@ -306,17 +324,23 @@ def main() -> None:
         else:
             parser.add_argument(f"--{name}", type=str if isinstance(value, str) else int, default=value)
     parser.add_argument("--check", action="store_true", help="compare with real steps on the CPU")
+    parser.add_argument("--flops", action="store_true", help="count FLOPs instead")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     args = vars(parser.parse_args())
-    check, output = args.pop("check"), args.pop("output")
+    check, output, flops = args.pop("check"), args.pop("output"), args.pop("flops")
     chosen, origin = Case(**args), provenance("benchmarks.memory", sys.argv[1:])
     rows: list[dict[str, Any]] = []
-    for case in CHECKED if check else TABLE if chosen == Case() else [chosen]:
+    for case in CHECKED if check else [chosen] if chosen != Case() else FLOPS if flops else TABLE:
         row: dict[str, Any] = {"case": asdict(case)}
+        rows.append(row)
+        if flops:
+            row["tflops"] = count_flops(case)
+            told_parts = ", ".join(f"{part} {value}" for part, value in row["tflops"].items())
+            print(f"{case.program}, {case.teacher}: {sum(row['tflops'].values()):.4g} TFLOP: {told_parts}", flush=True)
+            continue
         if check:
             row["measured"] = alone(measure, case)
         row |= compute(case, contextlib.nullcontext if check else gpu_autocast)
-        rows.append(row)
         parts = ", ".join(f"{part} {size}" for part, size in row["parts"].items())
         measured = f" (measured {row['measured']})" if check else ""
         print(f"{case.program} {told(case)}: {row['peak']} GB{measured}; at rest {row['rest']}; {parts}", flush=True)

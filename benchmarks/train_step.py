@@ -253,10 +253,8 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-def count_flops(kind: str, argv: list[str]) -> dict[str, float]:
-    """FLOPs by part of one step on one picture, of each micro-batch its share."""
-    program, family = modules(kind)
-    torch.compiler.set_stance("force_eager")
+def flop_counter() -> FlopCounterMode:
+    """Counts products, convolutions and attention, the CPU's fused attention too."""
 
     def attention(query, key, *rest, out_shape=None, **options):  # type: ignore
         (*batch, heads, q, dim), k = query, key[-2]
@@ -266,13 +264,21 @@ def count_flops(kind: str, argv: list[str]) -> dict[str, float]:
         return 5 * attention(query, key) // 2  # two products again, of which one is recomputed, and three new ones
 
     names = torch.ops.aten
-    counter = FlopCounterMode(
+    return FlopCounterMode(
         display=False,
         custom_mapping={
             names._scaled_dot_product_flash_attention_for_cpu: attention,
             names._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
         },
     )
+
+
+def count_flops(kind: str, argv: list[str]) -> dict[str, float]:
+    """FLOPs by part of one step on one picture, of each micro-batch its share."""
+    program, family = modules(kind)
+    torch.compiler.set_stance("force_eager")
+
+    counter = flop_counter()
     watch = Watch(lambda: float(counter.get_total_flops()))
     watch.on = True
     watch.attach(program, family)

@@ -52,8 +52,7 @@ class FrozenParts:
         parts = self._teacher.load(kinds, {name: self.dtypes[name] for name in kinds if name in self.dtypes})
         self.__dict__.update(parts)
         self._move(parts, self.device)
-        if "vae" in parts:
-            to_channels_last(parts["vae"])
+        to_channels_last(*(part for part in parts.values() if isinstance(part, AutoencoderKL)))
 
     def _move(self, names: Iterable[str], device: torch.device | str) -> None:
         for name in names:
