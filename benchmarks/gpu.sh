@@ -36,7 +36,7 @@ step() {   # step NAME SECONDS FLAGS…: one configuration of benchmarks.train_s
 }
 
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader || failed+=("nvidia-smi")
-try "tests" 170 "$PYTHON" -m pytest -m gpu -q -x --durations=5
+try "tests" 170 "$PYTHON" -m pytest -m gpu -q --durations=5
 step "SD 1.5, full" 70 --program sd --teacher sd15 --train_batch_size 16 --use_8bit_adam
 step "SDXL, LoRA" 90 --program lora_sdxl --teacher sdxl --train_batch_size 4 --gradient_checkpointing
 step "SDXL, full" 110 --program sdxl --teacher sdxl --train_batch_size 4 --gradient_checkpointing --use_8bit_adam
