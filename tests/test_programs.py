@@ -443,7 +443,7 @@ def test_sdxl_s_time_ids_are_those_of_the_pictures(program, fixed, command, run,
         family="sdxl", steps=1, train_batch_size=8, train_shards_path_or_url=str(folder), random_flip=True,
         use_fix_crop_and_size=fixed,
     ))  # fmt: skip
-    student, teacher, target = seen[:3]
+    teacher, target, student = seen[:3]
     assert torch.equal(teacher, torch.cat([student, student])) and torch.equal(target, student)
     sizes = {tuple(row) for row in student[:, :2].tolist()}
     corners = student[:, 2:4].tolist()
