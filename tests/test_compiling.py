@@ -50,6 +50,7 @@ def test_a_run_goes_on_compiled_bit_for_bit(program, command, run, tmp_path, mon
     run(program, command("compiled", steps=3, **options, **resumed))
     assert same(result(tmp_path / "plain"), result(tmp_path / "compiled"))
     assert len(graphs) == 2 and 3 <= graphs[0] == graphs[1] <= 24  # none is compiled again
+    assert counters["stats"]["unique_graphs"] == graphs[1]  # nor for validation's pictures, of another batch size
 
 
 @pytest.mark.parametrize("mode", ["regional", "whole"])
