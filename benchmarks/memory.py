@@ -346,9 +346,8 @@ def main() -> None:
         print(f"{case.program} {told(case)}: {row['peak']} GB{measured}; at rest {row['rest']}; {parts}", flush=True)
     if output:
         earlier = json.loads(output.read_text()) if output.exists() else {}
-        output.write_text(
-            json.dumps(earlier | {"check" if check else "table": origin | {"rows": rows}}, indent=2) + "\n"
-        )
+        part = "check" if check else "flops" if flops else "table"
+        output.write_text(json.dumps(earlier | {part: origin | {"rows": rows}}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
