@@ -380,9 +380,9 @@ def test_the_toy_comparison_draws_and_judges(untrained, tmp_path, capsys, monkey
     draw = evaluate.evaluate
     monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: draw(*a, **k | {"reference_steps": 4}))
     rows = compare.main(["--student", *untrained, "--output_dir", str(tmp_path), "--count", "2"])
-    assert len(rows) == 1 + 4 * 5 and rows[-1].label == "SD lora, 8 steps"
+    assert len(rows) == 1 + 4 * 5 and rows[-1].label == "SD LCM-LoRA, 8 steps"
     said = capsys.readouterr().out
-    assert said.count("caption error at") == 4 and "SD full" in said and "**Caption accuracy" in said
+    assert said.count("caption error at") == 4 and "SD LCM " in said and "**Caption accuracy" in said
     assert (tmp_path / "evaluation.png").is_file() and (tmp_path / "evaluation.md").is_file()
 
 

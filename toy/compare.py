@@ -26,6 +26,7 @@ from toy.score import RESOLUTION, real_pictures
 
 TEACHERS = {family: Path(__file__).parent / "teachers" / family for family in ("sd", "sdxl")}
 NAMES = {"sd": "SD", "sdxl": "SDXL"}
+KINDS = {"full": "LCM", "lora": "LCM-LoRA"}  # a student's name where it is the only one of its kind
 TITLES = Toy.titles | LatentDistances.titles
 STEPS = (1, 2, 4, 8)
 
@@ -47,9 +48,12 @@ def compare(
     students = find_students(sources)
     rows = []
     for name in dict.fromkeys(family(student) for student in students):
+        own = [student for student in students if family(student) == name]
+        kinds = [student.kind for student in own]
+        called = {student.name: KINDS[student.kind] for student in own if kinds.count(student.kind) == 1}
         for row in evaluate.evaluate(
             load_teacher(Teacher(str(TEACHERS[name])), device="cpu", dtype=torch.float32),
-            [student for student in students if family(student) == name],
+            own,
             prompts=captions,
             make_metrics=lambda reference: [Toy(captions, seed), LatentDistances(reference)],
             steps=STEPS,
@@ -59,7 +63,7 @@ def compare(
             seed=seed,
             shown=10,
         ):
-            row.model = f"{NAMES[name]} {row.model}"
+            row.model = f"{NAMES[name]} {called.get(row.model, row.model)}"
             rows.append(row)
             said = "  ".join(f"{key} {evaluate.number(value)}" for key, value in row.values.items())
             print(f"  {row.label:34s} {said}", flush=True)
