@@ -39,10 +39,11 @@ def runs(tmp_path_factory) -> SimpleNamespace:
 
 def test_both_ranks_hold_whole_float32_networks_and_half_of_the_optimizer_s_state(runs):
     for (number, rank), seen in runs.seen.items():
-        name, engine, *_ = RUNS[number]
+        name, engine, *_, options = RUNS[number]
         assert seen["engine"] == {"ddp": "MULTI_CPU", "zero": "ZERO"}[engine], (name, rank)
         assert seen["world"] == 2 and seen["shares"][:3] == [1, 1, 1]
-        assert seen["dtypes"] == [["torch.float32"]] * 3
+        teacher = "torch.bfloat16" if options.get("mixed_precision") == "bf16" else "torch.float32"
+        assert seen["dtypes"] == [["torch.float32"], ["torch.float32"], [teacher]]  # student and target whatever it is
         if engine == "zero":
             assert seen["shares"][3:] == pytest.approx([0.5, 0.5], rel=1e-4)
 
