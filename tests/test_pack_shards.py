@@ -447,7 +447,7 @@ def test_an_error_in_the_middle_leaves_whole_shards(tmp_path, monkeypatch):
 
 
 def slowly(images, picture, settings, make_sample=pack_module.make_sample):
-    time.sleep(0.05)
+    time.sleep(0.2)  # long enough for the test to see the first shard before the last, on a busy machine too
     return make_sample(images, picture, settings)
 
 
