@@ -454,6 +454,7 @@ def slowly(images, picture, settings, make_sample=pack_module.make_sample):
 def run_slowly(argv):
     pack_module.make_sample = slowly
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background of a shell ignores it
     with open(os.path.join(os.path.dirname(argv[1]), "said"), "w") as said, contextlib.redirect_stderr(said):
         main(argv)
 
