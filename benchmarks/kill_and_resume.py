@@ -147,6 +147,7 @@ def challenge(kind: str, workers: int, kills: int, steps: int, folder: Path, see
             *("--checkpointing_steps", "2", "--checkpoints_total_limit", "1", "--learning_rate", "1e-3"),
             *("--dataloader_num_workers", str(workers), "--shuffle_window", "8", "--random_flip"),
             *("--validation_steps", "5", "--num_validation_images", "1", "--validation_inference_steps", "1"),
+            *("--validation_teacher_steps", "2"),
             *("--validation_prompts", "a circle", "--report_to", "tensorboard", "--logging_steps", "1", *more),
             *("--resume_from_checkpoint", "latest"),
         ]

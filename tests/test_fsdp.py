@@ -127,6 +127,7 @@ def train(runs: Runs, folder: Path) -> SimpleNamespace:
             "output_dir": folder / name, "resolution": 64, "train_batch_size": 2, "max_train_steps": steps,
             "checkpointing_steps": 1000, "validation_steps": 1000, "num_validation_images": 1, "logging_steps": 1,
             "validation_prompts": "a small red circle on a black background", "validation_inference_steps": 1,
+            "validation_teacher_steps": 2,
             "report_to": "none", "seed": 7, "learning_rate": 1e-3, "ema_decay": 0.9, "lr_scheduler": "cosine",
             "lr_warmup_steps": 0,
         } | more  # fmt: skip

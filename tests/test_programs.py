@@ -597,8 +597,8 @@ def test_the_public_launch_commands_run_and_resume(program, command, run, tmp_pa
     ]
     argv.remove("--push_to_hub")
     with caplog.at_level(logging.INFO, "lcm_distill"):
-        run(program, [*argv, "--max_train_steps=1", "--num_validation_images=1"])
-        run(program, [*argv, "--max_train_steps=2", "--num_validation_images=1"])
+        run(program, [*argv, "--max_train_steps=1", "--num_validation_images=1", "--validation_teacher_steps=2"])
+        run(program, [*argv, "--max_train_steps=2", "--num_validation_images=1", "--validation_teacher_steps=2"])
     assert "resumed from" in caplog.text and (tmp_path / "out" / "checkpoint-2").exists()
 
 
