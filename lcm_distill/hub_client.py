@@ -15,13 +15,8 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, get_session, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-_PASSING = (
-    408,
-    409,
-    412,
-    425,
-    429,
-)  # too slow, two at once, too early, too many: of the 4xx, what a later try may mend
+# Too slow, two at once, too early, too many: of the 4xx, what a later try may mend.
+_PASSING = (408, 409, 412, 425, 429)
 
 
 def create(api: HfApi, repo_id: str) -> dict[str, Any]:

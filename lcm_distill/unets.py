@@ -38,9 +38,8 @@ def cast(network: torch.nn.Module, dtype: torch.dtype) -> None:
     torch.nn.Module.to(network, dtype=dtype)
 
 
-CHANNELS_LAST: tuple[str, ...] = (
-    "cuda",
-)  # the devices whose convolutions in half precision want it; a CPU's are indifferent
+# The devices whose convolutions in half precision want it; a CPU's are indifferent.
+CHANNELS_LAST: tuple[str, ...] = ("cuda",)
 
 
 def to_channels_last(*networks: torch.nn.Module) -> None:
