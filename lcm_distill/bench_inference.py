@@ -36,7 +36,7 @@ from lcm_distill import flags
 from lcm_distill.drawing import check_steps, draw_latents
 from lcm_distill.errors import run_program
 from lcm_distill.latents import decode_latents
-from lcm_distill.runtime import check_writable, drawing_device, memory_errors, quiet_libraries
+from lcm_distill.runtime import check_writable, device_name, drawing_device, memory_errors, quiet_libraries
 from lcm_distill.students import Student, find_students, load_teacher, natural_resolution
 from lcm_distill.teacher import Teacher
 
@@ -193,21 +193,11 @@ def describe_machine(device: torch.device) -> dict[str, str]:
     """What the numbers depend on: the device by its name, threads, versions."""
     versions = [f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft")]
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {_cpu()}",
+        "device": device_name(device),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} CPUs",
         "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
         "system": platform.platform(),
     }
-
-
-def _cpu() -> str:
-    """The processor's name; Python's own is empty on Linux."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -28,14 +28,12 @@ import argparse
 import dataclasses
 import itertools
 import json
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from diffusers import LCMScheduler
 from PIL import Image
 
@@ -45,7 +43,7 @@ from lcm_distill.drawing import SAMPLERS, check_steps, draw_latents, teacher_sam
 from lcm_distill.errors import UsageError, run_program
 from lcm_distill.metrics import ClipScore, Cmmd, Drawn, Fid, LatentDistances, Metric, Toy
 from lcm_distill.pictures import labelled_grid
-from lcm_distill.runtime import check_writable, drawing_device, memory_errors, quiet_libraries
+from lcm_distill.runtime import check_writable, device_name, drawing_device, memory_errors, quiet_libraries
 from lcm_distill.students import Student, find_students, load_teacher, natural_resolution
 from lcm_distill.teacher import Teacher
 from lcm_distill.validation import read_prompts
@@ -298,7 +296,7 @@ def main(argv: list[str] | None = None) -> None:
         "lora_guidance_scale": args.lora_guidance_scale,
         "seed": args.seed,
         "dtype": str(dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
+        "device": device_name(device),
         "reference": "real pictures" if real else f"DDIM, {args.reference_steps} steps",
     }
     try:

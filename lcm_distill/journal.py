@@ -18,10 +18,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from lcm_distill.checkpoint import public_flags, versions
+from lcm_distill.runtime import device_name
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,6 @@ def describe_launch(
     with, the folder that it belongs in, the versions and the machine.
     """
     words = sys.argv if argv is None else [f"{run['program']}.py", *argv]
-    on_gpu = accelerator.device.type == "cuda"
     return {
         **{name: run[name] for name in ("program", "seed", "flags")},
         "steps": steps,
@@ -142,7 +141,7 @@ def describe_launch(
             "host": platform.node(),
             "system": platform.platform(),
             "cpu cores": os.cpu_count(),
-            "device": torch.cuda.get_device_name(accelerator.device) if on_gpu else accelerator.device.type,
+            "device": device_name(accelerator.device),
             "processes": accelerator.num_processes,
             "mixed precision": str(accelerator.mixed_precision),
         },

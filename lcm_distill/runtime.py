@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import platform
 import random
 import sys
 import tempfile
@@ -117,6 +118,17 @@ def drawing_device(device: str | None, dtype: str | None) -> tuple[torch.device,
         raise UsageError("--dtype fp16 needs a GPU; on the CPU take fp32 or bf16.")
     names = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     return chosen, names[dtype or ("fp32" if chosen.type == "cpu" else "fp16")]
+
+
+def device_name(device: torch.device) -> str:
+    """A GPU's name, or "cpu" and the processor's (on Linux Python itself does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{device.type}, {names[0] if names else platform.processor() or platform.machine()}"
 
 
 def quiet_libraries() -> None:
