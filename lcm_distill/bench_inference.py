@@ -263,7 +263,15 @@ def main(argv: list[str] | None = None) -> None:
     students = find_students(args.student, args.cache_dir)
     if args.output_dir is not None:
         check_writable(args.output_dir)
-    teacher = Teacher.from_flags(vars(args))
+    teacher = Teacher(
+        args.pretrained_teacher_model,
+        revision=args.teacher_revision,
+        variant=args.variant,
+        config=args.teacher_config,
+        vae=args.pretrained_vae_model_name_or_path,
+        vae_revision=args.revision,
+        cache_dir=args.cache_dir,
+    )
     with memory_errors("take smaller --batch_sizes or a smaller --resolution."):
         pipeline = load_teacher(teacher, device=device, dtype=dtype, resolution=args.resolution)
         resolution = args.resolution or natural_resolution(pipeline)

@@ -363,7 +363,15 @@ def main(argv: list[str] | None = None) -> None:
     rank, world_size = _rank()
     local = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ and torch.cuda.is_available() else None
     device, dtype = drawing_device(args.device or local, args.dtype)
-    teacher = Teacher.from_flags(vars(args))
+    teacher = Teacher(
+        args.pretrained_teacher_model,
+        revision=args.teacher_revision,
+        variant=args.variant,
+        config=args.teacher_config,
+        vae=args.pretrained_vae_model_name_or_path,
+        vae_revision=args.revision,
+        cache_dir=args.cache_dir,
+    )
     preparation = Preparation(
         resolution=args.resolution,
         interpolation=args.interpolation_type,

@@ -63,19 +63,6 @@ class Teacher:
     vae_revision: str | None = None
     cache_dir: str | None = None
 
-    @classmethod
-    def from_flags(cls, flags: Mapping[str, Any]) -> "Teacher":
-        """The teacher that a command's `flags` name, by `flags.add_model_flags`; other flags do not count."""
-        return cls(
-            flags["pretrained_teacher_model"],
-            revision=flags["teacher_revision"],
-            variant=flags["variant"],
-            config=flags["teacher_config"],
-            vae=flags["pretrained_vae_model_name_or_path"],
-            vae_revision=flags["revision"],
-            cache_dir=flags["cache_dir"],
-        )
-
     @property
     def is_single_file(self) -> bool:
         return self.model.endswith(".safetensors")
