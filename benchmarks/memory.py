@@ -180,6 +180,7 @@ def _build(case: Case, begin: Callable[[str], None], device: str) -> Callable[[]
         target.requires_grad_(False).eval()
         unets.cast(unet, weights)
         trained = list(student.parameters())
+    unets.to_channels_last(vae, unet, *([] if target is None or case.use_8bit_adam else [student, target]))
     if case.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     optimizer = State(trained, case.use_8bit_adam)

@@ -15,11 +15,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def provenance(module: str, arguments: list[str]) -> dict:
-    """Where a result of `python -m module` comes from; `dirty` if the working tree was not that commit's."""
+    """Where a result of `python -m module` comes from; `dirty` if the working tree was not that commit's.
+
+    Both are None where there is no repository.
+    """
+    changed = _git("status", "--porcelain", "--", "*.py")
     return {
         "command": shlex.join(["python", "-m", module, *arguments]),
         "commit": _git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", "*.py")),
+        "dirty": None if changed is None else bool(changed),
         "date": date.today().isoformat(),
         "hardware": hardware(),
         "versions": versions(),
@@ -43,10 +47,10 @@ def _cpu_model() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
-def _git(*arguments: str) -> str:
+def _git(*arguments: str) -> str | None:
     try:
         return subprocess.run(
             ["git", "-C", str(ROOT), *arguments], check=True, capture_output=True, text=True
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return None

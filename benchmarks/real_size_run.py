@@ -5,7 +5,7 @@
 
 Writes a Stable Diffusion 1.5 pipeline of the published shapes (860 M parameters in the U-Net), drawn at random, into a
 temporary folder, runs the program on toy shards through `accelerate launch` as a user would, and prints a JSON line
-with the time and the greatest memory of the process. Pictures and losses mean nothing here.
+with the time and the most main memory that a process took. Pictures and losses mean nothing here.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.architectures import write_teacher
+from benchmarks.train_step import alone
 from lcm_distill.checkpoint import versions
 from toy.make_shards import make_shards
 
@@ -39,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         print("writing a random teacher of the real size", flush=True)
-        write_teacher("sd15", folder / "teacher")
+        alone(write_teacher, "sd15", folder / "teacher")  # what it takes of a GPU goes with the process
         make_shards(folder / "shards", shards=1, samples_per_shard=16, resolution=args.resolution)
         command = [
             *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"),
@@ -65,7 +66,7 @@ def main() -> None:
         "mixed_precision": args.mixed_precision,
         "flags": more,
         "seconds": round(seconds),
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 1),  # Linux: KiB
+        "peak_main_memory_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 1),  # Linux: KiB
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
         "written": written,
         "versions": versions(),

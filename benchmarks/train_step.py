@@ -371,6 +371,32 @@ def summarise(rounds: list[dict[str, Any]], pictures: int, floor_ms: float | Non
     }
 
 
+def collect(taken: dict[str, list[dict[str, Any]]], pictures: int, tflops_per_picture: float | None) -> dict[str, Any]:
+    """What the rounds so far say of the device's matrix rate, the floor, and each variant."""
+    rates = [one["matrix_rate"] for rounds in taken.values() for one in rounds]
+    rate = statistics.median(rates) if rates else None
+    floor_ms = 1e15 * tflops_per_picture * pictures / rate if tflops_per_picture and rate else None
+    return {
+        "matrix_tflops": rate and round(rate / 1e12, 4),
+        "floor_ms": floor_ms and round(floor_ms, 3),
+        "variants": {name: summarise(rounds, pictures, floor_ms) for name, rounds in taken.items() if rounds},
+    }
+
+
+def against(variant: dict[str, Any], reference: dict[str, Any] | None) -> str:
+    """How much longer a variant's step takes: the median over rounds, each against the reference's of that round."""
+    pairs = zip(variant["step_ms_of_each_round"], (reference or {}).get("step_ms_of_each_round", []), strict=False)
+    ratios = [mine / other for mine, other in pairs]
+    return f"{statistics.median(ratios):.2f}" if ratios else ""
+
+
+def keep(output: Path, results: dict[str, Any]) -> None:
+    """Writes them into the file, and all that is in it into the table beside it."""
+    everything = (json.loads(output.read_text()) if output.exists() else {}) | results
+    output.write_text(json.dumps(everything, indent=2) + "\n")
+    output.with_suffix(".md").write_text(table(everything))
+
+
 def table(results: dict[str, Any]) -> str:
     """Markdown of everything in a results file."""
     lines = [
@@ -387,7 +413,7 @@ def table(results: dict[str, Any]) -> str:
             "",
             f"## {title}",
             "",
-            f"`{result['command']}`, {result['date']}, commit {result['commit']}; {where}; {versions}.",
+            f"`{result['command']}`, {result['date']}, commit {result['commit'] or 'unknown'}; {where}; {versions}.",
             f"Medians of {result['rounds']} rounds of {result['steps']} steps.",
         ]
         if result["floor_ms"]:
@@ -396,18 +422,21 @@ def table(results: dict[str, Any]) -> str:
                 f"TFLOP/s: the floor is {result['floor_ms']:.4g} ms a step."
             )
         parts = [name for name in (*PARTS, "rest") if any(name in v["parts_ms"] for v in result["variants"].values())]
-        columns = ["variant", "pictures/s", "step", "of the floor's rate", "peak GB", "to the first step", *parts]
+        numbers = ["pictures/s", "step", "quickest", "times all on", "of the floor's rate", "peak GB"]
+        columns = ["variant", *numbers, "to the first step", *parts]
         lines += ["", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
         for name, v in result["variants"].items():
             share = "" if v["share_of_matrix_rate"] is None else f"{v['share_of_matrix_rate']:.0%}"
-            numbers = f"{v['pictures_per_second']:.4g}", f"{v['step_ms']:.4g}", share, f"{v['peak_memory_gb']:.2f}"
-            cells = [name, *numbers, f"{v['first_step_s']:.1f} s"]
+            cells = [name, f"{v['pictures_per_second']:.4g}", f"{v['step_ms']:.4g}"]
+            cells += [f"{min(v['step_ms_of_each_round']):.4g}", against(v, result["variants"].get("all on"))]
+            cells += [share, f"{v['peak_memory_gb']:.2f}", f"{v['first_step_s']:.1f} s"]
             lines.append("| " + " | ".join(cells + [f"{v['parts_ms'].get(part, 0):.4g}" for part in parts]) + " |")
         lines += [f"\nFailed: {name}: {why}" for name, why in result["failed"].items()]
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """This command's flags, and the rest, which are the program's."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.train_step",
         description=__doc__,
@@ -415,6 +444,9 @@ def main() -> None:
     )
     parser.add_argument("--program", choices=PROGRAMS, default="sd", help="which of the four (sd)")
     parser.add_argument("--teacher", choices=["toy", *RESOLUTIONS], default="toy", help="shapes (toy)")
+    parser.add_argument(
+        "--teachers", type=Path, metavar="FOLDER", help="where random teachers are kept for the next command (nowhere)"
+    )
     parser.add_argument("--resolution", type=int, help="(the teacher's own)")
     parser.add_argument("--train_batch_size", type=int, default=4, help="(4)")
     parser.add_argument("--mixed_precision", choices=DTYPES, default="no", help="(no)")
@@ -423,30 +455,54 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3, help="steps before that (3)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each variant (3)")
     parser.add_argument("--straightforward", action="store_true", help="also with every optimisation turned off")
-    parser.add_argument("--each", action="store_true", help="also with each one turned off")
+    parser.add_argument(
+        "--each",
+        nargs="*",
+        choices=OPTIMISATIONS,
+        metavar="NAME",
+        help=f"also with each one turned off, or those named, of: {', '.join(OPTIMISATIONS)}",
+    )
     parser.add_argument(
         "--variant", action="append", default=[], metavar="NAME=FLAGS", help="also with these flags of the program"
     )
     parser.add_argument("--no_flops", action="store_true", help="leave out the count of FLOPs, and so the floor")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="and a table beside it; other results stay")
-    args, more = parser.parse_known_args()
+    return parser.parse_known_args(argv)
+
+
+def find_teacher(name: str, folder: Path, family: str) -> Path:
+    """The toy's, or one with random weights, which is written into `folder` unless it is there."""
+    if name == "toy":
+        return ROOT / "toy" / "teachers" / family
+    teacher = folder / name
+    if not teacher.exists():
+        print(f"writing a random teacher: {name}", flush=True)
+        unfinished = teacher.with_suffix(".unfinished")
+        alone(write_teacher, name, unfinished)
+        unfinished.rename(teacher)
+    return teacher
+
+
+def main() -> None:
+    args, more = parse()
     variants = [Variant("all on")]
     for name, _, flags in (text.partition("=") for text in args.variant):
         variants.append(Variant(name, flags=tuple(flags.split())))
-    variants += [Variant(f"without {name}", off=(name,)) for name in OPTIMISATIONS] if args.each else []
+    off = args.each or OPTIMISATIONS if args.each is not None else ()
+    variants += [Variant(f"without {name}", off=(name,)) for name in off]
     variants += [Variant("straightforward", off=tuple(OPTIMISATIONS))] if args.straightforward else []
 
     family = "sdxl" if "sdxl" in args.program else "sd"
     resolution = args.resolution or RESOLUTIONS.get(args.teacher, 64)
     modules(args.program)
+    title = f"{args.program}, {args.teacher} at {resolution}, batch {args.train_batch_size}, {args.mixed_precision}"
+    title = " ".join([title + ",", *more]) if more else title
     result: dict[str, Any] = provenance("benchmarks.train_step", sys.argv[1:])
+    taken: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
+    failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        teacher = ROOT / "toy" / "teachers" / family
-        if args.teacher != "toy":
-            print(f"writing a random teacher: {args.teacher}", flush=True)
-            teacher = folder / "teacher"
-            alone(write_teacher, args.teacher, teacher)
+        teacher = find_teacher(args.teacher, args.teachers or folder, family)
         make_shards(folder / "shards", shards=1, samples_per_shard=32, resolution=resolution)
         argv = [
             *("--pretrained_teacher_model", str(teacher), "--train_shards_path_or_url", str(folder / "shards")),
@@ -457,14 +513,23 @@ def main() -> None:
         ]
         accumulation = modules(args.program)[0].parse_args(argv).gradient_accumulation_steps
         pictures = args.train_batch_size * accumulation
-        flops = None
+        flops: dict[str, float] = {}
         if not args.no_flops:
             try:
                 flops = alone(count_flops, args.program, argv)
             except RuntimeError as error:
                 print(f"FLOPs could not be counted: {error}", flush=True)
-        taken: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
-        failed: dict[str, str] = {}
+        tflops_per_picture = sum(flops.values()) / accumulation / 1e12 if flops else None
+        result |= {
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "threads": torch.get_num_threads(),
+            "flags": argv[6:],
+            "rounds": args.rounds,
+            "steps": args.steps,
+            "tflops_per_picture": tflops_per_picture and round(tflops_per_picture, 6),
+            "gflops_by_part": {name: round(value / 1e9, 3) for name, value in flops.items()},
+            "failed": failed,
+        }
         for number in range(1, args.rounds + 1):
             for variant in variants:
                 if variant.name in failed:
@@ -472,34 +537,14 @@ def main() -> None:
                 given = (args.program, variant, argv, args.warmup, args.steps, args.part_steps)
                 try:
                     taken[variant.name].append(alone(measure, *given))
+                    ms = taken[variant.name][-1]["step_ms"]
+                    print(f"  round {number}, {variant.name}: {ms:.2f} ms a step", flush=True)
                 except RuntimeError as error:
                     failed[variant.name] = str(error).partition("\n")[0]
-                    continue
-                ms = taken[variant.name][-1]["step_ms"]
-                print(f"  round {number}, {variant.name}: {ms:.2f} ms a step", flush=True)
-    per_picture = sum(flops.values()) / accumulation if flops else None
-    rate = statistics.median(one["matrix_rate"] for rounds in taken.values() for one in rounds)
-    floor_ms = 1e3 * per_picture * pictures / rate if per_picture else None
-    result |= {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "flags": argv[6:],
-        "rounds": args.rounds,
-        "steps": args.steps,
-        "matrix_tflops": round(rate / 1e12, 4),
-        "tflops_per_picture": per_picture and round(per_picture / 1e12, 6),
-        "gflops_by_part": {name: round(value / 1e9, 3) for name, value in (flops or {}).items()},
-        "floor_ms": floor_ms and round(floor_ms, 3),
-        "variants": {name: summarise(rounds, pictures, floor_ms) for name, rounds in taken.items() if rounds},
-        "failed": failed,
-    }
-    title = f"{args.program}, {args.teacher} at {resolution}, batch {args.train_batch_size}, {args.mixed_precision}"
-    results = {" ".join([title + ",", *more]) if more else title: result}
-    print(table(results))
-    if args.output:
-        earlier = json.loads(args.output.read_text()) if args.output.exists() else {}
-        args.output.write_text(json.dumps(earlier | results, indent=2) + "\n")
-        args.output.with_suffix(".md").write_text(table(earlier | results))
+                result |= collect(taken, pictures, tflops_per_picture)
+                if args.output:  # each time: who is stopped in the middle keeps what was measured
+                    keep(args.output, {title: result})
+    print(table({title: result}))
     sys.exit(1 if failed else 0)
 
 

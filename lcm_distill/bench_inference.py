@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from lcm_distill import flags
+from lcm_distill.compiling import compile_networks
 from lcm_distill.drawing import check_steps, draw_latents
 from lcm_distill.errors import run_program
 from lcm_distill.latents import decode_latents
@@ -284,8 +285,7 @@ def main(argv: list[str] | None = None) -> None:
             lora_guidance_scale=args.lora_guidance_scale,
         )
         if args.compile:
-            for contender in contenders:
-                contender.unet.compile()
+            compile_networks("whole", *(contender.unet for contender in contenders))
         results = measure(
             pipeline,
             contenders,

@@ -25,9 +25,11 @@ def compile_networks(mode: str | None, *networks: torch.nn.Module) -> None:
     """
     if mode is None:
         return
-    compilers = os.environ.get("CXX") or "g++", "clang++"
-    if not torch.cuda.is_available() and not any(shutil.which(compiler) for compiler in compilers):
-        raise UsageError("--compile needs a C++ compiler on a CPU (the package g++, or clang); or leave it out.")
+    # On a GPU Triton builds its launchers in C, on a CPU everything is C++.
+    gpu = torch.cuda.is_available()
+    compilers = (os.environ.get("CC") or "gcc", "clang") if gpu else (os.environ.get("CXX") or "g++", "clang++")
+    if not any(shutil.which(compiler) for compiler in compilers):
+        raise UsageError(f"--compile needs a compiler ({compilers[0]}, or the package clang); or leave it out.")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lcm_distill" / "inductor"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     # By default PyTorch goes back to uncompiled code after the eighth form of a block. An SDXL network has 15 of its

@@ -75,7 +75,8 @@ class FrozenParts:
 
     def embedding(self, stored: torch.Tensor) -> torch.Tensor:
         """An embedding from an encoded shard, on the device, in the dtype in which the text encoders would give it."""
-        return stored.to(self.device, self.dtypes["text_encoder"], non_blocking=True)
+        on_device = stored.to(self.device, non_blocking=True)  # first: a cast in main memory would leave pinned memory
+        return on_device.to(self.dtypes["text_encoder"])
 
     @functools.cached_property
     def scale_and_shift(self) -> dict[str, Any]:

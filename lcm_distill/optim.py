@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -19,7 +20,7 @@ def build_optimizer(
     use_8bit: bool = False,
     fused: bool = True,
 ) -> torch.optim.Optimizer:
-    """AdamW in one fused kernel, or bitsandbytes' AdamW with 8-bit state.
+    """AdamW in one fused kernel, or not `fused` in PyTorch's own way; or bitsandbytes' AdamW with 8-bit state.
 
     `fused` must be off under a loss scaler (fp16): a fused step leaves out an overflowed update inside its kernel,
     so that neither PyTorch nor Accelerate knows it was left out.
@@ -35,7 +36,12 @@ def build_optimizer(
             parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon
         )
     return torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon, fused=fused
+        parameters,
+        lr=learning_rate,
+        betas=betas,
+        weight_decay=weight_decay,
+        eps=epsilon,
+        fused=fused or None,  # False would mean one tensor at a time on GPUs too, which None does all at once
     )
 
 
@@ -55,11 +61,11 @@ def keeping_settings(
 ) -> Iterator[None]:
     """Inside, a checkpoint's state is loaded; afterwards learning rate, betas, ε and weight decay are again the flags'.
 
-    The state of both holds those settings too, so that a flag changed for a resume would be announced and ignored.
-    With unchanged flags nothing changes, to the bit.
+    So is whether the optimizer is fused, which the precision decides. The state of both holds those settings too, so
+    that a flag changed for a resume would be announced and ignored. With unchanged flags nothing changes, to the bit.
     """
-    names = ("initial_lr", "betas", "eps", "weight_decay")
-    settings = [{name: group[name] for name in names} for group in optimizer.param_groups]
+    names = ("initial_lr", "betas", "eps", "weight_decay", "fused")
+    settings = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
     rates = list(lr_scheduler.base_lrs)
     yield
     lr_scheduler.base_lrs = rates
@@ -67,4 +73,16 @@ def keeping_settings(
     for group, kept, rate, course in zip(optimizer.param_groups, settings, rates, lr_scheduler.lr_lambdas, strict=True):
         group.update(kept)
         group["lr"] = rate * course(done)
+        _place_counts(optimizer, group)
     lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
+def _place_counts(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
+    """AdamW's count of steps lies where the parameter does when it is fused, else in main memory.
+
+    There a fused kernel cannot read it; on a GPU the others would wait for it at each parameter.
+    """
+    for parameter in group["params"]:
+        count = optimizer.state.get(parameter, {}).get("step")
+        if isinstance(count, torch.Tensor):
+            optimizer.state[parameter]["step"] = count.to(parameter.device if group.get("fused") else "cpu")

@@ -104,10 +104,10 @@ class Progress:
         `loss` (mean over batches and ranks), `grad_norm` (the largest, before clipping), `lr`, `samples_per_second`
         (all ranks), `data_wait` (share, 0 to 1). `DivergenceError` if loss or gradients are not finite.
         """
-        mean = self._accelerator.reduce(self._loss / max(1, self._batches), reduction="mean")
-        elapsed = time.perf_counter() - self._start
+        mean = float(self._accelerator.reduce(self._loss / max(1, self._batches), reduction="mean"))
+        elapsed = time.perf_counter() - self._start  # only now has the device done what it was told to
         values = {
-            "loss": float(mean),
+            "loss": mean,
             "grad_norm": float(self._grad_norm),
             "lr": float(lr_scheduler.get_last_lr()[0]),
             "samples_per_second": self._pictures * self._accelerator.num_processes / elapsed,
@@ -153,6 +153,7 @@ class Progress:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Time inside this context (a checkpoint, validation) does not count."""
+        float(self._loss)  # waits for the steps that a GPU has yet to do: theirs counts
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start

@@ -47,9 +47,6 @@ def start_accelerator(
     """
     if local_rank != -1:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))  # from launchers that pass it as a flag alone
-    if torch.cuda.is_available():  # said either way: PyTorch's own default is off for products, on for convolutions
-        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
-        torch.backends.cudnn.allow_tf32 = allow_tf32
     disable_progress_bar()  # transformers draws one for every network that it loads
     engine = ZeroAccelerator if asks_for_deepspeed() else Accelerator
     accelerator = engine(
@@ -65,6 +62,10 @@ def start_accelerator(
     if accelerator.mixed_precision == "fp8":
         raise UsageError("--mixed_precision: fp8 (from `accelerate config`) is not for this program; pass bf16.")
     settle_engine(accelerator, can_shard=can_shard)
+    if torch.cuda.is_available():  # said either way: PyTorch's own default is off for products, on for convolutions
+        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+        # In mixed precision the convolutions left are those of a VAE that is in float32 for its range, which TF32 has.
+        torch.backends.cudnn.allow_tf32 = allow_tf32 or accelerator.mixed_precision != "no"
     if accelerator.is_main_process and not dry_run:
         check_writable(output_dir)
     logging.basicConfig(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from diffusers.utils import is_xformers_available
 
@@ -21,11 +22,13 @@ def student_from_teacher(teacher: UNet2DConditionModel, time_cond_proj_dim: int)
 
     The projection of the embedding starts at zero, so the untrained student is the teacher, whatever w.
     """
-    student = UNet2DConditionModel.from_config(dict(teacher.config) | {"time_cond_proj_dim": time_cond_proj_dim})
-    missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
-    assert set(missing) == {"time_embedding.cond_proj.weight"} and not unexpected, (missing, unexpected)
-    torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
-    return student.float().train()
+    with init_empty_weights():  # drawing weights at random, to be replaced, would take longer than all the rest
+        student = UNet2DConditionModel.from_config(dict(teacher.config) | {"time_cond_proj_dim": time_cond_proj_dim})
+    weights = {name: weight.to("cpu", torch.float32, copy=True) for name, weight in teacher.state_dict().items()}
+    projection = "time_embedding.cond_proj.weight"
+    weights[projection] = torch.zeros(student.get_parameter(projection).shape)
+    student.load_state_dict(weights, assign=True)
+    return student.train()
 
 
 def target_from_student(student: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -45,7 +48,8 @@ CHANNELS_LAST: tuple[str, ...] = ("cuda",)
 def to_channels_last(*networks: torch.nn.Module) -> None:
     """Lays the weights of convolutions out as [out, height, width, in], in place, where the device is quicker with it.
 
-    Activations then follow. The numbers are the same up to rounding.
+    A convolution then gives its output in that layout, and takes its input in either. The numbers are the same up to
+    rounding.
     """
     for network in networks:
         if next(network.parameters()).device.type in CHANNELS_LAST:

@@ -162,3 +162,18 @@ def test_what_no_step_needs_is_off_the_device_but_for_drawing(encoded, captions)
         }
     assert sorted(parts._teacher.taken) == sorted(names)
     assert not hasattr(parts, "scheduler")
+
+
+def test_an_embedding_is_moved_before_it_is_cast():
+    """Cast in main memory it left its pinned page, and the host waited for the GPU in each step."""
+
+    class Stored:
+        moves: list = []
+
+        def to(self, *given, **options):
+            self.moves.append((given, options))
+            return self
+
+    frozen = FrozenParts(None, device="cpu", kinds={}, dtypes={"text_encoder": torch.bfloat16}, text=())
+    frozen.embedding(Stored())
+    assert Stored.moves == [((torch.device("cpu"),), {"non_blocking": True}), ((torch.bfloat16,), {})]

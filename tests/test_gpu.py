@@ -1,5 +1,6 @@
 """What only a GPU can show: `pytest -m gpu`."""
 
+import gc
 import math
 
 import pytest
@@ -13,8 +14,16 @@ from lcm_distill.progress import Progress
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
-@pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
-@pytest.mark.parametrize("cast", ["cast_teacher_unet", "no-cast_teacher_unet"])
+@pytest.mark.parametrize(
+    "precision, cast",
+    [
+        ("no", "cast_teacher_unet"),
+        ("fp16", "cast_teacher_unet"),
+        ("fp16", "no-cast_teacher_unet"),
+        ("bf16", "cast_teacher_unet"),
+        ("bf16", "no-cast_teacher_unet"),
+    ],
+)
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_precision_trains_and_draws(program, precision, cast, command, run, monkeypatch):
     losses = []
@@ -54,22 +63,6 @@ def test_no_sync_on_a_step_that_does_not_log(program, precision, command, run, m
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("program, mode", [("sd", "regional"), ("lora_sdxl", "regional"), ("lora_sd", "whole")])
-def test_compiled_code_trains_as_eager_code(program, mode, command, run, monkeypatch, tmp_path):
-    """By the real code generator; tests/test_compiling.py has the rest."""
-    monkeypatch.setattr(compiling, "BLOCKS", ("BasicTransformerBlock",))  # for time's sake
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    losses = captured_losses(monkeypatch)
-    options = {"family": family(program), "mixed_precision": "bf16", "learning_rate": 1e-5, "steps": 3}
-    options |= {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}
-    run(f"train_lcm_distill_{program}_wds", command("eager", **options))
-    eager = [loss for _, loss in losses]
-    losses.clear()
-    run(f"train_lcm_distill_{program}_wds", command("compiled", **options, compile=mode))
-    assert len(losses) == 3 and [loss for _, loss in losses] == pytest.approx(eager, rel=0.05)
-    assert any((tmp_path / "cache").iterdir())
-
-
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_teacher_in_parts_is_the_teacher_at_once(program, command, run, monkeypatch):
     losses = captured_losses(monkeypatch)
@@ -95,6 +88,7 @@ def test_convolutions_have_channels_last_weights(program, command, run, monkeypa
 def test_a_step_fits_and_takes_what_was_computed(case, limit):
     if torch.cuda.get_device_properties(0).total_memory < 1.1 * limit:
         pytest.skip("the GPU is too small for the networks while they are made")
+    gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     step = build(case, lambda part: None, "cuda")
@@ -103,4 +97,21 @@ def test_a_step_fits_and_takes_what_was_computed(case, limit):
     step()
     peak = torch.cuda.max_memory_allocated() - before
     assert peak < limit - 1.5e9  # for CUDA itself and gaps
-    assert peak / 1e9 == pytest.approx(compute(case)["peak"], rel=0.1)
+    computed = compute(case)["peak"] * 1e9
+    assert 0.9 * computed < peak < 1.05 * computed + 1e9  # and workspaces of convolutions
+
+
+@pytest.mark.parametrize("program, mode", [("sd", "regional"), ("lora_sdxl", "regional"), ("lora_sd", "whole")])
+def test_compiled_code_trains_as_eager_code(program, mode, command, run, monkeypatch, tmp_path):
+    """By the real code generator; tests/test_compiling.py has the rest."""
+    monkeypatch.setattr(compiling, "BLOCKS", ("BasicTransformerBlock",))  # for time's sake
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    losses = captured_losses(monkeypatch)
+    options = {"family": family(program), "mixed_precision": "bf16", "learning_rate": 1e-5, "steps": 3}
+    options |= {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}
+    run(f"train_lcm_distill_{program}_wds", command("eager", **options))
+    eager = [loss for _, loss in losses]
+    losses.clear()
+    run(f"train_lcm_distill_{program}_wds", command("compiled", **options, compile=mode))
+    assert len(losses) == 3 and [loss for _, loss in losses] == pytest.approx(eager, rel=0.05)
+    assert any((tmp_path / "cache").iterdir())

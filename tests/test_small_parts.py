@@ -1,7 +1,9 @@
 """Randomness, the plan, trackers and grids."""
 
+import copy
 import logging
 import os
+import time
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -131,6 +133,31 @@ def test_settings_of_the_flags_outlive_a_checkpoint_s():
         build_lr_scheduler("polynomial", make(1e-8, 0)[0], warmup_steps=0, training_steps=5)
 
 
+@pytest.mark.parametrize("before, after", [(True, False), (False, True)])
+def test_a_resumed_optimizer_is_as_fused_as_the_precision_wants_it(before, after):
+    """After fp16 a run in bf16 stayed with the slow optimizer, which the checkpoint had brought along."""
+
+    def make(fused):
+        parameter = torch.nn.Parameter(torch.ones(2))
+        parameter.grad = torch.ones(2)
+        options = {"learning_rate": 0.1, "betas": (0.9, 0.99), "weight_decay": 0, "epsilon": 1e-8}
+        optimizer = build_optimizer([parameter], **options, fused=fused)
+        return optimizer, build_lr_scheduler("constant", optimizer, warmup_steps=0, training_steps=10)
+
+    optimizer, scheduler = make(before)
+    optimizer.step()
+    again, course = make(after)
+    with keeping_settings(again, course):
+        again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        course.load_state_dict(scheduler.state_dict())
+    assert again.param_groups[0]["fused"] is (True if after else None)  # False is one tensor at a time on a GPU
+    again.step()
+    optimizer.step()
+    (mine,), (other,) = again.param_groups[0]["params"], optimizer.param_groups[0]["params"]
+    assert again.state[mine]["step"] == 2
+    assert torch.allclose(again.state[mine]["exp_avg"], optimizer.state[other]["exp_avg"])
+
+
 def test_learning_rate_warms_up_by_optimizer_steps():
     optimizer = build_optimizer(
         [torch.nn.Parameter(torch.ones(1))], learning_rate=1.0, betas=(0.9, 0.99), weight_decay=0, epsilon=1e-8
@@ -255,6 +282,32 @@ def test_gradients_that_are_not_finite_are_not_checkpointed(tmp_path):
         progress.step(torch.tensor(norm))
     with pytest.raises(DivergenceError, match="grad_norm is nan at step 3"):
         progress.log(3, SimpleNamespace(get_last_lr=lambda: [1.0]))
+
+
+def test_speed_counts_the_steps_that_the_device_has_yet_to_do(tmp_path):
+    """On a GPU the clock was read when they were queued: with --logging_steps 1 it told how fast Python is."""
+
+    class Queued:
+        def __float__(self):  # waits for the device
+            time.sleep(0.3)
+            return 1.0
+
+    accelerator = SimpleNamespace(
+        device="cpu", is_main_process=False, num_processes=1, reduce=lambda value, reduction: Queued(),
+        log=lambda *given, **more: None, trackers=[],
+    )  # fmt: skip
+    progress = Progress(accelerator, Journal(tmp_path, {}, enabled=False), total=5, initial=0, output_dir="")
+    progress.add(torch.tensor(1.0), 3)
+    progress.step(torch.tensor(1.0))
+    values = progress.log(1, SimpleNamespace(get_last_lr=lambda: [1.0]))
+    assert values["samples_per_second"] <= 3 / 0.3
+    progress.add(torch.tensor(1.0), 3)
+    progress._loss = Queued()
+    start = time.perf_counter()
+    with progress.paused():
+        assert time.perf_counter() - start >= 0.3  # what was queued is no pause
+    progress._loss = torch.tensor(1.0)
+    assert progress.log(2, SimpleNamespace(get_last_lr=lambda: [1.0]))["samples_per_second"] <= 3 / 0.6
 
 
 # --- pictures

@@ -33,6 +33,15 @@ def test_untrained_student_equals_the_teacher_whatever_w(toy_unet):
             assert torch.equal(student(x, t, c, timestep_cond=embedding).sample, expected)
 
 
+def test_a_student_is_made_without_drawing_weights_that_are_replaced(toy_unet):
+    """With SDXL that took longer than loading the teacher."""
+    before = torch.get_rng_state()
+    student = student_from_teacher(toy_unet, 256)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not {p.data_ptr() for p in student.parameters()} & {p.data_ptr() for p in toy_unet.parameters()}
+    assert {str(tensor.device) for tensor in student.state_dict().values()} == {"cpu"}
+
+
 def test_guidance_reaches_the_student_once_it_trains(toy_unet):
     student = student_from_teacher(toy_unet, 64)
     x, t, c = torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 16, 64)
