@@ -125,14 +125,11 @@ def main(argv: list[str] | None = None) -> None:
     seed = settle_seed(resumed.get("seed", args.seed))
     flags_to_record = public_flags(vars(args))
     plan = plan_training(
+        accelerator,
         max_steps=resumed.get("global_step", 0) + 1 if args.dry_run else args.max_train_steps,
         epochs=args.num_train_epochs,
-        count_samples=lambda: (
-            args.max_train_samples or count_samples(shards, caption_column=preparation.caption_column)
-        ),
+        samples=lambda: args.max_train_samples or count_samples(shards, caption_column=preparation.caption_column),
         batch_size=args.train_batch_size,
-        accumulation=args.gradient_accumulation_steps,
-        processes=accelerator.num_processes,
         learning_rate=args.learning_rate,
         scale_lr=args.scale_lr,
     )

@@ -31,30 +31,31 @@ class TrainingPlan:
 
 
 def plan_training(
+    accelerator: Accelerator,
     *,
     max_steps: int | None,
     epochs: int,
-    count_samples: Callable[[], int | None],
+    samples: Callable[[], int | None],
     batch_size: int,
-    accumulation: int,
-    processes: int,
     learning_rate: float,
     scale_lr: bool,
 ) -> TrainingPlan:
-    """The run's length: `max_steps`, or else the steps of `epochs` times `count_samples()` pictures.
+    """The run's length: `max_steps`, or else the steps of `epochs` times `samples()` pictures.
 
-    `scale_lr` multiplies the learning rate by the pictures of one optimizer step. `UsageError` if the length
-    is not known (None samples).
+    The accelerator tells how many batches make an optimizer step: ACCELERATE_GRADIENT_ACCUMULATION_STEPS, where it is
+    set, overrides the flag. `scale_lr` multiplies the learning rate by the pictures of a step. `UsageError` if the
+    length is not known (None samples).
     """
+    accumulation, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
     pictures = batch_size * accumulation * processes
     if max_steps is None:
-        samples = count_samples()
-        if samples is None:
+        counted = samples()
+        if counted is None:
             raise UsageError(
                 "--max_train_steps: the length of the run is not known, since only local shards can be counted; "
                 "give --max_train_steps, or --max_train_samples with --num_train_epochs."
             )
-        max_steps = epochs * -(-samples // pictures)
+        max_steps = epochs * -(-counted // pictures)
     return TrainingPlan(
         steps=max_steps,
         learning_rate=learning_rate * (pictures if scale_lr else 1),

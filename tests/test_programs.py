@@ -461,8 +461,21 @@ def test_raising_max_train_steps_goes_on_and_a_finished_run_says_so(command, run
         assert [p.name for p in tmp_path.glob("out/checkpoint-*")] == ["checkpoint-2"]
         before = weights(tmp_path / "out")
         caplog.clear()
-        run(PROGRAMS[0], command(steps=2, resume_from_checkpoint="latest"))
-    assert "finished" in caplog.text and same(before, weights(tmp_path / "out"))
+        (tmp_path / "out" / "diffusion_pytorch_model.safetensors").unlink()
+        run(PROGRAMS[0], command(steps=1, resume_from_checkpoint="latest"))  # beyond its end: it only exports
+    assert "this run is finished: it is at step 2" in caplog.text and same(before, weights(tmp_path / "out"))
+
+
+def test_the_environment_s_accumulation_is_in_the_plan(command, run, monkeypatch, caplog):
+    """Accelerate lets the variable override the flag: 8 pictures in twos were 4 steps of 4 pictures each, not 2."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    losses = captured_losses(monkeypatch)
+    with caplog.at_level(logging.INFO, "lcm_distill"):
+        run(
+            PROGRAMS[0], command(steps=None, max_train_samples=8, num_train_epochs=1, learning_rate=1e-5, scale_lr=True)
+        )
+    assert [step for step, _ in losses] == [1, 2]
+    assert "4 pictures (2 per device × 2 accumulated × 1 devices), learning rate 4e-05" in caplog.text
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -44,18 +44,18 @@ def test_a_batch_s_draws_depend_on_seed_rank_and_batch_alone():
 
 def plan(**more):
     flags = {
-        "max_steps": None, "epochs": 3, "count_samples": lambda: 100, "batch_size": 8, "accumulation": 2,
-        "processes": 2, "learning_rate": 0.5, "scale_lr": False,
+        "max_steps": None, "epochs": 3, "samples": lambda: 100, "batch_size": 8, "learning_rate": 0.5,
+        "scale_lr": False,
     }  # fmt: skip
-    return plan_training(**flags | more)
+    return plan_training(SimpleNamespace(gradient_accumulation_steps=2, num_processes=2), **flags | more)
 
 
 def test_length_of_a_run():
     assert plan().steps == 3 * 4  # 100 pictures, 32 a step: 4 steps an epoch
     assert plan(max_steps=7).steps == 7
-    assert plan(max_steps=7, count_samples=lambda: 1 / 0).steps == 7  # counting is not asked for
+    assert plan(max_steps=7, samples=lambda: 1 / 0).steps == 7  # counting is not asked for
     with pytest.raises(UsageError, match="--max_train_steps"):
-        plan(count_samples=lambda: None)
+        plan(samples=lambda: None)
 
 
 def test_scale_lr_reaches_the_learning_rate():
