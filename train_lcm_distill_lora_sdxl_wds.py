@@ -28,7 +28,6 @@ from lcm_distill.compiling import compile_networks
 from lcm_distill.consistency import ConsistencyFunction, consistency_loss, draw_guidance, guided_prediction, unet_output
 from lcm_distill.drawing import check_steps, teacher_sampler
 from lcm_distill.ema import update_ema
-from lcm_distill.encoded import empty_batch
 from lcm_distill.ending import Ending
 from lcm_distill.errors import run_program
 from lcm_distill.export import export_lora_student
@@ -36,7 +35,7 @@ from lcm_distill.filters import parse_filters
 from lcm_distill.frozen import batch_latents, check_encoding
 from lcm_distill.hub import open_hub
 from lcm_distill.journal import Journal, describe_launch
-from lcm_distill.lora import TARGET, Lora, parse_target_modules
+from lcm_distill.lora import TARGET, AdapterShape, Lora, parse_target_modules, prepare_without_autocast
 from lcm_distill.optim import build_lr_scheduler, build_optimizer, keeping_settings
 from lcm_distill.plan import announce, plan_training
 from lcm_distill.preflight import inspect_shards
@@ -96,20 +95,19 @@ def main(argv: list[str] | None = None) -> None:
     configs = read_configs(
         teacher, family="sdxl", resolution=args.resolution, num_ddim_timesteps=args.num_ddim_timesteps
     )
-    target_modules = parse_target_modules(args.lora_target_modules, configs.unet)
-    design = unets.architecture(configs.unet) | {
-        "--lora_rank": args.lora_rank,
-        "--lora_alpha": args.lora_alpha,
-        "--lora_target_modules": target_modules,
-        "--ema_decay above 0": args.ema_decay > 0,
-    }
+    shape = AdapterShape(
+        rank=args.lora_rank,
+        alpha=args.lora_alpha,
+        target_modules=parse_target_modules(args.lora_target_modules, configs.unet),
+        average=args.ema_decay > 0,
+    )
+    design = unets.architecture(configs.unet) | shape.architecture()
     checkpoint, resumed = find_run(
         args.resume_from_checkpoint, args.output_dir, PROGRAM, design, seed=args.seed, dry_run=args.dry_run
     )
-    sampler = lcm_scheduler(
-        configs.scheduler, args.num_ddim_timesteps, args.timestep_scaling_factor, max(args.validation_inference_steps)
-    )
+    sampler = lcm_scheduler(configs.scheduler, args.num_ddim_timesteps, args.timestep_scaling_factor)
     undistilled = teacher_sampler(configs.scheduler)
+    check_steps("--validation_inference_steps", max(args.validation_inference_steps), sampler)
     check_steps("--validation_teacher_steps", args.validation_teacher_steps, undistilled)
     prompts = read_prompts(args.validation_prompts)
     accelerator = start_accelerator(
@@ -149,14 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     unet = frozen.unet
     unets.to_channels_last(unet)
-    lora = Lora(
-        unet,
-        rank=args.lora_rank,
-        alpha=args.lora_alpha,
-        dropout=args.lora_dropout,
-        target_modules=target_modules,
-        average=args.ema_decay > 0,
-    )
+    lora = Lora(unet, **vars(shape), dropout=args.lora_dropout)
     if args.enable_xformers_memory_efficient_attention:
         unets.enable_xformers(unet)
     if args.gradient_checkpointing:
@@ -171,11 +162,8 @@ def main(argv: list[str] | None = None) -> None:
         use_8bit=args.use_8bit_adam,
         fused=accelerator.mixed_precision != "fp16",
     )
-    lr_scheduler = build_lr_scheduler(
-        args.lr_scheduler, optimizer, warmup_steps=args.lr_warmup_steps, training_steps=plan.steps
-    )
-    student, optimizer = accelerator.prepare(unet, optimizer)
-    vars(unet).pop("forward", None)  # Accelerate's autocast around it: the loop says where there is one
+    lr_scheduler = build_lr_scheduler(args.lr_scheduler, optimizer, warmup=args.lr_warmup_steps, steps=plan.steps)
+    student, optimizer = prepare_without_autocast(accelerator, unet, optimizer)
     accelerator.register_for_checkpointing(lr_scheduler)
 
     # The data and the random draws.
@@ -197,7 +185,8 @@ def main(argv: list[str] | None = None) -> None:
     schedule = NoiseSchedule.from_config(configs.scheduler).to(accelerator.device)
     solver = DDIMSolver(schedule, args.num_ddim_timesteps)
     consistency = ConsistencyFunction(schedule, args.timestep_scaling_factor)
-    empty = sdxl.batch_conditioning(frozen, empty_batch(preparation.encoding))
+    guided = partial(guided_prediction, unet, schedule, dtype=base_dtype, batch_size=args.teacher_batch_size)
+    empty = sdxl.empty_conditioning(frozen)
     pipelines = {"student": partial(sdxl.build_pipeline, frozen, unet, sampler)}
     if lora.average:
         pipelines["target"] = pipelines["student"]
@@ -264,17 +253,7 @@ def main(argv: list[str] | None = None) -> None:
 
             # 4 teacher with guidance, one solver step: ẑ_n
             with torch.no_grad(), autocast_over(accelerator, base_dtype), lora.off():
-                clean, epsilon = guided_prediction(
-                    unet,
-                    schedule,
-                    noisy,
-                    start,
-                    conditioning,
-                    unconditional,
-                    w,
-                    dtype=base_dtype,
-                    batch_size=args.teacher_batch_size,
-                )
+                clean, epsilon = guided(noisy, start, conditioning, unconditional, w)
             previous = solver.step(clean, epsilon, index)
 
             # 5 target f_θ⁻(ẑ_n, c, t_n)
@@ -343,13 +322,11 @@ def main(argv: list[str] | None = None) -> None:
         export_lora_student(
             args.output_dir,
             lora=lora,
-            base_model_version=sdxl.BASE_MODEL_VERSION,
             scheduler=sampler,
             teacher=teacher,
-            pipeline=sdxl.PIPELINE,
+            family=sdxl,
             global_step=global_step,
             settings=flags_to_record,
-            tags=["stable-diffusion-xl"],
             measured=validation.measured,
             hub=hub,
         )

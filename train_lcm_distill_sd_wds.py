@@ -24,16 +24,9 @@ import torch
 from lcm_distill import flags, sd, unets
 from lcm_distill.checkpoint import Checkpoints, find_run, public_flags
 from lcm_distill.compiling import compile_networks
-from lcm_distill.consistency import (
-    ConsistencyFunction,
-    consistency_loss,
-    guidance_embedding,
-    guided_prediction,
-    unet_output,
-)
+from lcm_distill.consistency import ConsistencyFunction, consistency_loss, guided_prediction, unet_output
 from lcm_distill.drawing import check_steps, teacher_sampler
 from lcm_distill.ema import update_ema
-from lcm_distill.encoded import empty_batch
 from lcm_distill.ending import Ending
 from lcm_distill.errors import run_program
 from lcm_distill.export import export_full_student
@@ -102,10 +95,9 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint, resumed = find_run(
         args.resume_from_checkpoint, args.output_dir, PROGRAM, design, seed=args.seed, dry_run=args.dry_run
     )
-    sampler = lcm_scheduler(
-        configs.scheduler, args.num_ddim_timesteps, args.timestep_scaling_factor, max(args.validation_inference_steps)
-    )
+    sampler = lcm_scheduler(configs.scheduler, args.num_ddim_timesteps, args.timestep_scaling_factor)
     undistilled = teacher_sampler(configs.scheduler)
+    check_steps("--validation_inference_steps", max(args.validation_inference_steps), sampler)
     check_steps("--validation_teacher_steps", args.validation_teacher_steps, undistilled)
     prompts = read_prompts(args.validation_prompts)
     accelerator = start_accelerator(
@@ -163,9 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         use_8bit=args.use_8bit_adam,
         fused=accelerator.mixed_precision != "fp16",
     )
-    lr_scheduler = build_lr_scheduler(
-        args.lr_scheduler, optimizer, warmup_steps=args.lr_warmup_steps, training_steps=plan.steps
-    )
+    lr_scheduler = build_lr_scheduler(args.lr_scheduler, optimizer, warmup=args.lr_warmup_steps, steps=plan.steps)
     student, optimizer = prepare(accelerator, student, optimizer)
     accelerator.register_for_checkpointing(lr_scheduler)
 
@@ -188,7 +178,8 @@ def main(argv: list[str] | None = None) -> None:
     schedule = NoiseSchedule.from_config(configs.scheduler).to(accelerator.device)
     solver = DDIMSolver(schedule, args.num_ddim_timesteps)
     consistency = ConsistencyFunction(schedule, args.timestep_scaling_factor)
-    unconditional = sd.batch_conditioning(frozen, empty_batch(preparation.encoding))
+    guided = partial(guided_prediction, frozen.unet, schedule, dtype=teacher_dtype, batch_size=args.teacher_batch_size)
+    unconditional = sd.empty_conditioning(frozen)
     plain = accelerator.unwrap_model(student)
     pipelines = {
         "student": partial(sd.build_pipeline, frozen, plain, sampler),
@@ -247,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
             index = torch.randint(len(solver), (size,), generator=generator, device=device)
             noise = torch.randn(latents.shape, generator=generator, device=device)
             w = args.w_min + (args.w_max - args.w_min) * torch.rand(size, generator=generator, device=device)
-            w_embedding = guidance_embedding(w, args.unet_time_cond_proj_dim)
+            w_embedding = unets.guidance_embedding(w, args.unet_time_cond_proj_dim)
             start, end = solver.timesteps[index], solver.previous_timesteps[index]
 
             # 3 z_{n+k}
@@ -255,17 +246,7 @@ def main(argv: list[str] | None = None) -> None:
 
             # 4 teacher with guidance, one solver step: ẑ_n
             with torch.no_grad(), autocast_over(accelerator, teacher_dtype):
-                clean, epsilon = guided_prediction(
-                    frozen.unet,
-                    schedule,
-                    noisy,
-                    start,
-                    conditioning,
-                    unconditional,
-                    w,
-                    dtype=teacher_dtype,
-                    batch_size=args.teacher_batch_size,
-                )
+                clean, epsilon = guided(noisy, start, conditioning, unconditional, w)
             previous = solver.step(clean, epsilon, index)
 
             # 5 target f_θ⁻(ẑ_n, w, c, t_n)
@@ -336,11 +317,10 @@ def main(argv: list[str] | None = None) -> None:
             target=target,
             scheduler=sampler,
             teacher=teacher,
-            pipeline=sd.PIPELINE,
+            family=sd,
             guidance_scale=guidance_scale,
             global_step=global_step,
             settings=flags_to_record,
-            tags=["stable-diffusion"],
             measured=validation.measured,
             hub=hub,
         )

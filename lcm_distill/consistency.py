@@ -10,7 +10,6 @@ no guidance. The pipelines' `guidance_scale` is w + 1.
 Everything but the networks is float32.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from operator import itemgetter
 from typing import Any
@@ -46,19 +45,6 @@ class ConsistencyFunction:
         c_skip, c_out = boundary_scalings(timesteps, self.timestep_scaling)
         sample = self.schedule.predict_sample(output, noisy, timesteps)
         return per_sample(c_skip, noisy) * noisy.float() + per_sample(c_out, noisy) * sample
-
-
-def guidance_embedding(guidance_w: torch.Tensor, embedding_dim: int = 256) -> torch.Tensor:
-    """Fourier features of w, float32 `[B, embedding_dim]`, as the pipelines make them from guidance_scale − 1.
-
-    sin and cos of 1000·w at frequencies 10000^(−i/(half−1)); an odd dimension ends in a zero
-    (Diffusers' `get_guidance_scale_embedding`).
-    """
-    half = embedding_dim // 2
-    frequencies = torch.exp(torch.arange(half, device=guidance_w.device) * -(math.log(10000.0) / (half - 1)))
-    angles = (guidance_w.float() * 1000.0)[:, None] * frequencies[None, :]
-    embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
-    return torch.nn.functional.pad(embedding, (0, embedding_dim % 2))
 
 
 def draw_guidance(

@@ -38,7 +38,7 @@ def check_steps(flag: str, steps: int, sampler: Any, strength: float = 1.0) -> N
         at = "" if strength == 1 else f" at --strength {strength:g}"
         raise UsageError(
             f"{flag} {steps}: {type(sampler).__name__} has a grid of {most} and draws in at most "
-            f"{int(most * strength)} steps{at}."
+            f"{int(most * strength)} steps{at}: give that or fewer."
         )
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -43,11 +44,10 @@ def export_full_student(
     target: UNet2DConditionModel,
     scheduler: LCMScheduler,
     teacher: Teacher,
-    pipeline: Any,
+    family: ModuleType,
     guidance_scale: float,
     global_step: int,
     settings: dict[str, Any],
-    tags: list[str],
     hub: HubUpload | None = None,
     measured: Mapping[str, float] | None = None,
 ) -> None:
@@ -58,7 +58,7 @@ def export_full_student(
     The model at the top is the student, so that `UNet2DConditionModel.from_pretrained(output_dir)` and, with
     `variant="fp16"`, its half-size twin both load. The card tells of the `teacher`, a guidance_scale to draw with,
     the steps trained, the run's `settings` and what was `measured`, numbers by their names in words. All that users
-    load is staged for the `hub`, if there is one; its `push` uploads it.
+    load is staged for the `hub`, if there is one; its `push` uploads it. `family` is the module `sd` or `sdxl`.
     """
     folder = Path(output_dir)
     for network in (student, target):
@@ -78,12 +78,12 @@ def export_full_student(
         global_step,
         teacher=teacher,
         usage=lambda name, teacher: _FULL_USAGE.format(
-            model=name, load=teacher.loading_code(pipeline, "unet=unet"), guidance_scale=guidance_scale
+            model=name, load=teacher.loading_code(family.PIPELINE, "unet=unet"), guidance_scale=guidance_scale
         ),
         note="`guidance_scale` is w + 1, with w the guidance of the LCM paper (arXiv 2310.04378).",
         relation="finetune",
         settings=settings,
-        tags=tags,
+        tags=family.TAGS,
         measured=measured,
     )
 
@@ -92,13 +92,11 @@ def export_lora_student(
     output_dir: str,
     *,
     lora: Lora,
-    pipeline: Any,
-    base_model_version: str,
     scheduler: LCMScheduler,
     teacher: Teacher,
+    family: ModuleType,
     global_step: int,
     settings: dict[str, Any],
-    tags: list[str],
     hub: HubUpload | None = None,
     measured: Mapping[str, float] | None = None,
 ) -> None:
@@ -106,29 +104,31 @@ def export_lora_student(
 
     `pytorch_lora_weights.safetensors` is what `pipe.load_lora_weights(output_dir)` loads, with its alpha;
     `kohya_lora_weights.safetensors` holds the same weights under kohya's names. Both are float16, as shared LoRAs
-    are; `adapter/` is the float32 adapter. An averaged target's LoRA is in `target/`. `pipeline` is the family's
-    pipeline class, `base_model_version` kohya's name for the family. Card and `hub` are those of a full student.
+    are; `adapter/` is the float32 adapter. An averaged target's LoRA is in `target/`. `family`, card and `hub` are as
+    for a full student. Every rank may call it; the main process alone writes.
     """
+    if not PartialState().is_main_process:
+        return
     folder = Path(output_dir)
     with _writing(folder):
         lora.part(STUDENT).save(folder / "adapter")
-        save_lora(folder, lora, STUDENT, pipeline=pipeline, base_model_version=base_model_version)
+        save_lora(folder, lora, STUDENT, family=family)
         if lora.average:
-            save_lora(folder / "target", lora, TARGET, pipeline=pipeline, base_model_version=base_model_version)
+            save_lora(folder / "target", lora, TARGET, family=family)
         scheduler.save_pretrained(folder)
     _finish(
         folder,
         hub,
         global_step,
         teacher=teacher,
-        usage=lambda name, teacher: _LORA_USAGE.format(model=name, load=teacher.loading_code(pipeline)),
+        usage=lambda name, teacher: _LORA_USAGE.format(model=name, load=teacher.loading_code(family.PIPELINE)),
         note="The guidance of the training is in the weights, so a `guidance_scale` of 1 to 2 is right; above 1, "
         "negative prompts count. It goes together with a style LoRA through `pipe.set_adapters`, and onto fine-tunes "
         "of its teacher. `kohya_lora_weights.safetensors` is the same LoRA for ComfyUI and A1111: sampler LCM, "
         "2 to 8 steps, CFG 1 to 2.",
         relation="adapter",
         settings=settings,
-        tags=["lora", *tags],
+        tags=["lora", *family.TAGS],
         measured=measured,
     )
 
@@ -186,8 +186,9 @@ def _written(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in found]
 
 
-def save_lora(folder: Path, lora: Lora, adapter: str, *, pipeline: Any, base_model_version: str) -> None:
+def save_lora(folder: Path, lora: Lora, adapter: str, *, family: ModuleType) -> None:
     """One adapter as float16 LoRA files in `folder`: Diffusers' format with alpha, and kohya's."""
+    base_model_version = family.base_model_version(lora.unet.config)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.to(torch.float16).cpu() for name, tensor in lora.state_dict(adapter).items()}
     # Of the configuration, what every version of PEFT knows: a file made here loads there.
@@ -195,7 +196,7 @@ def save_lora(folder: Path, lora: Lora, adapter: str, *, pipeline: Any, base_mod
     known = ("r", "lora_alpha", "bias", "target_modules")
     config = {name: value for name, value in lora.config.to_dict().items() if name in known}
     config["target_modules"] = sorted(config["target_modules"])
-    pipeline.save_lora_weights(folder, unet_lora_layers=weights, unet_lora_adapter_metadata=config)
+    family.PIPELINE.save_lora_weights(folder, unet_lora_layers=weights, unet_lora_adapter_metadata=config)
 
     kohya = convert_state_dict_to_kohya({f"unet.{name}": tensor for name, tensor in weights.items()})
     alpha = torch.tensor(float(lora.config.lora_alpha), dtype=torch.float32)

@@ -36,6 +36,7 @@ class FrozenParts:
     ):
         self.device = torch.device(device)
         self.dtypes = dict(dtypes)
+        self.encoding = encoding
         self._teacher, self._kinds = teacher, dict(kinds)
         self._idle = set() if encoding is None else {"vae", *(text if encoding.text else ())}
 

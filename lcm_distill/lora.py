@@ -8,12 +8,15 @@ What trains is the adapter, in float32; the U-Net under it may be in a lower pre
 """
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -51,6 +54,25 @@ def parse_target_modules(text: str | None, unet_config: Mapping[str, Any]) -> li
     if not chosen:
         raise UsageError("--lora_target_modules names no module; leave it out for those of LCM-LoRA.")
     return sorted(chosen)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterShape:
+    """What two adapters must share for one's weights to fit the other; `Lora` takes its fields."""
+
+    rank: int
+    alpha: int
+    target_modules: list[str]
+    average: bool  # whether the target is an adapter of its own
+
+    def architecture(self) -> dict[str, Any]:
+        """The shape under the names by which checkpoints hold it."""
+        return {
+            "--lora_rank": self.rank,
+            "--lora_alpha": self.alpha,
+            "--lora_target_modules": self.target_modules,
+            "--ema_decay above 0": self.average,
+        }
 
 
 class Lora:
@@ -151,6 +173,19 @@ class Lora:
     def part(self, adapter: str = STUDENT) -> "AdapterPart":
         """One adapter as a part of a checkpoint."""
         return AdapterPart(self, adapter)
+
+
+def prepare_without_autocast(
+    accelerator: Accelerator, unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer
+) -> tuple[Any, AcceleratedOptimizer]:
+    """`accelerator.prepare(unet, optimizer)`, less the autocast that it wraps around the U-Net's forward pass.
+
+    The U-Net is the teacher too, which computes without autocast when it is in half precision: the program's loop says
+    where there is one.
+    """
+    prepared = accelerator.prepare(unet, optimizer)
+    vars(unet).pop("forward", None)  # in full precision there is none
+    return prepared
 
 
 class AdapterPart:

@@ -46,11 +46,11 @@ def build_optimizer(
 
 
 def build_lr_scheduler(
-    name: str, optimizer: torch.optim.Optimizer, *, warmup_steps: int, training_steps: int
+    name: str, optimizer: torch.optim.Optimizer, *, warmup: int, steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Diffusers' course of the learning rate by name; it advances by one at each optimizer step."""
+    """Diffusers' course of the learning rate by name; it advances by one at each of the `steps` of the optimizer."""
     try:
-        return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=training_steps)
+        return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
     except ValueError as error:
         raise UsageError(f"--lr_scheduler {name} does not go with the other flags: {error}") from None
 

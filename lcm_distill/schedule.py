@@ -117,27 +117,14 @@ def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def lcm_scheduler(
-    scheduler_config: Mapping[str, Any],
-    num_ddim_timesteps: int = 50,
-    timestep_scaling: float = 10.0,
-    inference_steps: int = 1,
+    scheduler_config: Mapping[str, Any], num_ddim_timesteps: int = 50, timestep_scaling: float = 10.0
 ) -> LCMScheduler:
-    """The sampler of a student: the teacher's schedule with the run's solver grid and timestep scaling.
-
-    `UsageError` if it cannot draw in `inference_steps`.
-    """
-    scheduler = LCMScheduler.from_config(
+    """The sampler of a student: the teacher's schedule with the run's solver grid and timestep scaling."""
+    return LCMScheduler.from_config(
         dict(scheduler_config),
         original_inference_steps=sampling_grid(num_ddim_timesteps, scheduler_config.get("num_train_timesteps", 1000)),
         timestep_scaling=timestep_scaling,
     )
-    most = scheduler.config.original_inference_steps
-    if inference_steps > most:
-        raise UsageError(
-            f"--validation_inference_steps {inference_steps}: a student of --num_ddim_timesteps {num_ddim_timesteps} "
-            f"draws in at most {most} steps."
-        )
-    return scheduler
 
 
 def sampling_grid(num_ddim_timesteps: int, train_timesteps: int = 1000) -> int:

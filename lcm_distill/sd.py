@@ -7,11 +7,12 @@ import torch
 from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from lcm_distill.encoded import Encoding
+from lcm_distill.encoded import Encoding, empty_batch
 from lcm_distill.frozen import FrozenParts
 from lcm_distill.teacher import Teacher
 
 PIPELINE = StableDiffusionPipeline
+TAGS = ["stable-diffusion"]  # of the model card
 
 
 class Frozen(FrozenParts):
@@ -91,6 +92,11 @@ def batch_conditioning(frozen: Frozen, batch: Mapping[str, Any]) -> dict[str, to
     if "encoder_hidden_states" not in batch:
         return encode_captions(frozen, batch["captions"])
     return {"encoder_hidden_states": frozen.embedding(batch["encoder_hidden_states"])}
+
+
+def empty_conditioning(frozen: Frozen) -> dict[str, torch.Tensor]:
+    """The conditioning of the unconditional branch, `[1, tokens, dim]`: that of the empty caption."""
+    return batch_conditioning(frozen, empty_batch(frozen.encoding))
 
 
 def build_pipeline(frozen: Frozen, unet: UNet2DConditionModel, scheduler: LCMScheduler) -> StableDiffusionPipeline:

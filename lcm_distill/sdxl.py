@@ -7,12 +7,12 @@ import torch
 from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from lcm_distill.encoded import Encoding
+from lcm_distill.encoded import Encoding, empty_batch
 from lcm_distill.frozen import FrozenParts
 from lcm_distill.teacher import Teacher
 
 PIPELINE = StableDiffusionXLPipeline
-BASE_MODEL_VERSION = "sdxl_base_v1-0"  # in the metadata of kohya-format LoRAs, by which programs tell what a LoRA fits
+TAGS = ["stable-diffusion-xl"]  # of the model card
 
 
 class Frozen(FrozenParts):
@@ -79,6 +79,11 @@ def load_frozen(
     return frozen
 
 
+def base_model_version(unet_config: Mapping[str, Any]) -> str:
+    """The model's name in the metadata of kohya-format LoRAs, by which programs tell what a LoRA fits."""
+    return "sdxl_base_v1-0"
+
+
 @torch.no_grad()
 def encode_captions(frozen: Frozen, captions: list[str]) -> dict[str, Any]:
     """The text part of the U-Net's conditioning; `with_time_ids` adds the sizes.
@@ -111,6 +116,11 @@ def batch_conditioning(frozen: Frozen, batch: Mapping[str, Any]) -> dict[str, An
         return encode_captions(frozen, batch["captions"])
     states, pooled = (frozen.embedding(batch[name]) for name in ("encoder_hidden_states", "text_embeds"))
     return {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": pooled}}
+
+
+def empty_conditioning(frozen: Frozen) -> dict[str, Any]:
+    """The text part of the unconditional branch's conditioning, with a batch of 1: that of the empty caption."""
+    return batch_conditioning(frozen, empty_batch(frozen.encoding))
 
 
 def time_ids(

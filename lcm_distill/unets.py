@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,19 @@ def student_from_teacher(teacher: UNet2DConditionModel, time_cond_proj_dim: int)
 def target_from_student(student: UNet2DConditionModel) -> UNet2DConditionModel:
     """The target network: a frozen float32 copy, never in training mode (no dropout)."""
     return copy.deepcopy(student).requires_grad_(False).eval()
+
+
+def guidance_embedding(guidance_w: torch.Tensor, embedding_dim: int = 256) -> torch.Tensor:
+    """Fourier features of w, float32 `[B, embedding_dim]`, as the pipelines make them from guidance_scale − 1.
+
+    A student takes them as its `timestep_cond`: sin and cos of 1000·w at frequencies 10000^(−i/(half−1)); an odd
+    dimension ends in a zero (Diffusers' `get_guidance_scale_embedding`).
+    """
+    half = embedding_dim // 2
+    frequencies = torch.exp(torch.arange(half, device=guidance_w.device) * -(math.log(10000.0) / (half - 1)))
+    angles = (guidance_w.float() * 1000.0)[:, None] * frequencies[None, :]
+    embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
+    return torch.nn.functional.pad(embedding, (0, embedding_dim % 2))
 
 
 def cast(network: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -3,18 +3,17 @@
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
 from transformers import CLIPTextModel
 
 from lcm_distill.export import export_full_student, export_lora_student
 from lcm_distill.lora import Lora
 from lcm_distill.schedule import lcm_scheduler
+from lcm_distill.students import FAMILIES
 from lcm_distill.teacher import Teacher
 from lcm_distill.unets import student_from_teacher, target_from_student
 
-PIPELINES = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
-VERSIONS = {"sd": "sd_v1", "sdxl": "sdxl_base_v1-0"}
 GRID = 20  # of the students' solver, told apart from Diffusers' own 50
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -42,11 +41,10 @@ def full_student(folder: Path, teacher: str, family: str, *, seed: int = 0) -> s
         target=target,
         scheduler=lcm_scheduler(SCHEDULE, GRID, 5.0),
         teacher=Teacher(teacher),
-        pipeline=PIPELINES[family],
+        family=FAMILIES[family],
         guidance_scale=8.0,
         global_step=1,
         settings={},
-        tags=[],
     )
     return str(folder)
 
@@ -59,13 +57,11 @@ def lora_student(folder: Path, teacher: str, family: str, *, seed: int = 0) -> s
     export_lora_student(
         str(folder),
         lora=lora,
-        pipeline=PIPELINES[family],
-        base_model_version=VERSIONS[family],
         scheduler=lcm_scheduler(SCHEDULE, GRID, 5.0),
         teacher=Teacher(teacher),
+        family=FAMILIES[family],
         global_step=1,
         settings={},
-        tags=[],
     )
     return str(folder)
 
@@ -78,5 +74,5 @@ def style_lora(folder: Path, teacher: str, family: str) -> str:
         network.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=modules))
         _perturb([p for name, p in network.named_parameters() if "lora_" in name], 7, 0.1)
         states.append(get_peft_model_state_dict(network, adapter_name="default"))
-    PIPELINES[family].save_lora_weights(folder, unet_lora_layers=states[0], text_encoder_lora_layers=states[1])
+    FAMILIES[family].PIPELINE.save_lora_weights(folder, unet_lora_layers=states[0], text_encoder_lora_layers=states[1])
     return str(folder)

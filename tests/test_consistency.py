@@ -4,13 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import LCMScheduler, StableDiffusionPipeline
+from diffusers import LCMScheduler
 
 from lcm_distill.consistency import (
     ConsistencyFunction,
     boundary_scalings,
     consistency_loss,
-    guidance_embedding,
     guided_prediction,
     unet_output,
 )
@@ -79,15 +78,6 @@ def test_gradient_through_the_consistency_function_is_the_closed_form():
     f = skip * x + out * (x - sigma * output.detach()) / alpha
     expected = 2 / x.numel() * (f - goal) * out * (-sigma / alpha)
     torch.testing.assert_close(output.grad.double(), expected, rtol=1e-4, atol=1e-7)
-
-
-@pytest.mark.parametrize("dim", [4, 255, 256, 512])
-def test_guidance_embedding_is_the_pipelines(dim):
-    w = torch.tensor([0.0, 0.5, 3.0, 7.5, 14.0])
-    expected = StableDiffusionPipeline.get_guidance_scale_embedding(None, w, embedding_dim=dim)
-    ours = guidance_embedding(w, dim)
-    assert ours.shape == (5, dim) and ours.dtype == torch.float32
-    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
 
 def test_losses_and_their_gradients():

@@ -23,7 +23,7 @@ from test_stream import TouchesFile, noise_picture, take, write_tar
 from lcm_distill import encode_shards as module
 from lcm_distill import sd, sdxl
 from lcm_distill.encode_shards import DROPPED, encode_shards, main, output_names
-from lcm_distill.encoded import HEADER, empty_batch, read_encoding
+from lcm_distill.encoded import HEADER, read_encoding
 from lcm_distill.errors import UsageError
 from lcm_distill.filters import FILTERED, parse_filters
 from lcm_distill.frozen import batch_latents, check_encoding
@@ -166,9 +166,14 @@ def test_embeddings_are_those_of_the_caption_that_is_drawn(family, pictures, tea
             stored = FAMILIES[family].batch_conditioning(frozen, batch)
             torch.testing.assert_close(stored, expected, rtol=2**-10, atol=1e-3)
     assert {"", "caption 0-3", "other words for 0-3"} < seen
-    encoding = read_encoding(shards[0])
-    unconditional = FAMILIES[family].batch_conditioning(frozen, empty_batch(encoding))
-    torch.testing.assert_close(unconditional, FAMILIES[family].encode_captions(frozen, [""]), rtol=2**-10, atol=1e-3)
+    encoded_parts = FAMILIES[family].load_frozen(
+        Teacher(teachers[family]), device="cpu", dtype=torch.float32, encoding=read_encoding(shards[0])
+    )
+    unconditional = FAMILIES[family].empty_conditioning(encoded_parts)
+    assert "text_encoder" not in vars(encoded_parts)  # it is the shards' own
+    expected = FAMILIES[family].encode_captions(frozen, [""])
+    torch.testing.assert_close(unconditional, expected, rtol=2**-10, atol=1e-3)
+    torch.testing.assert_close(FAMILIES[family].empty_conditioning(frozen), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

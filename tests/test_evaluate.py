@@ -37,9 +37,7 @@ def untrained(teacher, tmp_path_factory) -> list[str]:
     pipeline = load_teacher(Teacher(teacher), device="cpu", dtype=torch.float32)
     sampler = lcm_scheduler(pipeline.scheduler.config)
     student_from_teacher(pipeline.unet, 16).save_pretrained(folder / "full")
-    save_lora(
-        folder / "lora", Lora(pipeline.unet, rank=2, alpha=2), STUDENT, pipeline=sd.PIPELINE, base_model_version="sd_v1"
-    )
+    save_lora(folder / "lora", Lora(pipeline.unet, rank=2, alpha=2), STUDENT, family=sd)
     for name in ("full", "lora"):
         sampler.save_pretrained(folder / name)
     return [str(folder / "full"), str(folder / "lora")]

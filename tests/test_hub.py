@@ -12,8 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
-from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import LCMScheduler, UNet2DConditionModel
 
+from lcm_distill import sd
 from lcm_distill.card import hub_id, model_card, without_folders
 from lcm_distill.errors import UsageError
 from lcm_distill.export import export_full_student
@@ -134,7 +135,7 @@ def export(folder: Path, **options) -> None:
     unet.register_to_config(_name_or_path="/home/alice/teacher")
     export_full_student(
         str(folder), student=unet, target=unet, scheduler=LCMScheduler(), teacher=Teacher("org/model"),
-        pipeline=StableDiffusionPipeline, guidance_scale=8.0, global_step=2, settings={}, tags=[], **options,
+        family=sd, guidance_scale=8.0, global_step=2, settings={}, **options,
     )  # fmt: skip
 
 

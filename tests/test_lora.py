@@ -1,9 +1,12 @@
 """The LoRA student: one U-Net that is teacher, student and target by turns, and the files it leaves."""
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import (
     ControlNetModel,
     StableDiffusionControlNetPipeline,
@@ -21,11 +24,22 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from lcm_distill import sd
 from lcm_distill.ema import update_ema
 from lcm_distill.errors import UsageError
-from lcm_distill.export import save_lora
-from lcm_distill.lora import STUDENT, TARGET, TARGET_MODULES, Lora, parse_target_modules
+from lcm_distill.export import export_lora_student, save_lora
+from lcm_distill.lora import (
+    STUDENT,
+    TARGET,
+    TARGET_MODULES,
+    AdapterShape,
+    Lora,
+    parse_target_modules,
+    prepare_without_autocast,
+)
 from lcm_distill.schedule import lcm_scheduler
+from lcm_distill.students import FAMILIES
+from lcm_distill.teacher import Teacher
 from lcm_distill.unets import student_from_teacher
 
 PIPELINES = {
@@ -204,6 +218,39 @@ def test_target_modules_are_checked_without_weights(teachers):
             parse_target_modules(wrong, config)
 
 
+def test_checkpoints_tell_adapters_apart_by_these_names():
+    """They are in the run.json of every checkpoint: under other names none would go on."""
+    shape = AdapterShape(rank=4, alpha=8, target_modules=["to_k", "to_q"], average=True)
+    assert shape.architecture() == {
+        "--lora_rank": 4,
+        "--lora_alpha": 8,
+        "--lora_target_modules": ["to_k", "to_q"],
+        "--ema_decay above 0": True,
+    }
+
+
+def test_autocast_is_where_the_program_says():
+    """Accelerate's own is around every pass, those of a teacher in half precision too."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    seen = []
+
+    class Network(torch.nn.Linear):
+        def forward(self, x):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().forward(x)
+
+    for prepare in (Accelerator.prepare, prepare_without_autocast):
+        network = Network(2, 2)
+        student, _ = prepare(accelerator, network, torch.optim.AdamW(network.parameters()))
+        student(torch.ones(1, 2))
+        with accelerator.autocast():
+            student(torch.ones(1, 2))
+    accelerator.free_memory()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert seen == [True, True, False, True]
+
+
 @pytest.mark.parametrize("adapter", [STUDENT, TARGET])
 def test_an_adapter_comes_back_bitwise_and_loads_with_peft(adapter, teachers, tmp_path):
     unet = load_unet(teachers)
@@ -243,7 +290,7 @@ def exported(request, teachers, tmp_path_factory):
     unet = load_unet(teachers, request.param)
     lora = Lora(unet, rank=4, alpha=12)
     perturb(lora)
-    save_lora(folder, lora, STUDENT, pipeline=PIPELINES[request.param][0], base_model_version=VERSIONS[request.param])
+    save_lora(folder, lora, STUDENT, family=FAMILIES[request.param])
     for parameter in lora.parameters():
         parameter.data = parameter.data.half().float()  # as the file has them
     return request.param, folder, unet.eval()
@@ -268,11 +315,20 @@ def test_the_lora_loads_with_its_alpha_and_draws_as_the_student(exported, teache
     torch.testing.assert_close(latents(pipeline), plain, rtol=0, atol=0)
 
 
+def test_other_ranks_leave_the_export_to_the_main_process(teachers, tmp_path, monkeypatch):
+    monkeypatch.setattr("lcm_distill.export.PartialState", lambda: SimpleNamespace(is_main_process=False))
+    export_lora_student(
+        str(tmp_path), lora=Lora(load_unet(teachers), rank=2, alpha=2), scheduler=lcm_scheduler({}), family=sd,
+        teacher=Teacher(teachers["sd"]), global_step=1, settings={},
+    )  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_lora_trained_with_dropout_draws_without(teachers, tmp_path):
     """Diffusers made dropout layers of the file's metadata, in training mode: no two pictures were the same."""
     lora = Lora(load_unet(teachers), rank=4, alpha=4, dropout=0.5)
     perturb(lora)
-    save_lora(tmp_path, lora, STUDENT, pipeline=StableDiffusionPipeline, base_model_version="sd_v1")
+    save_lora(tmp_path, lora, STUDENT, family=sd)
     pipeline = pipeline_of(teachers, "sd")
     pipeline.load_lora_weights(tmp_path)
     assert torch.equal(latents(pipeline), latents(pipeline))
@@ -320,7 +376,7 @@ def test_together_with_a_style_fused_and_unloaded(exported, teachers, tmp_path):
     family, folder, _ = exported
     style = Lora(load_unet(teachers, family), rank=2, alpha=2, target_modules=["to_q", "to_v"])
     perturb(style, seed=7, spread=0.1)
-    save_lora(tmp_path / "style", style, STUDENT, pipeline=PIPELINES[family][0], base_model_version=VERSIONS[family])
+    save_lora(tmp_path / "style", style, STUDENT, family=FAMILIES[family])
     pipeline = pipeline_of(teachers, family)
     plain = latents(pipeline)
     pipeline.load_lora_weights(folder, adapter_name="lcm")

@@ -10,10 +10,10 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from original_layout import save_single_file
 
 from lcm_distill import sdxl
-from lcm_distill.consistency import guidance_embedding, guided_prediction, unet_output
+from lcm_distill.consistency import guided_prediction, unet_output
 from lcm_distill.schedule import NoiseSchedule, lcm_scheduler
 from lcm_distill.teacher import Teacher, read_configs
-from lcm_distill.unets import student_from_teacher
+from lcm_distill.unets import guidance_embedding, student_from_teacher
 
 CAPTIONS = ["a small red circle on a black background", "no such words", "a " * 60]
 SIZES = torch.tensor([[500, 300], [64, 1023]]), torch.tensor([[0, 7], [13, 0]])  # (height, width), (top, left)

@@ -111,7 +111,7 @@ def test_settings_of_the_flags_outlive_a_checkpoint_s():
         optimizer = build_optimizer(
             [torch.nn.Parameter(torch.ones(1))], learning_rate=rate, betas=(0.9, 0.99), weight_decay=decay, epsilon=1e-8
         )
-        return optimizer, build_lr_scheduler("linear", optimizer, warmup_steps=3, training_steps=10)
+        return optimizer, build_lr_scheduler("linear", optimizer, warmup=3, steps=10)
 
     optimizer, scheduler = make(0.3, 0.1)
     for _ in range(5):
@@ -130,7 +130,7 @@ def test_settings_of_the_flags_outlive_a_checkpoint_s():
         assert group["lr"] == pytest.approx(rate * 4 / 7)
     optimizer, scheduler = make(0.3, 0.1)
     with pytest.raises(UsageError, match="--lr_scheduler polynomial"):
-        build_lr_scheduler("polynomial", make(1e-8, 0)[0], warmup_steps=0, training_steps=5)
+        build_lr_scheduler("polynomial", make(1e-8, 0)[0], warmup=0, steps=5)
 
 
 @pytest.mark.parametrize("before, after", [(True, False), (False, True)])
@@ -142,7 +142,7 @@ def test_a_resumed_optimizer_is_as_fused_as_the_precision_wants_it(before, after
         parameter.grad = torch.ones(2)
         options = {"learning_rate": 0.1, "betas": (0.9, 0.99), "weight_decay": 0, "epsilon": 1e-8}
         optimizer = build_optimizer([parameter], **options, fused=fused)
-        return optimizer, build_lr_scheduler("constant", optimizer, warmup_steps=0, training_steps=10)
+        return optimizer, build_lr_scheduler("constant", optimizer, warmup=0, steps=10)
 
     optimizer, scheduler = make(before)
     optimizer.step()
@@ -162,7 +162,7 @@ def test_learning_rate_warms_up_by_optimizer_steps():
     optimizer = build_optimizer(
         [torch.nn.Parameter(torch.ones(1))], learning_rate=1.0, betas=(0.9, 0.99), weight_decay=0, epsilon=1e-8
     )
-    scheduler = build_lr_scheduler("cosine", optimizer, warmup_steps=4, training_steps=8)
+    scheduler = build_lr_scheduler("cosine", optimizer, warmup=4, steps=8)
     rates = []
     for _ in range(8):
         optimizer.step()

@@ -4,14 +4,14 @@ import logging
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from lcm_distill.consistency import guidance_embedding
 from lcm_distill.errors import UsageError
 from lcm_distill.unets import (
     architecture,
     check_teacher_config,
     enable_xformers,
+    guidance_embedding,
     student_from_teacher,
     target_from_student,
 )
@@ -48,6 +48,15 @@ def test_guidance_reaches_the_student_once_it_trains(toy_unet):
     student(x, t, c, timestep_cond=guidance_embedding(torch.tensor([7.5]), 64)).sample.square().mean().backward()
     gradient = student.time_embedding.cond_proj.weight.grad
     assert gradient is not None and gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("dim", [4, 255, 256, 512])
+def test_guidance_embedding_is_the_pipelines(dim):
+    w = torch.tensor([0.0, 0.5, 3.0, 7.5, 14.0])
+    expected = StableDiffusionPipeline.get_guidance_scale_embedding(None, w, embedding_dim=dim)
+    ours = guidance_embedding(w, dim)
+    assert ours.shape == (5, dim) and ours.dtype == torch.float32
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
 
 def test_student_is_float32_even_of_a_half_precision_teacher(toy_unet):
