@@ -33,12 +33,11 @@ from lcm_distill.export import export_lora_student
 from lcm_distill.filters import parse_filters
 from lcm_distill.frozen import batch_latents, check_encoding
 from lcm_distill.hub import open_hub
-from lcm_distill.journal import Journal, describe_launch
 from lcm_distill.lora import TARGET, AdapterShape, Lora, parse_target_modules, prepare_without_autocast
 from lcm_distill.optim import build_lr_scheduler, build_optimizer, keeping_settings
 from lcm_distill.plan import announce, plan_training
 from lcm_distill.preflight import inspect_shards
-from lcm_distill.progress import Progress
+from lcm_distill.progress import start_progress
 from lcm_distill.randomness import BatchRandom
 from lcm_distill.runtime import autocast_over, inference_dtype, settle_seed, start_accelerator
 from lcm_distill.samples import Preparation
@@ -46,7 +45,7 @@ from lcm_distill.schedule import DDIMSolver, NoiseSchedule, lcm_scheduler
 from lcm_distill.shards import count_samples, expand_shards
 from lcm_distill.stream import ShardStream, make_loader
 from lcm_distill.teacher import Teacher, read_configs
-from lcm_distill.trackers import end_training, parse_trackers, start_trackers, tracker_runs
+from lcm_distill.trackers import end_training, parse_trackers, start_trackers
 from lcm_distill.validation import Validation, read_prompts
 
 PROGRAM = "train_lcm_distill_lora_sd_wds"
@@ -133,7 +132,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     push = args.push_to_hub and not args.dry_run
     hub = open_hub(accelerator, args.hub_model_id, args.hub_token, args.output_dir) if push else None
-    start_trackers(accelerator, args.tracker_project_name, flags_to_record, resumed=resumed)
+    tracked = start_trackers(accelerator, args.tracker_project_name, flags_to_record, resumed=resumed)
+    run = dict(program=PROGRAM, architecture=design, seed=seed, flags=flags_to_record, trackers=tracked)
 
     # The networks: one U-Net, which is the teacher while its adapter is off; the adapter is the student θ.
     dtype = inference_dtype(accelerator)
@@ -206,23 +206,16 @@ def main(argv: list[str] | None = None) -> None:
 
     # Resume, or start.
     parts = {"adapter": lora.part()} | ({"adapter_target": lora.part(TARGET)} if lora.average else {})
-    checkpoints = Checkpoints(accelerator, args.output_dir, parts, args.checkpoints_total_limit)
-    run = dict(
-        program=PROGRAM, architecture=design, seed=seed, flags=flags_to_record, trackers=tracker_runs(accelerator)
-    )
+    checkpoints = Checkpoints(accelerator, args.output_dir, parts, args.checkpoints_total_limit, dry_run=args.dry_run)
     global_step, batches = resumed.get("global_step", 0), resumed.get("batches", 0)
     if checkpoint:
         with keeping_settings(optimizer, lr_scheduler):
-            loader.load_state_dict(checkpoints.load(checkpoint, dry_run=args.dry_run))
+            loader.load_state_dict(checkpoints.load(checkpoint))
     announce(plan, accelerator, student, run, checkpoint=checkpoint, resumed=resumed)
 
-    journal = Journal(
-        args.output_dir,
-        describe_launch(accelerator, run, steps=plan.steps, argv=argv),
-        global_step=global_step,
-        enabled=accelerator.is_main_process and not args.dry_run,
+    progress = start_progress(
+        accelerator, args.output_dir, run, steps=plan.steps, global_step=global_step, argv=argv, dry_run=args.dry_run
     )
-    progress = Progress(accelerator, journal, total=plan.steps, initial=global_step, output_dir=args.output_dir)
     ending = Ending(accelerator, args.max_train_time)
     data = progress.batches(loader)
     while global_step < plan.steps:
@@ -281,16 +274,15 @@ def main(argv: list[str] | None = None) -> None:
             update_ema(lora.parameters(TARGET), lora.parameters(), args.ema_decay)
         global_step += 1
         progress.step(grad_norm)
+        run["batches"] = batches
         last = global_step == plan.steps
         stop = ending.asked() and not last
         save = last or stop or global_step % args.checkpointing_steps == 0
         if save or global_step % args.logging_steps == 0:
             progress.log(global_step, lr_scheduler)
-        if args.dry_run:
-            continue
         if save:
             with progress.paused():
-                checkpoints.save(global_step, run | {"batches": batches}, loader.state_dict(), must=stop)
+                checkpoints.save(global_step, run, loader.state_dict(), must=stop)
         if stop:
             break
         if last or global_step % args.validation_steps == 0:
@@ -298,19 +290,14 @@ def main(argv: list[str] | None = None) -> None:
                 distances = validation(global_step)
                 progress.record(distances, global_step)
                 if args.keep_best:
-                    checkpoints.keep_if_best(
-                        distances["distance/student"], global_step, run | {"batches": batches}, loader.state_dict()
-                    )
+                    checkpoints.keep_if_best(distances["distance/student"], global_step, run, loader.state_dict())
     progress.close(global_step, ending.reason)
     ending.close()
 
     # Export.
-    if global_step < plan.steps:
-        logger.info("%s: ended behind step %d; --resume_from_checkpoint latest goes on", ending.reason, global_step)
-    elif args.dry_run:
-        validation(global_step)
+    if args.dry_run:
         logger.info("dry run: shards, models, a training step and a drawing all work; nothing was written")
-    elif accelerator.is_main_process:
+    elif global_step >= plan.steps:
         export_lora_student(
             args.output_dir,
             lora=lora,
@@ -322,10 +309,7 @@ def main(argv: list[str] | None = None) -> None:
             measured=validation.measured,
             hub=hub,
         )
-    accelerator.wait_for_everyone()
-    end_training(accelerator)
-    if hub:
-        hub.push()  # after the other ranks are gone: none can be kept waiting for so long
+    end_training(accelerator, hub)
 
 
 if __name__ == "__main__":

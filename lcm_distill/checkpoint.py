@@ -60,14 +60,24 @@ class Part(Protocol):
 class Checkpoints:
     """Writes and restores the checkpoints of one run. Every rank calls every method.
 
-    `parts` are what trains, by folder name; `limit` is how many checkpoints to keep (None: all), beside the best.
+    `parts` are what trains, by folder name; `limit` is how many checkpoints to keep (None: all), beside the best. In a
+    `dry_run` nothing is written, renamed or removed.
     """
 
-    def __init__(self, accelerator: Accelerator, output_dir: str, parts: Mapping[str, Part], limit: int | None):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output_dir: str,
+        parts: Mapping[str, Part],
+        limit: int | None,
+        *,
+        dry_run: bool = False,
+    ):
         self._accelerator = accelerator
         self._output_dir = Path(output_dir)
         self._parts = parts
         self._limit = limit
+        self._dry_run = dry_run
         accelerator.register_save_state_pre_hook(self._save_parts)
         accelerator.register_load_state_pre_hook(self._load_parts)
 
@@ -77,8 +87,10 @@ class Checkpoints:
         """Writes `checkpoint-{global_step}`; `run` goes into run.json, `stream_state` is this rank's own.
 
         One that cannot be written on any rank (a full disk) is reported and leaves None, and the checkpoints before
-        it; if it `must` be, because the run is about to end, it is a `SaveError`.
+        it; if it `must` be, because the run is about to end, it is a `SaveError`. A dry run writes none.
         """
+        if self._dry_run:
+            return None
         accelerator = self._accelerator
         final = self._output_dir / f"checkpoint-{global_step}"
         partial = self._output_dir / f".{final.name}.partial"
@@ -135,8 +147,10 @@ class Checkpoints:
 
         If the step has no checkpoint yet, it gets one, which goes when another is the best. `distance` is the same on
         every rank; one that is not finite is never the best. Once the flags say that other pictures are compared, by
-        `run`, those before do not count.
+        `run`, those before do not count. A dry run keeps nothing.
         """
+        if self._dry_run:
+            return False
         best = find_best(self._output_dir) if self._accelerator.is_main_process else None
         changed = [] if best is None else _measured_otherwise(best, run)
         least = math.inf if best is None or changed else _rating(best)[0]
@@ -171,11 +185,11 @@ class Checkpoints:
             problem = f"{type(error).__name__}: {error}"
         return next(filter(None, gather_object([problem])), None)
 
-    def load(self, path: Path, *, dry_run: bool = False) -> dict[str, Any]:
+    def load(self, path: Path) -> dict[str, Any]:
         """Restores networks, optimizer, learning rate and scaler; returns this rank's stream state.
 
         {} for a rank that the checkpoint's run did not have. Checkpoints of later steps belong to a course that is
-        given up: they are set aside as `abandoned-checkpoint-N`, but not in a `dry_run`. `UsageError` if a part is
+        given up: they are set aside as `abandoned-checkpoint-N`, but not in a dry run. `UsageError` if a part is
         missing or damaged.
         """
         rank = self._accelerator.process_index
@@ -189,7 +203,7 @@ class Checkpoints:
                 f"--resume_from_checkpoint {path} is damaged ({type(error).__name__}: {error}); resume from another."
             ) from None
         self._accelerator.wait_for_everyone()
-        if self._accelerator.is_main_process and not dry_run:
+        if self._accelerator.is_main_process and not self._dry_run:
             for later in list_checkpoints(self._output_dir):
                 if _step(later) > run["global_step"]:
                     aside = later.with_name(f"abandoned-{later.name}")

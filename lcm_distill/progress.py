@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from lcm_distill.checkpoint import list_checkpoints
 from lcm_distill.errors import DivergenceError
-from lcm_distill.journal import Journal
+from lcm_distill.journal import Journal, describe_launch
 from lcm_distill.report import write_report
 from lcm_distill.sharding import whole
 from lcm_distill.stream import DropCounter, ShardLoader
@@ -38,6 +38,7 @@ class Progress:
         self._accelerator = accelerator
         self._journal = journal
         self._output_dir = output_dir
+        self._total = total
         self._bar = tqdm(
             total=total,
             initial=initial,
@@ -161,7 +162,7 @@ class Progress:
     def close(self, global_step: int, reason: str | None) -> None:
         """Ends bar, journal, report and data loader, and says how many samples all ranks dropped, and why.
 
-        The run is at `global_step`, before its last one for a `reason`.
+        The run is at `global_step`, before its last one for a `reason`, which is told with how to go on.
         """
         self._bar.close()
         self._journal.end(global_step, reason)
@@ -172,3 +173,28 @@ class Progress:
         if total:
             reasons = ", ".join(f"{count} × {reason}" for reason, count in total.most_common())
             logger.warning("samples dropped: %d (%s)", total.total(), reasons)
+        if global_step < self._total:
+            logger.info("%s: ended behind step %d; --resume_from_checkpoint latest goes on", reason, global_step)
+
+
+def start_progress(
+    accelerator: Accelerator,
+    output_dir: str,
+    run: Mapping[str, Any],
+    *,
+    steps: int,
+    global_step: int,
+    argv: Sequence[str] | None,
+    dry_run: bool = False,
+) -> Progress:
+    """The progress, with its journal in `output_dir`, of a launch that takes its `run` from `global_step` to `steps`.
+
+    `run` and `argv` are what `describe_launch` takes. Of a `dry_run` nothing is written down.
+    """
+    journal = Journal(
+        output_dir,
+        describe_launch(accelerator, run, steps=steps, argv=argv),
+        global_step=global_step,
+        enabled=accelerator.is_main_process and not dry_run,
+    )
+    return Progress(accelerator, journal, total=steps, initial=global_step, output_dir=output_dir)

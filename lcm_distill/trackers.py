@@ -11,6 +11,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 from PIL import Image
 
 from lcm_distill.errors import UsageError
+from lcm_distill.hub import HubUpload
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +35,15 @@ def parse_trackers(report_to: str | None) -> list[str]:
 
 def start_trackers(
     accelerator: Accelerator, project: str, flags: Mapping[str, Any], *, resumed: Mapping[str, Any]
-) -> None:
+) -> dict[str, str]:
     """Starts the trackers with the run's `flags` as their configuration; they write into the logging folder.
 
     A run that goes on (`resumed`, its run.json) goes on in them: in wandb the same run, in tensorboard the same curve,
-    without what it drew beyond the checkpoint. `UsageError` if one does not start.
+    without what it drew beyond the checkpoint. Returns what that takes: a tracker's name to what it calls
+    this run (wandb's alone, on the main process). `UsageError` if one does not start.
     """
     if not accelerator.log_with:
-        return
+        return {}
     config = {
         name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in flags.items()
     }
@@ -60,10 +62,6 @@ def start_trackers(
             f"--report_to: a tracker did not start ({str(error).strip().splitlines()[0]}). Log in to it, choose "
             "another, or set WANDB_MODE=offline for wandb without a connection."
         ) from None
-
-
-def tracker_runs(accelerator: Accelerator) -> dict[str, str]:
-    """By the tracker's name, what it calls this run: what a resumed run needs to go on in it."""
     return {
         tracker.name: str(tracker.tracker.id)
         for tracker in accelerator.trackers
@@ -108,8 +106,15 @@ def log_pictures(accelerator: Accelerator, rows: Mapping[str, Sequence[Image.Ima
     _with_each(accelerator, send)
 
 
-def end_training(accelerator: Accelerator) -> None:
-    """Closes the trackers and the process group. Every rank calls it last."""
+def end_training(accelerator: Accelerator, hub: HubUpload | None = None) -> None:
+    """Closes the trackers and the process group, once all ranks are here; every rank calls it last.
+
+    What is staged for the `hub` is uploaded after that, when the other ranks are gone: none can be kept waiting for so
+    long.
+    """
+    accelerator.wait_for_everyone()
     _with_each(accelerator, lambda tracker: tracker.finish())
     accelerator.trackers = []
     accelerator.end_training()
+    if hub:
+        hub.push()

@@ -321,3 +321,15 @@ def test_a_part_that_fails_on_one_rank_keeps_none_waiting_in_the_next(tmp_path):
     with pytest.raises(SaveError, match="no room"):
         checkpoints.save(1, {}, {}, must=True)
     assert all(part.saved for part in parts.values()) and list_checkpoints(tmp_path) == []
+
+
+def test_a_dry_run_restores_and_leaves_everything_as_it_is(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    Checkpoints(accelerator, str(tmp_path), {"unet": UNetPart(tiny_unet())}, limit=1).save(1, {}, {"place": 1})
+    make(tmp_path, 9)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    dry = Checkpoints(Accelerator(cpu=True), str(tmp_path), {"unet": UNetPart(tiny_unet())}, limit=1, dry_run=True)
+    assert dry.load(tmp_path / "checkpoint-1") == {"place": 1}
+    assert dry.save(2, {}, {}) is None and not dry.keep_if_best(0.1, 2, {}, {}) and not dry.keep_if_best(0.1, 1, {}, {})
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    accelerator.free_memory()

@@ -58,6 +58,7 @@ def test_a_signal_finishes_the_step_saves_and_the_run_goes_on_as_if_nothing_were
     options = {"steps": 4, "learning_rate": 1e-3, "dataloader_num_workers": 1}
     before = signal.getsignal(number)
     run(PROGRAM, command("whole", **options))
+    assert "ended behind" not in caplog.text
     with monkeypatch.context() as patch:
         signal_after(patch, number, 2)
         run(PROGRAM, command("out", **options))

@@ -14,6 +14,7 @@ import torch
 import train_lcm_distill_lora_sd_wds as program
 from lcm_distill.checkpoint import public_flags
 from lcm_distill.journal import Journal, describe_launch, read_journal, resume_command
+from lcm_distill.progress import start_progress
 
 LAUNCH = {"program": program.PROGRAM, "flags": {"learning_rate": 1e-4}, "steps": 40}
 
@@ -99,6 +100,15 @@ def test_other_ranks_and_dry_runs_write_nothing(tmp_path):
     journal.log({"loss": 1}, 10)
     journal.end(10)
     assert os.listdir(tmp_path) == []
+    run = LAUNCH | {"seed": 3}
+    for main, dry_run in ((False, False), (True, True), (True, False)):
+        accelerator = SimpleNamespace(
+            device=torch.device("cpu"), is_main_process=main, num_processes=2, mixed_precision="no"
+        )
+        start_progress(accelerator, str(tmp_path), run, steps=9, global_step=4, argv=NEEDED, dry_run=dry_run)
+        assert os.listdir(tmp_path) == (["training.jsonl"] if main and not dry_run else [])
+    ((launch,), _) = read_journal(tmp_path / "training.jsonl")
+    assert (launch["steps"], launch["global_step"], launch["seed"]) == (9, 4, 3)
 
 
 def test_a_disk_that_fails_is_told_once_and_never_ends_the_run(tmp_path, path, caplog):

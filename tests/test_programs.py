@@ -55,6 +55,10 @@ def result(out) -> dict[str, torch.Tensor]:
     return {f"{file.relative_to(out)}:{name}": w for file in files for name, w in load_file(file).items()}
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -633,20 +637,24 @@ def test_a_separate_vae_is_used(command, run, teacher, tmp_path):
     assert not same(weights(tmp_path / "plain"), weights(tmp_path / "other"))
 
 
-def test_dry_run_writes_nothing(command, run, tmp_path, caplog):
+@pytest.mark.parametrize("program", ["train_lcm_distill_sd_wds", "train_lcm_distill_lora_sd_wds"])
+def test_dry_run_writes_nothing(program, command, run, tmp_path, caplog):
+    """Though it goes the way of a run: past its checkpoint, its drawing and the best checkpoint."""
     with caplog.at_level(logging.INFO, "lcm_distill"):
-        run(PROGRAMS[0], command(dry_run=True, report_to="tensorboard,wandb"))
-    assert "dry run" in caplog.text and not (tmp_path / "out").exists()
+        run(program, command(dry_run=True, keep_best=True, checkpointing_steps=1, report_to="tensorboard,wandb"))
+    assert "dry run: shards, models, a training step and a drawing all work" in caplog.text
+    assert not list(tmp_path.iterdir())
 
 
 def test_dry_run_of_a_resumed_run_does_take_a_step(command, run, tmp_path, monkeypatch):
-    """It ran for no step at all, and said that a step worked."""
-    run(PROGRAMS[0], command(steps=1))
+    """It ran for no step at all, and said that a step worked. Nothing of the run before changes."""
+    run(PROGRAMS[0], command(steps=1, keep_best=True))
+    before = contents(tmp_path / "out")
     losses = captured_losses(monkeypatch)
-    run(PROGRAMS[0], command(dry_run=True, resume_from_checkpoint="latest"))
+    run(PROGRAMS[0], command(dry_run=True, keep_best=True, resume_from_checkpoint="latest"))
     run(PROGRAMS[0], command(dry_run=True))
     assert [step for step, _ in losses] == [2, 1]
-    assert [p.name for p in tmp_path.glob("out/checkpoint-*")] == ["checkpoint-1"]
+    assert contents(tmp_path / "out") == before
 
 
 def test_a_changed_learning_rate_is_used_on_resume(command, run, caplog):
@@ -777,14 +785,14 @@ def at(self, batch):
     log.append(generator.initial_seed())
     return generator
 program.BatchRandom.at = at
-end = program.Progress.close
+end = Progress.close
 def close(self, *rest):
     accelerator = self._accelerator
     assert accelerator.num_processes == 2
     weights = torch.cat([p.detach().flatten() for p in accelerator._models[0].parameters() if p.requires_grad])
     torch.save({{"log": log, "weights": weights}}, sys.argv[1] + f"-rank{{accelerator.process_index}}.pt")
     end(self, *rest)
-program.Progress.close = close
+Progress.close = close
 program.main(sys.argv[2:])
 """)
     options = {"family": "sdxl", "lora_rank": 4, "ema_decay": 0.9} if "lora" in kind else {}
