@@ -14,7 +14,7 @@ demo: $(VENV)/.ready
 	$(RUN) -m toy.demo
 
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.ready
 	$(RUN) -m ruff check .

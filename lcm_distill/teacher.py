@@ -309,11 +309,9 @@ def read_configs(teacher: Teacher, *, family: str, resolution: int, num_ddim_tim
             f"--resolution {resolution} is not a multiple of {factor}, as the VAE and the pipelines need; "
             f"the nearest that are: {resolution // factor * factor or factor} and {-(-resolution // factor) * factor}."
         )
-    if vae.get("latent_channels", 4) != unet["in_channels"]:
-        raise UsageError(
-            f"{VAE_FLAG}: its latents have {vae.get('latent_channels', 4)} channels, "
-            f"the teacher's U-Net takes {unet['in_channels']}."
-        )
+    made, taken = vae.get("latent_channels", 4), unet.get("in_channels", 4)
+    if made != taken:
+        raise UsageError(f"{VAE_FLAG}: its latents have {made} channels, the teacher's U-Net takes {taken}.")
     if vae.get("latents_mean") or vae.get("latents_std"):
         raise UsageError(
             f"{VAE_FLAG}: its latents are normalised channel by channel (latents_mean, latents_std), as those of "

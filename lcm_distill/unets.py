@@ -24,7 +24,7 @@ def student_from_teacher(teacher: UNet2DConditionModel, time_cond_proj_dim: int)
     The projection of the embedding starts at zero, so the untrained student is the teacher, whatever w.
     """
     with init_empty_weights():  # drawing weights at random, to be replaced, would take longer than all the rest
-        student = UNet2DConditionModel.from_config(dict(teacher.config) | {"time_cond_proj_dim": time_cond_proj_dim})
+        student = UNet2DConditionModel.from_config(teacher.config, time_cond_proj_dim=time_cond_proj_dim)
     weights = {name: weight.to("cpu", torch.float32, copy=True) for name, weight in teacher.state_dict().items()}
     projection = "time_embedding.cond_proj.weight"
     weights[projection] = torch.zeros(student.get_parameter(projection).shape)

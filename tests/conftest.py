@@ -2,6 +2,8 @@
 
 import functools
 import importlib
+import inspect
+import json
 import logging
 import os
 import shutil
@@ -11,6 +13,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may look for anything on the Hub
 os.environ.setdefault("WANDB_MODE", "offline")
 
+import diffusers
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -73,6 +76,23 @@ def pruned_teacher(tmp_path_factory) -> str:
     }
     UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def old_teachers(tmp_path_factory) -> dict[str, str]:
+    """The toy teachers with configs as of early Diffusers, SD 1.5's among them: whatever is a default is not said."""
+    folders = {family: tmp_path_factory.mktemp("old") / family for family in TEACHERS}
+    for family, folder in folders.items():
+        shutil.copytree(TEACHERS[family], folder)
+        for name in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
+            config = json.loads((folder / name).read_text())
+            signature = inspect.signature(getattr(diffusers, config["_class_name"])).parameters
+            defaults = {key: signature[key].default for key in config if key in signature}
+            defaults = {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
+            lean = {key: value for key, value in config.items() if key not in defaults or value != defaults[key]}
+            assert len(lean) < len(config)
+            (folder / name).write_text(json.dumps(lean))
+    return {family: str(folder) for family, folder in folders.items()}
 
 
 @pytest.fixture()

@@ -599,6 +599,15 @@ def test_a_teacher_with_pruned_blocks_is_distilled(program, command, run, tmp_pa
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
+def test_a_teacher_whose_configs_do_not_say_defaults_is_the_same(program, command, run, tmp_path, old_teachers):
+    """Diffusers' from_config drops what such a config did not say: a student of SD 1.5 had no guidance embedding."""
+    options = {"family": family(program), "steps": 1, "learning_rate": 1e-3, "lr_warmup_steps": 0}
+    run(program, command("new", **options))
+    run(program, command("old", **options, pretrained_teacher_model=old_teachers[family(program)]))
+    assert same(result(tmp_path / "old"), result(tmp_path / "new"))
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_the_public_launch_commands_run_and_resume(program, command, run, tmp_path, shards, teachers, caplog):
     """All flags of Diffusers' guides; teacher, VAE, shards, output, steps and precision changed, nothing uploaded."""
     public = shlex.split(PUBLIC_COMMANDS[program.removeprefix("train_lcm_distill_").removesuffix("_wds")])
