@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -17,6 +18,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 
 from lcm_distill.ending import SIGNALS
 from toy.make_shards import make_shards
@@ -78,9 +80,21 @@ def pruned_teacher(tmp_path_factory) -> str:
     return str(folder)
 
 
+def _rename(folder: Path, names: dict[str, str], more: dict[str, torch.Tensor] | None = None) -> None:
+    """Gives whole components of the names of the tensors in `folder` other names."""
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        for old, new in names.items():
+            pattern = rf"(^|(?<=\.)){re.escape(old)}(?=\.)"
+            tensors = {re.sub(pattern, new, name, count=1): tensor for name, tensor in tensors.items()}
+        assert tensors.keys() != load_file(file).keys()
+        save_file(tensors | (more or {}), file, metadata={"format": "pt"})
+
+
 @pytest.fixture(scope="session")
 def old_teachers(tmp_path_factory) -> dict[str, str]:
-    """The toy teachers with configs as of early Diffusers, SD 1.5's among them: whatever is a default is not said."""
+    """The toy teachers as early libraries wrote them, SD 1.5 on the Hub among those: configs do not say what is a
+    default, and some tensors have other names."""
     folders = {family: tmp_path_factory.mktemp("old") / family for family in TEACHERS}
     for family, folder in folders.items():
         shutil.copytree(TEACHERS[family], folder)
@@ -92,6 +106,10 @@ def old_teachers(tmp_path_factory) -> dict[str, str]:
             lean = {key: value for key, value in config.items() if key not in defaults or value != defaults[key]}
             assert len(lean) < len(config)
             (folder / name).write_text(json.dumps(lean))
+        _rename(folder / "vae", {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"})
+        positions = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+        _rename(folder / "text_encoder", {"embeddings": "text_model.embeddings", "encoder": "text_model.encoder",
+                                          "final_layer_norm": "text_model.final_layer_norm"}, positions)  # fmt: skip
     return {family: str(folder) for family, folder in folders.items()}
 
 

@@ -599,7 +599,7 @@ def test_a_teacher_with_pruned_blocks_is_distilled(program, command, run, tmp_pa
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_teacher_whose_configs_do_not_say_defaults_is_the_same(program, command, run, tmp_path, old_teachers):
+def test_a_teacher_as_early_libraries_wrote_it_is_the_same(program, command, run, tmp_path, old_teachers):
     """Diffusers' from_config drops what such a config did not say: a student of SD 1.5 had no guidance embedding."""
     options = {"family": family(program), "steps": 1, "learning_rate": 1e-3, "lr_warmup_steps": 0}
     run(program, command("new", **options))
