@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,7 @@ FORMAT = 1
 HEADER, EMPTY_CAPTION = ".encoding.json", ".empty_caption.safetensors"
 _NOT_IN_TAG = ("vae_name", "text_name", "seed", "filters")
 _MIRRORED = "mirrored_moments"
+_MOST_HEADER = 2**16  # bytes of a safetensors header; those of samples have some 500
 _EXPONENT = 0x7C00  # of a float16: all ones in what is not finite
 
 
@@ -173,8 +175,8 @@ def _parse(files: Mapping[str, bytes]) -> Encoding:
     encoding = Encoding(**content)
     if not encoding.embeddings:
         return encoding
-    parts = dict(safetensors.deserialize(files[EMPTY_CAPTION]))
-    empty = {name: _array(parts, name, "F16", shape) for name, shape in encoding.embeddings.items()}
+    parts = _Parts(files[EMPTY_CAPTION])
+    empty = {name: parts.array(name, "F16", shape) for name, shape in encoding.embeddings.items()}
     return dataclasses.replace(encoding, empty_caption=empty)
 
 
@@ -201,15 +203,12 @@ def unpack(content: bytes, encoding: Encoding, *, mirrored: bool = False, captio
     `ValueError` if it is damaged, or not what `encoding` says, for so many captions; `OtherEncoding` if its tag is that
     of another.
     """
-    try:
-        parts = dict(safetensors.deserialize(content))
-    except safetensors.SafetensorError as error:
-        raise ValueError(str(error)) from None
-    if _array(parts, "encoding", "U8", (16,)).tobytes() != encoding.tag:
+    parts = _Parts(content)
+    if parts.array("encoding", "U8", (16,)).tobytes() != encoding.tag:
         raise OtherEncoding
-    moments = _array(parts, _MIRRORED if mirrored else "moments", "F16", encoding.moments)
-    embeddings = {name: _array(parts, name, "F16", (captions, *shape)) for name, shape in encoding.embeddings.items()}
-    original, (top, left), picture = _array(parts, "sizes", "I64", (3, 2)).tolist()
+    moments = parts.array(_MIRRORED if mirrored else "moments", "F16", encoding.moments)
+    embeddings = {name: parts.array(name, "F16", (captions, *shape)) for name, shape in encoding.embeddings.items()}
+    original, (top, left), picture = parts.array("sizes", "I64", (3, 2)).tolist()
     if not (0 < min(*original, *picture) and max(*original, *picture) < 2**31):
         raise ValueError("sizes that no picture has")
     most_top, most_left = (encoding.resolution * side // min(picture) - encoding.resolution for side in picture)
@@ -219,13 +218,41 @@ def unpack(content: bytes, encoding: Encoding, *, mirrored: bool = False, captio
     return Unpacked(moments, embeddings, tuple(original), crop, tuple(picture))
 
 
-def _array(parts: Mapping[str, Any], name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """One array of a safetensors file; `ValueError` if it is not there, not so, or not finite."""
-    part = parts.get(name)
-    if part is None or part["dtype"] != dtype or tuple(part["shape"]) != shape:
-        raise ValueError(f"no {name} of shape {shape}")
-    kind = {"F16": np.float16, "U8": np.uint8, "I64": np.int64}[dtype]
-    array = np.frombuffer(part["data"], kind).reshape(shape)
-    if kind is np.float16 and array.size and (array.view(np.uint16) & _EXPONENT).max() == _EXPONENT:  # fast isfinite
-        raise ValueError(f"{name} is not finite")
-    return array
+class _Parts:
+    """The arrays of a safetensors file, which stay where they lie in it; `ValueError` if it is none."""
+
+    def __init__(self, content: bytes):
+        self._content = content
+        length = int.from_bytes(content[:8], "little")
+        if length > _MOST_HEADER:
+            raise ValueError("no safetensors file, or one with a huge header")
+        self._places = _find_arrays(content[: 8 + length], len(content))
+
+    def array(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        """One of them; `ValueError` if it is not there, not so, or not finite."""
+        found, start = self._places.get(name, (None, 0))
+        if found != (dtype, shape):
+            raise ValueError(f"no {name} of shape {shape}")
+        kind = {"F16": np.float16, "U8": np.uint8, "I64": np.int64}[dtype]
+        array = np.frombuffer(self._content, kind, math.prod(shape), start).reshape(shape)
+        if kind is np.float16 and array.size and (array.view(np.uint16) & _EXPONENT).max() == _EXPONENT:  # isfinite
+            raise ValueError(f"{name} is not finite")
+        return array
+
+
+@functools.lru_cache(maxsize=64)
+def _find_arrays(header: bytes, size: int) -> dict[str, tuple[tuple[str, tuple[int, ...]], int]]:
+    """Name to (dtype, shape) and first byte of the arrays of a safetensors file of so many bytes that begins like this.
+
+    Nearly all samples of a data set begin alike. safetensors checks the beginning, with zeros for the rest.
+    """
+    try:
+        safetensors.deserialize(header + bytes(size - len(header)))
+    except safetensors.SafetensorError as error:
+        raise ValueError(str(error)) from None
+    arrays = json.loads(header[8:])
+    arrays.pop("__metadata__", None)
+    return {
+        name: ((array["dtype"], tuple(array["shape"])), len(header) + array["data_offsets"][0])
+        for name, array in arrays.items()
+    }

@@ -232,7 +232,7 @@ class StreamIterator:
         self.place = 0  # so many of the block's samples, in its shuffled order, are used up
         self.dropped: Counter = Counter()
         self._lean = 0  # samples dropped since the last that was not
-        self._tally = _new_tally(workers) if stream.tally is None else stream.tally
+        self._tally = (_new_tally(workers) if stream.tally is None else stream.tally).numpy()  # quicker one by one
         self._samples = self._run()
 
     def state_dict(self) -> dict:
@@ -358,7 +358,7 @@ class StreamIterator:
         if not bad:
             self._lean = 0
             return
-        good_ones, bad_ones = self._tally.sum(dim=0).tolist()
+        good_ones, bad_ones = self._tally.sum(axis=0).tolist()
         seen, most = good_ones + bad_ones, self.stream.max_bad_fraction
         if seen >= LEAST_SEEN and bad_ones > most * seen:
             whose = f" (those of worker {self.worker} of {self.workers})" if self.workers > 1 else ""

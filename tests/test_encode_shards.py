@@ -23,7 +23,7 @@ from test_stream import TouchesFile, noise_picture, take, write_tar
 from lcm_distill import encode_shards as module
 from lcm_distill import sd, sdxl
 from lcm_distill.encode_shards import DROPPED, encode_shards, main, output_names
-from lcm_distill.encoded import HEADER, read_encoding
+from lcm_distill.encoded import HEADER, read_encoding, unpack
 from lcm_distill.errors import UsageError
 from lcm_distill.filters import FILTERED, parse_filters
 from lcm_distill.frozen import batch_latents, check_encoding
@@ -459,6 +459,8 @@ HOSTILE = {
     "pickle": lambda arrays: pickle.dumps(TouchesFile("hostile-was-here")),
     "pickled npy": _as_npy,
     "a header of 2**60 bytes": lambda arrays: (2**60).to_bytes(8, "little") + save_bytes(arrays)[8:],
+    "a header of a megabyte": lambda arrays: save_bytes(arrays, {"more": "m" * 2**20}),
+    "more behind": lambda arrays: save_bytes(arrays) + b"more",
     "no tag": lambda arrays: save_bytes({name: array for name, array in arrays.items() if name != "encoding"}),
     "a short tag": _with("encoding", lambda tag: tag[:8]),
     "wrong shape": _with("moments", lambda moments: moments[:, :4]),
@@ -495,6 +497,22 @@ def test_hostile_latents_are_dropped_with_a_reason(latents, tmp_path, monkeypatc
         assert drops >= 6 and "caption 0-1" not in delivered
     assert delivered >= {"caption 0-0", "caption 0-2", "caption 0-4"} and set(iterator.dropped) == {DAMAGED_LATENTS}
     assert not (tmp_path / "hostile-was-here").exists()
+
+
+def test_arrays_are_found_wherever_they_lie_in_the_file(latents):
+    """Files of one shape share a header; those of other writers have more in them, and it elsewhere."""
+    encoding = read_encoding(latents[0])
+    content = next(content for name, content in contents(latents[0]).items() if name.endswith(LATENTS))
+    arrays = load_bytes(content)
+    others = {"moments": arrays["moments"] + 1}
+    more = {"another": np.arange(7.0)}  # float64: comes first
+    for changes in ({}, others, more, others | more):
+        for written in (save_bytes(arrays | changes), save_bytes(arrays | changes, {"by": "another"})):
+            for mirrored in (False, True):
+                found = unpack(written, encoding, mirrored=mirrored)
+                name = "mirrored_moments" if mirrored else "moments"
+                np.testing.assert_array_equal(found.moments, (arrays | changes)[name], strict=True)
+                assert found.picture_size == tuple(arrays["sizes"][2])
 
 
 def test_embeddings_that_do_not_fit_the_captions_are_dropped(with_captions, tmp_path):
