@@ -2,7 +2,7 @@
 
     python -m benchmarks.stream                            # pictures per second, and a profile: some 5 minutes
     python -m benchmarks.stream --memory 200000            # resident memory over 200,000 samples: some 3 minutes
-    python -m benchmarks.stream --encoded                  # encoded shards against pictures: some 2 minutes
+    python -m benchmarks.stream --encoded                  # encoded shards against pictures: some 3 minutes
     python -m benchmarks.stream --output benchmarks/results/stream-cpu.json      # keep the result as JSON
 
 Speed. Two pipelines read the same shards with the same number of worker processes, crop at random to 512 x 512 and
@@ -25,9 +25,11 @@ from Pillow's.
 Profile. The same two pipelines in one process, as worker 0 of 1: where the CPU milliseconds per picture go. In a real
 worker the hand-over runs in a thread beside the rest.
 
-Encoded. The stream over the pictures of 1024 x 768, and over shards of the same samples as `encode_shards` writes them
-for 512 x 512: latents with their mirror images, and those with captions encoded as well, in the sizes of Stable
-Diffusion 1.x and SDXL. (The numbers in them are drawn; how fast they are read does not depend on what they say.)
+Encoded. The stream over pictures, and over shards of the same samples as `encode_shards` writes them: latents with
+their mirror images, alone and with the captions encoded as well. Each stands against what the same user would read
+otherwise, pictures resized and cropped to its size: latents of 512 x 512, alone and with Stable Diffusion 1.x's
+captions, against pictures of 1024 x 768; latents of 1024 x 1024, alone and with SDXL's, against pictures of
+1536 x 1152. (The numbers in them are drawn; how fast they are read does not depend on what they say.)
 
 Memory. A loader with one worker reads tiny pictures, epoch after epoch, from shards of which some are compressed, cut
 short, or full of samples that cannot be used. Resident memory of worker and main process is read 100 times on the way.
@@ -186,8 +188,8 @@ def straightforward_loader(shards: list[str], workers: int) -> wds.WebLoader:
 # The stream.
 
 
-def stream_of(shards: list[str]) -> ShardStream:
-    preparation = inspect_shards(shards, Preparation(resolution=RESOLUTION, random_flip=True), limit=1).preparation
+def stream_of(shards: list[str], resolution: int = RESOLUTION) -> ShardStream:
+    preparation = inspect_shards(shards, Preparation(resolution=resolution, random_flip=True), limit=1).preparation
     return ShardStream(shards=shards, preparation=preparation, batch_size=BATCH, seed=0, shuffle_window=WINDOW)
 
 
@@ -283,24 +285,41 @@ def take_turns(arms: dict[str, Arm], against: str, rounds: int, count: int) -> d
 
 # Encoded shards.
 
-EMBEDDINGS: dict[str, dict[str, tuple[int, ...]]] = {
-    "latents": {},
-    "latents, SD captions": {"encoder_hidden_states": (77, 768)},
-    "latents, SDXL captions": {"encoder_hidden_states": (77, 2048), "text_embeds": (1280,)},
-}
+Embeddings = dict[str, tuple[int, ...]]  # name to shape of a caption's
+SD_CAPTION: Embeddings = {"encoder_hidden_states": (77, 768)}
+SDXL_CAPTION: Embeddings = {"encoder_hidden_states": (77, 2048), "text_embeds": (1280,)}
 
 
-def make_encoded_shards(pictures: list[str], folder: Path, embeddings: dict[str, tuple[int, ...]]) -> list[str]:
-    """Shards of the same samples, encoded for 512 x 512 pixels; the numbers are drawn."""
+@dataclass(frozen=True)
+class EncodedCase:
+    """Encoded shards of some kinds, and the pictures that they take the place of."""
+
+    resolution: int
+    picture: tuple[int, int]  # width, height
+    kinds: dict[str, Embeddings]
+    pictures_turn: int  # batches in a turn of the pictures, and
+    encoded_turn: int  # of what is encoded, which is faster
+
+
+ENCODED_CASES = (
+    EncodedCase(512, (1024, 768), {"latents": {}, "latents, SD captions": SD_CAPTION}, 8, 64),
+    EncodedCase(1024, (1536, 1152), {"latents": {}, "latents, SDXL captions": SDXL_CAPTION}, 3, 32),
+)
+
+
+def make_encoded_shards(pictures: list[str], folder: Path, case: EncodedCase, embeddings: Embeddings) -> list[str]:
+    """Shards of the same samples, encoded for square pictures; the numbers are drawn."""
     folder.mkdir()
     rng = np.random.default_rng(0)
 
     def drawn(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape, np.float32).astype(np.float16)
 
+    side, (width, height) = case.resolution // 8, case.picture
+    left = (case.resolution * width // height - case.resolution) // 2
     encoding = Encoding(
-        vae="drawn", scaling_factor=0.18215, shift_factor=None, vae_dtype="float32", moments=(8, 64, 64),
-        resolution=RESOLUTION, interpolation="bilinear", center_crop=False, random_flip=True, caption_column=None,
+        vae="drawn", scaling_factor=0.18215, shift_factor=None, vae_dtype="float32", moments=(8, side, side),
+        resolution=case.resolution, interpolation="bilinear", center_crop=False, random_flip=True, caption_column=None,
         text="drawn" if embeddings else None, embeddings=embeddings,
         empty_caption={name: drawn(*shape) for name, shape in embeddings.items()},
     )  # fmt: skip
@@ -311,7 +330,7 @@ def make_encoded_shards(pictures: list[str], folder: Path, embeddings: dict[str,
             for raw in read_shard(shard):
                 arrays = {name: drawn(*encoding.moments) for name in ("moments", "mirrored_moments")}
                 arrays |= {name: drawn(1, *shape) for name, shape in embeddings.items()}
-                arrays["sizes"] = np.array([(768, 1024), (0, 85), (768, 1024)], np.int64)
+                arrays["sizes"] = np.array([(height, width), (0, left), (height, width)], np.int64)
                 tar.add(f"{raw.key}.{LATENTS}", encoding.pack(arrays))
                 for extension in ("json", "txt"):
                     tar.add(f"{raw.key}.{extension}", raw.files[extension])
@@ -319,27 +338,39 @@ def make_encoded_shards(pictures: list[str], folder: Path, embeddings: dict[str,
 
 
 def run_encoded(folder: Path, workers: list[int], rounds: int) -> list[dict]:
-    pictures, kilobytes = make_speed_shards(folder / "pictures", 1024, 768)
-    of_each = {"pictures": pictures}
-    for name, embeddings in EMBEDDINGS.items():
-        of_each[name] = make_encoded_shards(pictures, folder / name, embeddings)
-    sizes = {name: round(sum(map(os.path.getsize, shards)) / 96000) for name, shards in of_each.items()}
-    print(f"kilobytes of a sample: {sizes}")
     results = []
-    for number in workers:
-        print(f"  {number} workers, pictures per second", flush=True)
-        arms, loaders = {}, []
-        for name, shards in of_each.items():
-            before = psutil.Process().children()
-            loaders.append(make_loader(stream_of(shards), number))
-            batches = iter(loaders[-1])
-            next(batches)
-            arms[name] = Arm(batches, workers_since(before, number), times=1 if name == "pictures" else 8)
-        results.append({"workers": number, "kilobytes": sizes} | take_turns(arms, "pictures", rounds, 8))
-        print("  " + json.dumps({k: v for k, v in results[-1].items() if k != "rounds"}), flush=True)
-        for loader in loaders:
-            loader.close()
+    for case in ENCODED_CASES:
+        of_case = folder / str(case.resolution)
+        pictures, _ = make_speed_shards(of_case / "pictures", *case.picture)
+        of_each = {"pictures": pictures}
+        for name, embeddings in case.kinds.items():
+            of_each[name] = make_encoded_shards(pictures, of_case / name, case, embeddings)
+        about = {
+            "resolution": case.resolution,
+            "pictures": "{}x{}".format(*case.picture),
+            "kilobytes": {name: round(sum(map(os.path.getsize, shards)) / 96000) for name, shards in of_each.items()},
+        }
+        print(f"{about['pictures']} to {case.resolution}; kilobytes of a sample: {about['kilobytes']}")
+        for number in workers:
+            print(f"  {number} workers, pictures per second", flush=True)
+            results.append(about | {"workers": number} | compare_encoded(of_each, case, number, rounds))
+            print("  " + json.dumps({k: v for k, v in results[-1].items() if k != "rounds"}), flush=True)
     return results
+
+
+def compare_encoded(of_each: dict[str, list[str]], case: EncodedCase, workers: int, rounds: int) -> dict:
+    arms, loaders = {}, []
+    for name, shards in of_each.items():
+        before = psutil.Process().children()
+        loaders.append(make_loader(stream_of(shards, case.resolution), workers))
+        batches = iter(loaders[-1])
+        next(batches)
+        times = case.pictures_turn if name == "pictures" else case.encoded_turn
+        arms[name] = Arm(batches, workers_since(before, workers), times=times)
+    result = take_turns(arms, "pictures", rounds, 1)
+    for loader in loaders:
+        loader.close()
+    return result
 
 
 def pixel_difference(shard: str) -> dict:
