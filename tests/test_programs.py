@@ -769,15 +769,17 @@ def torchrun(argv: list[str], tmp_path: Path) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["sd", "lora_sdxl"])
-def test_two_ranks_train_one_model_on_their_own_data_and_resume(kind, command, tmp_path):
-    """Two gloo processes: disjoint samples, other draws, equal weights, a resume that changes nothing."""
+def test_two_ranks_train_one_adapter_on_their_own_data_and_resume(command, tmp_path):
+    """Two gloo processes: disjoint samples, other draws, equal weights, a resume that changes nothing.
+
+    For full students tests/test_many_processes.py and tests/test_fsdp.py say so.
+    """
     script = tmp_path / "ranks.py"
     script.write_text(f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-import train_lcm_distill_{kind}_wds as program
+import train_lcm_distill_lora_sdxl_wds as program
 from lcm_distill.progress import Progress
 
 rank = None
@@ -804,7 +806,7 @@ def close(self, *rest):
 Progress.close = close
 program.main(sys.argv[2:])
 """)
-    options = {"family": "sdxl", "lora_rank": 4, "ema_decay": 0.9} if "lora" in kind else {}
+    options = {"family": "sdxl", "lora_rank": 4, "ema_decay": 0.9}
     for name, steps, more in (
         ("whole", 4, []),
         ("halves", 2, []),
