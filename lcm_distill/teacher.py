@@ -161,8 +161,8 @@ class Teacher:
         loaded = self._load_single_file(own, dtypes) if self.is_single_file else self._load_folder(own, dtypes)
         if self.vae is not None and "vae" in parts:
             try:
-                loaded["vae"] = AutoencoderKL.from_pretrained(
-                    self.vae, torch_dtype=dtypes["vae"], revision=self.vae_revision, cache_dir=self.cache_dir
+                loaded["vae"] = _from_folder(
+                    AutoencoderKL, self.vae, dtypes["vae"], revision=self.vae_revision, cache_dir=self.cache_dir
                 )
             except (OSError, ValueError, RuntimeError) as error:
                 raise UsageError(f"{VAE_FLAG} {self.vae}: its weights cannot be loaded. ({brief(error)})") from None
@@ -180,11 +180,8 @@ class Teacher:
                 if name not in dtypes:
                     loaded[name] = kind.from_pretrained(self.model, subfolder=name, **hub)
                 else:
-                    # The libraries differ in the name of the argument.
-                    dtype = {"torch_dtype" if hasattr(kind, "load_config") else "dtype": dtypes[name]}
-                    loaded[name] = kind.from_pretrained(
-                        self.model, subfolder=name, variant=self.variant, **dtype, **hub
-                    )
+                    where = dict(subfolder=name, variant=self.variant, **hub)
+                    loaded[name] = _from_folder(kind, self.model, dtypes[name], **where)
         except (OSError, ValueError, RuntimeError) as error:
             raise UsageError(
                 f"{FLAG} {self.model}: its weights cannot be loaded"
@@ -272,6 +269,20 @@ class Teacher:
             return hf_hub_download(model, file, revision=revision, cache_dir=self.cache_dir)
         except (OSError, ValueError):
             return None
+
+
+def _from_folder(kind: Any, model: str, dtype: torch.dtype, **where: Any) -> torch.nn.Module:
+    """A network of class `kind` by its `from_pretrained`; `ValueError` if weights are missing.
+
+    The libraries draw those at random, and say so in a warning at most.
+    """
+    argument = "torch_dtype" if hasattr(kind, "load_config") else "dtype"  # Diffusers', Transformers'
+    part, report = kind.from_pretrained(model, output_loading_info=True, **{argument: dtype}, **where)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        folder = where.get("subfolder") or model
+        raise ValueError(f"{folder} lacks {len(missing)} weights, such as {missing[0]}")
+    return part
 
 
 def _from_original_layout(

@@ -2,12 +2,13 @@
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from original_layout import open_clip, save_single_file
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -39,6 +40,25 @@ def assert_same_networks(actual, expected) -> None:
             assert network.state_dict().keys() == state.keys()
             assert all(torch.equal(tensor, state[key]) for key, tensor in network.state_dict().items()), name
             assert not network.training and not any(p.requires_grad for p in network.parameters())
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "a VAE of its own"])
+def test_weights_that_a_folder_lacks_are_told(part, teacher, tmp_path):
+    """The libraries drew them at random, with a warning among others: under an older Transformers, which knew a text
+    encoder's tensors by other names, a run trained on noise for captions."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(teacher, folder)
+    name = "vae" if part == "a VAE of its own" else part
+    (file,) = (folder / name).glob("*.safetensors")
+    tensors = load_file(file)
+    lost = next(key for key in tensors if key.endswith("weight"))
+    save_file({key: tensor for key, tensor in tensors.items() if key != lost}, file, metadata={"format": "pt"})
+    kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}[name]
+    broken = Teacher(teacher, vae=str(folder / "vae")) if part != name else Teacher(str(folder))
+    flag = "--pretrained_vae_model_name_or_path" if part != name else "--pretrained_teacher_model"
+    known = re.escape(lost.removeprefix("text_model."))  # the older Transformers have it with that, today's without
+    with pytest.raises(UsageError, match=f"{flag}.*lacks 1 weights, such as .*{known}"):
+        broken.load({name: kind}, {name: torch.float32})
 
 
 @pytest.fixture(scope="module")
