@@ -99,6 +99,8 @@ def test_a_run_trains_exports_and_its_export_draws(program, command, run, tmp_pa
         folder = Path(teacher) / name
         before = load_file(next(folder.glob("*.safetensors")))
         after = {k.replace(".base_layer", ""): w for k, w in network.state_dict().items() if "lora_" not in k}
+        if name == "text_encoder":  # the file has early Transformers' names, which all of them read
+            before, after = ({k.removeprefix("text_model."): v for k, v in w.items()} for w in (before, after))
         assert before.keys() <= after.keys() and all(torch.equal(after[k], before[k].float()) for k in before), name
 
     # What trains has moved, the target behind the student; the export loads in one line and draws.
