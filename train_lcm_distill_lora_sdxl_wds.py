@@ -22,32 +22,41 @@ from functools import partial
 
 import torch
 
-from lcm_distill import flags, sdxl, unets
-from lcm_distill.checkpoint import Checkpoints, find_run, public_flags
-from lcm_distill.compiling import compile_networks
-from lcm_distill.consistency import ConsistencyFunction, consistency_loss, draw_guidance, guided_prediction, unet_output
-from lcm_distill.drawing import check_steps, teacher_sampler
-from lcm_distill.ema import update_ema
-from lcm_distill.ending import Ending
+from lcm_distill import flags
+from lcm_distill.data.filters import parse_filters
+from lcm_distill.data.preflight import inspect_shards
+from lcm_distill.data.preparation import Preparation
+from lcm_distill.data.shards import count_samples, expand_shards
+from lcm_distill.data.stream import ShardStream, make_loader
+from lcm_distill.distributed.compiling import compile_networks
 from lcm_distill.errors import run_program
-from lcm_distill.export import export_lora_student
-from lcm_distill.filters import parse_filters
-from lcm_distill.frozen import batch_latents, check_encoding
-from lcm_distill.hub import open_hub
-from lcm_distill.lora import TARGET, AdapterShape, Lora, parse_target_modules, prepare_without_autocast
-from lcm_distill.optim import build_lr_scheduler, build_optimizer, keeping_settings
-from lcm_distill.plan import announce, plan_training
-from lcm_distill.preflight import inspect_shards
-from lcm_distill.progress import start_progress
-from lcm_distill.randomness import BatchRandom
-from lcm_distill.runtime import autocast_over, inference_dtype, settle_seed, start_accelerator
-from lcm_distill.samples import Preparation
-from lcm_distill.schedule import DDIMSolver, NoiseSchedule, lcm_scheduler
-from lcm_distill.shards import count_samples, expand_shards
-from lcm_distill.stream import ShardStream, make_loader
-from lcm_distill.teacher import Teacher, read_configs
-from lcm_distill.trackers import end_training, parse_trackers, start_trackers
-from lcm_distill.validation import Validation, read_prompts
+from lcm_distill.export.hub import open_hub
+from lcm_distill.export.weights import export_lora_student
+from lcm_distill.models import sdxl
+from lcm_distill.models import student as unets
+from lcm_distill.models.frozen import batch_latents, check_encoding
+from lcm_distill.models.lora import TARGET, AdapterShape, Lora, parse_target_modules, prepare_without_autocast
+from lcm_distill.models.teacher import Teacher, read_configs
+from lcm_distill.objective.consistency import (
+    ConsistencyFunction,
+    consistency_loss,
+    draw_guidance,
+    guided_prediction,
+    unet_output,
+    update_ema,
+)
+from lcm_distill.objective.schedule import DDIMSolver, NoiseSchedule, lcm_scheduler
+from lcm_distill.redaction import public_flags
+from lcm_distill.run.accelerator import autocast_over, inference_dtype, settle_seed, start_accelerator
+from lcm_distill.run.checkpoint import Checkpoints, find_run
+from lcm_distill.run.optim import build_lr_scheduler, build_optimizer, keeping_settings
+from lcm_distill.run.plan import announce, plan_training
+from lcm_distill.run.progress import start_progress
+from lcm_distill.run.randomness import BatchRandom
+from lcm_distill.run.stopping import Ending
+from lcm_distill.run.trackers import end_training, parse_trackers, start_trackers
+from lcm_distill.run.validation import Validation
+from lcm_distill.sampling.generate import check_steps, read_prompts, teacher_sampler
 
 PROGRAM = "train_lcm_distill_lora_sdxl_wds"
 logger = logging.getLogger(f"lcm_distill.{PROGRAM}")

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from lcm_distill.checkpoint import list_checkpoints
+from lcm_distill.run.checkpoint import list_checkpoints
 from toy.make_shards import make_shards
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,14 +88,14 @@ def die_in_the_middle_of_a_file() -> None:
 MOMENTS: dict[str, Callable[[], None]] = {
     "half of a file of the checkpoint written": die_in_the_middle_of_a_file,
     "half of an older checkpoint removed": die_in_the_middle_of_a_removal,
-    "checkpoint written, not synced": die_at("lcm_distill.checkpoint:_sync_to_disk", 1),
-    "checkpoint synced, not renamed": die_at("lcm_distill.checkpoint:_sync_to_disk", 1, after=True),
-    "checkpoint renamed, nothing removed": die_at("lcm_distill.checkpoint:Checkpoints._prune", 1),
+    "checkpoint written, not synced": die_at("lcm_distill.run.checkpoint:_sync_to_disk", 1),
+    "checkpoint synced, not renamed": die_at("lcm_distill.run.checkpoint:_sync_to_disk", 1, after=True),
+    "checkpoint renamed, nothing removed": die_at("lcm_distill.run.checkpoint:Checkpoints._prune", 1),
     "older checkpoint renamed, not removed": die_at("shutil:rmtree", 1),
-    "second checkpoint about to be begun": die_at("lcm_distill.checkpoint:Checkpoints.save", 2),
-    "parts of the checkpoint about to be written": die_at("lcm_distill.checkpoint:Checkpoints._save_parts", 1),
-    "networks written, optimizer not": die_at("lcm_distill.checkpoint:Checkpoints._save_parts", 2, after=True),
-    "state loaded, no step taken": die_at("lcm_distill.checkpoint:Checkpoints.load", 1, after=True),
+    "second checkpoint about to be begun": die_at("lcm_distill.run.checkpoint:Checkpoints.save", 2),
+    "parts of the checkpoint about to be written": die_at("lcm_distill.run.checkpoint:Checkpoints._save_parts", 1),
+    "networks written, optimizer not": die_at("lcm_distill.run.checkpoint:Checkpoints._save_parts", 2, after=True),
+    "state loaded, no step taken": die_at("lcm_distill.run.checkpoint:Checkpoints.load", 1, after=True),
 }
 
 

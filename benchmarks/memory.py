@@ -34,12 +34,17 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.architectures import RESOLUTIONS, UNETS, build_text_encoders, build_vae, is_sdxl
 from benchmarks.provenance import provenance
 from benchmarks.train_step import alone, flop_counter
-from lcm_distill import unets
-from lcm_distill.consistency import ConsistencyFunction, consistency_loss, guided_prediction, unet_output
-from lcm_distill.ema import update_ema
-from lcm_distill.latents import encode_pixels
-from lcm_distill.lora import Lora
-from lcm_distill.schedule import DDIMSolver, NoiseSchedule
+from lcm_distill.models import student as unets
+from lcm_distill.models.lora import Lora
+from lcm_distill.models.vae import encode_pixels
+from lcm_distill.objective.consistency import (
+    ConsistencyFunction,
+    consistency_loss,
+    guided_prediction,
+    unet_output,
+    update_ema,
+)
+from lcm_distill.objective.schedule import DDIMSolver, NoiseSchedule
 
 GB = 1e9
 

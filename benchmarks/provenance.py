@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from lcm_distill.checkpoint import versions
+from lcm_distill.environment import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 

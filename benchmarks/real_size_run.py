@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.architectures import write_teacher
 from benchmarks.train_step import alone
-from lcm_distill.checkpoint import versions
+from lcm_distill.environment import versions
 from toy.make_shards import make_shards
 
 ROOT = Path(__file__).resolve().parents[1]

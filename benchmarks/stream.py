@@ -62,15 +62,16 @@ import webdataset as wds
 from PIL import Image, ImageDraw, features
 from torch.utils.data import default_collate
 
-import lcm_distill.samples
-import lcm_distill.stream
+import lcm_distill.data.preparation
+import lcm_distill.data.stream
 from benchmarks.provenance import provenance
-from lcm_distill.encoded import Encoding
-from lcm_distill.preflight import inspect_shards
-from lcm_distill.samples import Preparation, prepare_sample
-from lcm_distill.shards import LATENTS, read_shard
-from lcm_distill.stream import DropCounter, ShardStream, make_loader
-from lcm_distill.writing import whole_tar
+from lcm_distill.data.encoded import Encoding
+from lcm_distill.data.preflight import inspect_shards
+from lcm_distill.data.preparation import Preparation, prepare_sample
+from lcm_distill.data.raw import LATENTS
+from lcm_distill.data.shards import read_shard
+from lcm_distill.data.stream import DropCounter, ShardStream, make_loader
+from lcm_distill.data.tar import whole_tar
 
 RESOLUTION = 512
 BATCH = 16
@@ -451,15 +452,15 @@ def timed_stream(watch: Stopwatch) -> Iterator[None]:
     patches = [
         mock.patch.object(module, name, watch.wrap(getattr(module, name), section))
         for module, name, section in (
-            (lcm_distill.samples, "decode_picture", "decode"),
-            (lcm_distill.samples, "resize_and_crop", "resize, crop"),
-            (lcm_distill.samples, "read_json", "captions, JSON"),
-            (lcm_distill.samples, "read_captions", "captions, JSON"),
+            (lcm_distill.data.preparation, "decode_picture", "decode"),
+            (lcm_distill.data.preparation, "resize_and_crop", "resize, crop"),
+            (lcm_distill.data.preparation, "read_json", "captions, JSON"),
+            (lcm_distill.data.preparation, "read_captions", "captions, JSON"),
         )
     ]
-    read = lcm_distill.stream.read_shard
+    read = lcm_distill.data.stream.read_shard
     timed_read = lambda *args, **options: watch.iterate(read(*args, **options), "tar reading")  # noqa: E731
-    patches.append(mock.patch.object(lcm_distill.stream, "read_shard", timed_read))
+    patches.append(mock.patch.object(lcm_distill.data.stream, "read_shard", timed_read))
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)

@@ -43,9 +43,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.architectures import RESOLUTIONS, write_teacher
 from benchmarks.provenance import ROOT, provenance
-from lcm_distill import consistency, unets
-from lcm_distill.progress import Progress
-from lcm_distill.schedule import per_sample
+from lcm_distill.models import student as unets
+from lcm_distill.objective import consistency
+from lcm_distill.objective.schedule import per_sample
+from lcm_distill.run.progress import Progress
 from toy.make_shards import make_shards
 
 PROGRAMS = ("sd", "sdxl", "lora_sd", "lora_sdxl")

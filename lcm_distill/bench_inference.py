@@ -33,13 +33,13 @@ from typing import Any
 import torch
 
 from lcm_distill import flags
-from lcm_distill.compiling import compile_networks
-from lcm_distill.drawing import check_steps, draw_latents
+from lcm_distill.distributed.compiling import compile_networks
+from lcm_distill.environment import check_writable, device_name, drawing_device, memory_errors, quiet_libraries
 from lcm_distill.errors import run_program
-from lcm_distill.latents import decode_latents
-from lcm_distill.runtime import check_writable, device_name, drawing_device, memory_errors, quiet_libraries
-from lcm_distill.students import Student, find_students, load_teacher, natural_resolution
-from lcm_distill.teacher import Teacher
+from lcm_distill.models.teacher import Teacher
+from lcm_distill.models.vae import decode_latents
+from lcm_distill.sampling.finished import Student, find_students, load_teacher, natural_resolution
+from lcm_distill.sampling.generate import check_steps, draw_latents
 
 PROG = "python -m lcm_distill.bench_inference"
 

@@ -42,27 +42,29 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from tqdm.auto import tqdm
 
 from lcm_distill import flags
-from lcm_distill.encoded import Encoding, read_encoding
-from lcm_distill.errors import UsageError, run_program
-from lcm_distill.filters import parse_filters
-from lcm_distill.latents import encode_moments, scale_and_shift, vae_factor
-from lcm_distill.preflight import inspect_shards
-from lcm_distill.runtime import drawing_device, quiet_libraries
-from lcm_distill.samples import (
+from lcm_distill.data.captions import read_captions, read_json
+from lcm_distill.data.encoded import Encoding, read_encoding
+from lcm_distill.data.filters import parse_filters
+from lcm_distill.data.preflight import inspect_shards
+from lcm_distill.data.preparation import Preparation, Sample, prepare_sample
+from lcm_distill.data.raw import (
     DUPLICATE_NAME,
+    LATENTS,
+    PICTURES,
     UNREADABLE_SHARD,
     BadSample,
-    Preparation,
-    Sample,
-    prepare_sample,
-    read_captions,
-    read_json,
+    RawSample,
+    list_counts,
+    printable,
 )
-from lcm_distill.shards import FLAG, LATENTS, PICTURES, RawSample, expand_shards, list_counts, printable, read_shard
-from lcm_distill.sources import local_path
-from lcm_distill.students import FAMILIES, family_of
-from lcm_distill.teacher import VAE_FLAG, Teacher, read_configs
-from lcm_distill.writing import PARTIAL, TarWriter, whole_tar
+from lcm_distill.data.shards import FLAG, expand_shards, read_shard
+from lcm_distill.data.sources import local_path
+from lcm_distill.data.tar import PARTIAL, TarWriter, whole_tar
+from lcm_distill.environment import drawing_device, quiet_libraries
+from lcm_distill.errors import UsageError, run_program
+from lcm_distill.models.families import FAMILIES, family_of
+from lcm_distill.models.teacher import VAE_FLAG, Teacher, read_configs
+from lcm_distill.models.vae import encode_moments, scale_and_shift, vae_factor
 
 DROPPED = ".dropped.json"  # the last file of a shard: reason to the names of the samples left out
 KEPT = "The shards that are whole are kept: run the same command again to go on"

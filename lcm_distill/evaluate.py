@@ -38,15 +38,20 @@ from diffusers import LCMScheduler
 from PIL import Image
 
 from lcm_distill import flags
-from lcm_distill.checkpoint import versions
-from lcm_distill.drawing import SAMPLERS, check_steps, draw_latents, teacher_sampler
+from lcm_distill.environment import (
+    check_writable,
+    device_name,
+    drawing_device,
+    memory_errors,
+    quiet_libraries,
+    versions,
+)
 from lcm_distill.errors import UsageError, run_program
-from lcm_distill.metrics import ClipScore, Cmmd, Drawn, Fid, LatentDistances, Metric, Toy
-from lcm_distill.pictures import labelled_grid
-from lcm_distill.runtime import check_writable, device_name, drawing_device, memory_errors, quiet_libraries
-from lcm_distill.students import Student, find_students, load_teacher, natural_resolution
-from lcm_distill.teacher import Teacher
-from lcm_distill.validation import read_prompts
+from lcm_distill.models.teacher import Teacher
+from lcm_distill.sampling.finished import Student, find_students, load_teacher, natural_resolution
+from lcm_distill.sampling.generate import SAMPLERS, check_steps, draw_latents, read_prompts, teacher_sampler
+from lcm_distill.sampling.grid import labelled_grid
+from lcm_distill.sampling.metrics import ClipScore, Cmmd, Drawn, Fid, LatentDistances, Metric, Toy
 
 METRICS = ("latents", "clip", "cmmd", "fid", "toy")
 CONTROL = "untrained control"
@@ -173,8 +178,9 @@ def number(value: float) -> str:
 def real_pictures(shards: str, count: int, resolution: int) -> tuple[list[Image.Image], list[str]]:
     """The first `count` pictures of `shards`, resized and cropped in the middle, and their captions."""
     # Here, since only this needs what the stream needs.
-    from lcm_distill.samples import BadSample, Preparation, prepare_sample
-    from lcm_distill.shards import expand_shards, read_shard
+    from lcm_distill.data.preparation import Preparation, prepare_sample
+    from lcm_distill.data.raw import BadSample
+    from lcm_distill.data.shards import expand_shards, read_shard
 
     preparation = Preparation(resolution, interpolation="bicubic", center_crop=True)
     pictures: list[Image.Image] = []

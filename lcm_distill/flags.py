@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 
 from diffusers.optimization import SchedulerType
 
-from lcm_distill.compiling import MODES
-from lcm_distill.samples import INTERPOLATIONS
+from lcm_distill.data.preparation import INTERPOLATIONS
+from lcm_distill.distributed.compiling import MODES
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -35,15 +35,29 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from lcm_distill import flags
-from lcm_distill.drawing import SAMPLERS, check_steps, draw_latents, redraw_latents, teacher_sampler
+from lcm_distill.data.decode import decode_picture
+from lcm_distill.data.raw import BadSample
+from lcm_distill.environment import check_writable, drawing_device, memory_errors, quiet_libraries
 from lcm_distill.errors import UsageError, run_program
-from lcm_distill.latents import decode_latents
-from lcm_distill.pictures import labelled_grid, shown
-from lcm_distill.runtime import check_writable, drawing_device, memory_errors, quiet_libraries
-from lcm_distill.samples import BadSample, decode_picture
-from lcm_distill.students import Student, WeightedLora, find_students, load_teacher, natural_resolution, with_loras
-from lcm_distill.teacher import Teacher
-from lcm_distill.validation import read_prompts
+from lcm_distill.models.teacher import Teacher
+from lcm_distill.models.vae import decode_latents
+from lcm_distill.sampling.finished import (
+    Student,
+    WeightedLora,
+    find_students,
+    load_teacher,
+    natural_resolution,
+    with_loras,
+)
+from lcm_distill.sampling.generate import (
+    SAMPLERS,
+    check_steps,
+    draw_latents,
+    read_prompts,
+    redraw_latents,
+    teacher_sampler,
+)
+from lcm_distill.sampling.grid import labelled_grid, shown
 
 STUDENT_STEPS, TEACHER_STEPS = [1, 2, 4, 8], [25]
 SWEEP_STUDENT_STEPS, SWEEP_TEACHER_STEPS = list(range(1, 9)), [1, 4, 8, 15, 20, 25, 30, 50]

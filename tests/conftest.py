@@ -20,7 +20,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from lcm_distill.ending import SIGNALS
+from lcm_distill.run.stopping import SIGNALS
 from toy.make_shards import make_shards
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,12 +7,12 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
 from transformers import CLIPTextModel
 
-from lcm_distill.export import export_full_student, export_lora_student
-from lcm_distill.lora import Lora
-from lcm_distill.schedule import lcm_scheduler
-from lcm_distill.students import FAMILIES
-from lcm_distill.teacher import Teacher
-from lcm_distill.unets import student_from_teacher, target_from_student
+from lcm_distill.export.weights import export_full_student, export_lora_student
+from lcm_distill.models.families import FAMILIES
+from lcm_distill.models.lora import Lora
+from lcm_distill.models.student import student_from_teacher, target_from_student
+from lcm_distill.models.teacher import Teacher
+from lcm_distill.objective.schedule import lcm_scheduler
 
 GRID = 20  # of the students' solver, told apart from Diffusers' own 50
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

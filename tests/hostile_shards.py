@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lcm_distill.samples import (
+from lcm_distill.data.raw import (
     CAPTION_NOT_UTF8,
     DAMAGED_PICTURE,
     DUPLICATE_NAME,

@@ -11,8 +11,8 @@ from peft.tuners.lora import LoraLayer
 from lcm_distill import bench_inference
 from lcm_distill.bench_inference import Contender, Result, enter, measure, table
 from lcm_distill.errors import UsageError
-from lcm_distill.students import find_students, load_teacher
-from lcm_distill.teacher import Teacher
+from lcm_distill.models.teacher import Teacher
+from lcm_distill.sampling.finished import find_students, load_teacher
 
 
 def argv(teacher, *students, **more):

@@ -9,9 +9,10 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 
-from lcm_distill.checkpoint import Checkpoints, changed_flags, find_checkpoint, find_run, list_checkpoints, public_flags
 from lcm_distill.errors import SaveError, UsageError
-from lcm_distill.unets import UNetPart
+from lcm_distill.models.student import UNetPart
+from lcm_distill.redaction import public_flags
+from lcm_distill.run.checkpoint import Checkpoints, changed_flags, find_checkpoint, find_run, list_checkpoints
 
 
 def make(folder, step, **run):
@@ -188,7 +189,9 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_as_latest(tmp_path, monkeyp
     unet = accelerator.prepare(tiny_unet())
     checkpoints = Checkpoints(accelerator, str(tmp_path), {"unet": UNetPart(unet)}, limit=1)
     checkpoints.save(1, {}, {})
-    monkeypatch.setattr("lcm_distill.checkpoint._sync_to_disk", lambda folder: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(
+        "lcm_distill.run.checkpoint._sync_to_disk", lambda folder: (_ for _ in ()).throw(OSError("full"))
+    )
     assert checkpoints.save(2, {}, {}) is None
     with pytest.raises(SaveError, match="full.*checkpoint-1"):
         checkpoints.save(2, {}, {}, must=True)
@@ -297,7 +300,7 @@ def test_a_best_checkpoint_that_cannot_be_written_is_no_best(tmp_path, monkeypat
     unet = accelerator.prepare(tiny_unet())
     checkpoints = Checkpoints(accelerator, str(tmp_path), {"unet": UNetPart(unet)}, limit=None)
     with monkeypatch.context() as patch:
-        patch.setattr("lcm_distill.checkpoint._sync_to_disk", lambda folder: (_ for _ in ()).throw(OSError("full")))
+        patch.setattr("lcm_distill.run.checkpoint._sync_to_disk", lambda folder: (_ for _ in ()).throw(OSError("full")))
         assert not checkpoints.keep_if_best(0.5, 1, {}, {})
     assert "could not be written" in caplog.text and not list_checkpoints(tmp_path)
     assert checkpoints.keep_if_best(0.6, 2, {}, {})  # nothing was rated, so this is the best

@@ -9,10 +9,10 @@ import torch
 from test_programs import family, result, same
 from torch._dynamo.utils import counters
 
-from lcm_distill import compiling
-from lcm_distill.compiling import compile_networks
+from lcm_distill.distributed import compiling
+from lcm_distill.distributed.compiling import compile_networks
 from lcm_distill.errors import UsageError
-from lcm_distill.progress import Progress
+from lcm_distill.run.progress import Progress
 
 
 @pytest.fixture(autouse=True)

@@ -6,14 +6,14 @@ import pytest
 import torch
 from diffusers import LCMScheduler
 
-from lcm_distill.consistency import (
+from lcm_distill.objective.consistency import (
     ConsistencyFunction,
     boundary_scalings,
     consistency_loss,
     guided_prediction,
     unet_output,
 )
-from lcm_distill.schedule import DDIMSolver, NoiseSchedule
+from lcm_distill.objective.schedule import DDIMSolver, NoiseSchedule
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 

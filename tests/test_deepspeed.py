@@ -13,9 +13,9 @@ from diffusers import UNet2DConditionModel
 from test_fsdp import FOUR, ROOT, Runs, close, train
 from test_programs import result, same, weights
 
-from lcm_distill import zero
+from lcm_distill.distributed import zero
+from lcm_distill.distributed.zero import asks_for_deepspeed, check_zero, prepare_zero
 from lcm_distill.errors import UsageError
-from lcm_distill.zero import asks_for_deepspeed, check_zero, prepare_zero
 
 # As in test_fsdp.py. Every step is clipped, each by another factor: Adam alone would not notice a common one.
 CLIPPED = FOUR | {"max_grad_norm": 0.05, "checkpointing_steps": 1}

@@ -14,12 +14,18 @@ from diffusers import (
 )
 from PIL import Image
 
-from lcm_distill.drawing import check_steps, draw_latents, redraw_latents, steps_before_strength, teacher_sampler
 from lcm_distill.errors import UsageError
-from lcm_distill.latents import encode_pixels
-from lcm_distill.schedule import DDIMSolver, NoiseSchedule
-from lcm_distill.students import load_teacher
-from lcm_distill.teacher import Teacher
+from lcm_distill.models.teacher import Teacher
+from lcm_distill.models.vae import encode_pixels
+from lcm_distill.objective.schedule import DDIMSolver, NoiseSchedule
+from lcm_distill.sampling.finished import load_teacher
+from lcm_distill.sampling.generate import (
+    check_steps,
+    draw_latents,
+    redraw_latents,
+    steps_before_strength,
+    teacher_sampler,
+)
 
 PROMPTS = ["a small red circle on a black background", "a large blue square on a white background", "a green star"]
 SEEDS = [3, 5, 2**40]

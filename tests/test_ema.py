@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lcm_distill.ema import update_ema
+from lcm_distill.objective.consistency import update_ema
 
 
 def parameters(seed):

@@ -21,17 +21,18 @@ from safetensors.torch import load_file, save_file
 from test_stream import TouchesFile, noise_picture, take, write_tar
 
 from lcm_distill import encode_shards as module
-from lcm_distill import sd, sdxl
+from lcm_distill.data.encoded import HEADER, read_encoding, unpack
+from lcm_distill.data.filters import FILTERED, parse_filters
+from lcm_distill.data.preflight import inspect_shards
+from lcm_distill.data.preparation import Preparation
+from lcm_distill.data.raw import DAMAGED_LATENTS, LATENTS, NO_CAPTION, NO_LATENTS, NOT_A_PICTURE
+from lcm_distill.data.shards import count_samples, expand_shards, read_shard
+from lcm_distill.data.stream import ShardStream, StreamIterator, make_loader
 from lcm_distill.encode_shards import DROPPED, encode_shards, main, output_names
-from lcm_distill.encoded import HEADER, read_encoding, unpack
 from lcm_distill.errors import UsageError
-from lcm_distill.filters import FILTERED, parse_filters
-from lcm_distill.frozen import batch_latents, check_encoding
-from lcm_distill.preflight import inspect_shards
-from lcm_distill.samples import DAMAGED_LATENTS, NO_CAPTION, NO_LATENTS, NOT_A_PICTURE, Preparation
-from lcm_distill.shards import LATENTS, count_samples, expand_shards, read_shard
-from lcm_distill.stream import ShardStream, StreamIterator, make_loader
-from lcm_distill.teacher import Teacher
+from lcm_distill.models import sd, sdxl
+from lcm_distill.models.frozen import batch_latents, check_encoding
+from lcm_distill.models.teacher import Teacher
 
 FAMILIES = {"sd": sd, "sdxl": sdxl}
 PREPARATION = Preparation(resolution=32)

@@ -5,13 +5,13 @@ import torch
 from test_encode_shards import vae_copy
 from test_programs import LORA_PROGRAMS, PROGRAMS, captured_losses, family, result, same
 
+from lcm_distill.data.encoded import read_encoding
+from lcm_distill.data.preparation import Preparation
+from lcm_distill.data.shards import expand_shards
 from lcm_distill.encode_shards import encode_shards
-from lcm_distill.encoded import read_encoding
 from lcm_distill.errors import UsageError
-from lcm_distill.frozen import FrozenParts
-from lcm_distill.samples import Preparation
-from lcm_distill.shards import expand_shards
-from lcm_distill.teacher import Teacher
+from lcm_distill.models.frozen import FrozenParts
+from lcm_distill.models.teacher import Teacher
 
 NOT_NEEDED = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
@@ -68,7 +68,7 @@ def test_a_run_from_latents_is_the_run_from_pictures(program, command, run, enco
 
 
 def test_what_only_drawing_needs_is_loaded_for_the_first_picture(command, run, encoded, loaded, tmp_path, monkeypatch):
-    from lcm_distill.validation import Validation
+    from lcm_distill.run.validation import Validation
 
     before: list[list[str]] = []
     draw = Validation.__call__

@@ -12,14 +12,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from lcm_distill import checkpoint as checkpoint_module
-from lcm_distill import ending as ending_module
 from lcm_distill import flags
-from lcm_distill.checkpoint import list_checkpoints
-from lcm_distill.ending import Ending
 from lcm_distill.errors import SaveError
-from lcm_distill.progress import Progress
-from lcm_distill.trackers import log_values
+from lcm_distill.run import checkpoint as checkpoint_module
+from lcm_distill.run import stopping as ending_module
+from lcm_distill.run.checkpoint import list_checkpoints
+from lcm_distill.run.progress import Progress
+from lcm_distill.run.stopping import Ending
+from lcm_distill.run.trackers import log_values
 
 PROGRAM = "train_lcm_distill_sd_wds"
 

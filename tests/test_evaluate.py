@@ -14,16 +14,18 @@ import transformers
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from lcm_distill import evaluate, metrics, sd
-from lcm_distill.drawing import teacher_sampler
+from lcm_distill import evaluate
 from lcm_distill.errors import UsageError
-from lcm_distill.export import save_lora
-from lcm_distill.lora import STUDENT, Lora
-from lcm_distill.metrics import ClipScore, Cmmd, Drawn, Fid, LatentDistances, Toy, squared_mmd
-from lcm_distill.schedule import lcm_scheduler
-from lcm_distill.students import Student, find_students, load_teacher
-from lcm_distill.teacher import Teacher
-from lcm_distill.unets import student_from_teacher
+from lcm_distill.export.weights import save_lora
+from lcm_distill.models import sd
+from lcm_distill.models.lora import STUDENT, Lora
+from lcm_distill.models.student import student_from_teacher
+from lcm_distill.models.teacher import Teacher
+from lcm_distill.objective.schedule import lcm_scheduler
+from lcm_distill.sampling import metrics
+from lcm_distill.sampling.finished import Student, find_students, load_teacher
+from lcm_distill.sampling.generate import teacher_sampler
+from lcm_distill.sampling.metrics import ClipScore, Cmmd, Drawn, Fid, LatentDistances, Toy, squared_mmd
 from toy import compare
 from toy.score import real_pictures
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from lcm_distill.data.filters import is_filtered, parse_filters
 from lcm_distill.errors import UsageError
-from lcm_distill.filters import is_filtered, parse_filters
 
 
 @pytest.mark.parametrize(

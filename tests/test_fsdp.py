@@ -18,8 +18,8 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from test_programs import drawn, result, same, torchrun, weights
 
+from lcm_distill.distributed.fsdp import prepare, settle_engine
 from lcm_distill.errors import UsageError
-from lcm_distill.sharding import prepare, settle_engine
 from toy.make_shards import make_shards
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,8 +49,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.distributed.tensor import DTensor
 from lcm_distill import sharding
-from lcm_distill.progress import Progress
-from lcm_distill.zero import ZeroAccelerator
+from lcm_distill.run.progress import Progress
+from lcm_distill.distributed.zero import ZeroAccelerator
 
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")  # one for all runs: to end it and start another is a race

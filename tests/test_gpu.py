@@ -8,8 +8,8 @@ import torch
 from test_programs import PROGRAMS, captured_losses, check_channels_last, family
 
 from benchmarks.memory import Case, build, compute
-from lcm_distill import compiling
-from lcm_distill.progress import Progress
+from lcm_distill.distributed import compiling
+from lcm_distill.run.progress import Progress
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -14,12 +14,12 @@ import pytest
 from accelerate import Accelerator
 from diffusers import LCMScheduler, UNet2DConditionModel
 
-from lcm_distill import sd
-from lcm_distill.card import hub_id, model_card, without_folders
 from lcm_distill.errors import UsageError
-from lcm_distill.export import export_full_student
-from lcm_distill.hub import HubUpload
-from lcm_distill.teacher import Teacher
+from lcm_distill.export.card import hub_id, model_card, without_folders
+from lcm_distill.export.hub import HubUpload
+from lcm_distill.export.weights import export_full_student
+from lcm_distill.models import sd
+from lcm_distill.models.teacher import Teacher
 from tests.conftest import ROOT, TEACHERS
 from tests.hub_stand_in import HubStandIn
 
@@ -219,7 +219,7 @@ def test_a_refusal_is_told_before_training(case, hub, result, monkeypatch):
 
 
 def test_no_token_is_told_before_anything_is_asked(hub, result, monkeypatch):
-    monkeypatch.setattr("lcm_distill.hub.get_token", lambda: None)
+    monkeypatch.setattr("lcm_distill.export.hub.get_token", lambda: None)
     with pytest.raises(UsageError, match="--push_to_hub: there is no token.*HF_TOKEN"):
         quick(result, None)
     assert not hub.requests

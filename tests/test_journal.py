@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import train_lcm_distill_lora_sd_wds as program
-from lcm_distill.checkpoint import public_flags
-from lcm_distill.journal import Journal, describe_launch, read_journal, resume_command
-from lcm_distill.progress import start_progress
+from lcm_distill.redaction import public_flags
+from lcm_distill.run.journal import Journal, read_journal
+from lcm_distill.run.launch import describe_launch, resume_command
+from lcm_distill.run.progress import start_progress
 
 LAUNCH = {"program": program.PROGRAM, "flags": {"learning_rate": 1e-4}, "steps": 40}
 

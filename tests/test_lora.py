@@ -24,11 +24,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lcm_distill import sd
-from lcm_distill.ema import update_ema
 from lcm_distill.errors import UsageError
-from lcm_distill.export import export_lora_student, save_lora
-from lcm_distill.lora import (
+from lcm_distill.export.weights import export_lora_student, save_lora
+from lcm_distill.models import sd
+from lcm_distill.models.families import FAMILIES
+from lcm_distill.models.lora import (
     STUDENT,
     TARGET,
     TARGET_MODULES,
@@ -37,10 +37,10 @@ from lcm_distill.lora import (
     parse_target_modules,
     prepare_without_autocast,
 )
-from lcm_distill.schedule import lcm_scheduler
-from lcm_distill.students import FAMILIES
-from lcm_distill.teacher import Teacher
-from lcm_distill.unets import student_from_teacher
+from lcm_distill.models.student import student_from_teacher
+from lcm_distill.models.teacher import Teacher
+from lcm_distill.objective.consistency import update_ema
+from lcm_distill.objective.schedule import lcm_scheduler
 
 PIPELINES = {
     "sd": (
@@ -316,7 +316,7 @@ def test_the_lora_loads_with_its_alpha_and_draws_as_the_student(exported, teache
 
 
 def test_other_ranks_leave_the_export_to_the_main_process(teachers, tmp_path, monkeypatch):
-    monkeypatch.setattr("lcm_distill.export.PartialState", lambda: SimpleNamespace(is_main_process=False))
+    monkeypatch.setattr("lcm_distill.export.weights.PartialState", lambda: SimpleNamespace(is_main_process=False))
     export_lora_student(
         str(tmp_path), lora=Lora(load_unet(teachers), rank=2, alpha=2), scheduler=lcm_scheduler({}), family=sd,
         teacher=Teacher(teachers["sd"]), global_step=1, settings={},

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 import train_lcm_distill_sd_wds as program
-from lcm_distill.checkpoint import list_checkpoints
-from lcm_distill.randomness import BatchRandom
-from lcm_distill.stream import ShardStream, make_loader
+from lcm_distill.data.stream import ShardStream, make_loader
+from lcm_distill.run.checkpoint import list_checkpoints
+from lcm_distill.run.randomness import BatchRandom
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "train_lcm_distill_sd_wds.py")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lcm_distill.measures import energy_distance, relative_distance
+from lcm_distill.sampling.metrics import energy_distance, relative_distance
 
 
 def test_relative_distance_of_known_answers():

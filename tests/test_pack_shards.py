@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lcm_distill import pack_shards as pack_module
+from lcm_distill.data import packing
+from lcm_distill.data.packing import MANIFEST, Settings, find_pictures, pack_shards
+from lcm_distill.data.preflight import inspect_shards
+from lcm_distill.data.preparation import Preparation, prepare_sample
+from lcm_distill.data.raw import HUGE_FILE, HUGE_PICTURE
+from lcm_distill.data.shards import count_samples, expand_shards, read_shard
+from lcm_distill.data.stream import ShardStream
 from lcm_distill.errors import UsageError
-from lcm_distill.pack_shards import MANIFEST, Settings, find_pictures, main, pack_shards
-from lcm_distill.preflight import inspect_shards
-from lcm_distill.samples import HUGE_PICTURE, Preparation, prepare_sample
-from lcm_distill.shards import count_samples, expand_shards, read_shard
-from lcm_distill.stream import ShardStream
+from lcm_distill.pack_shards import main
 
 PREPARATION = Preparation(resolution=8)
 
@@ -165,7 +167,7 @@ def test_difficult_names(tmp_path):
 def test_other_formats_become_png_and_wrong_suffixes_are_put_right(tmp_path):
     images = tmp_path / "in"
     for suffix in ("gif", "bmp", "tif", "avif"):
-        if suffix != "avif" or "AVIF" in pack_module.Image.SAVE:
+        if suffix != "avif" or "AVIF" in packing.Image.SAVE:
             save(images / f"{suffix}.{suffix}", 3, caption=suffix)
     picture(3).convert("CMYK").save(images / "cmyk.tiff")
     (images / "cmyk.text").write_text("cmyk")
@@ -253,7 +255,7 @@ def test_jsonl(tmp_path):
         images / "sub", {"file_name": "e.png", "caption": "an e", "original_width": 640, "original_height": 480}
     )
     packed = pack(images, tmp_path / "out")
-    assert packed.skipped == {pack_module.NO_FILE: ["gone.png"], pack_module.EMPTY_FILE: ["f.png"]}
+    assert packed.skipped == {packing.NO_FILE: ["gone.png"], packing.EMPTY_FILE: ["f.png"]}
     samples = read(tmp_path / "out")
     size = {"width": 12, "height": 8}
     assert samples["a.png"][1].files["txt"] == b"an a"
@@ -280,7 +282,7 @@ def test_csv_and_caption_column(tmp_path):
         writer.writerow(["000.png", "a text", 'a "blip",\nin two lines', "300", "200"])
         writer.writerow(["001.png", "another", "", "", ""])
     packed = pack(images, tmp_path / "out", caption_column="blip")
-    assert packed.skipped == {pack_module.NO_CAPTION: ["001.png"]}
+    assert packed.skipped == {packing.NO_CAPTION: ["001.png"]}
     ((_, raw, meta),) = read(tmp_path / "out").values()
     assert raw.files["txt"] == b'a "blip",\nin two lines'
     assert meta == {
@@ -328,14 +330,14 @@ def test_bad_pictures_are_skipped_counted_and_named(tmp_path, capsys):
         "cut.png": "picture is damaged or cut short",
         "text.jpg": "picture file holds no picture",
         "bomb.png": "picture is too large (a decompression bomb)",
-        "empty.png": pack_module.EMPTY_FILE,
-        "none.png": pack_module.NO_CAPTION,
-        "blank.png": pack_module.NO_CAPTION,
+        "empty.png": packing.EMPTY_FILE,
+        "none.png": packing.NO_CAPTION,
+        "blank.png": packing.NO_CAPTION,
         "latin.png": "caption is not UTF-8",
-        "gone.png": pack_module.UNREADABLE,
-        "pipe.png": pack_module.UNREADABLE,
+        "gone.png": packing.UNREADABLE,
+        "pipe.png": packing.UNREADABLE,
     }
-    assert f"  2 x {pack_module.NO_CAPTION}: blank.png, none.png\n" in said
+    assert f"  2 x {packing.NO_CAPTION}: blank.png, none.png\n" in said
     assert "  1 x caption is not UTF-8: latin.png\n" in said
     *_, last = said.splitlines()
     assert re.fullmatch(rf"1 shard, 3 samples, \d\.\d MB: train with --train_shards_path_or_url {tmp_path}/out", last)
@@ -345,9 +347,9 @@ def test_files_that_the_readers_would_not_read_are_skipped(tmp_path, monkeypatch
     images = fill(tmp_path / "in", 2)
     (images / "000.txt").write_text("long " * 100)
     save(images / "large.bmp", 0, (100, 100), caption="large")
-    monkeypatch.setattr(pack_module, "MAX_FILE_BYTES", 20_000)
-    monkeypatch.setattr(pack_module, "MAX_TEXT_BYTES", 400)
-    assert pack(images, tmp_path / "out").skipped == {pack_module.HUGE_FILE: ["000.png", "large.bmp"]}
+    monkeypatch.setattr(packing, "MAX_FILE_BYTES", 20_000)
+    monkeypatch.setattr(packing, "MAX_TEXT_BYTES", 400)
+    assert pack(images, tmp_path / "out").skipped == {HUGE_FILE: ["000.png", "large.bmp"]}
 
 
 @pytest.mark.parametrize("name, said", [("nothing", "no folder"), ("file", "no folder"), ("", "no picture.*nothing")])
@@ -435,7 +437,7 @@ def test_an_error_in_the_middle_leaves_whole_shards(tmp_path, monkeypatch):
         os.rename(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pack_module.os, "replace", full)
+        patch.setattr(packing.os, "replace", full)
         with pytest.raises(UsageError, match=r"OUT .*No space left on device\. .*run the same command again"):
             pack(tmp_path / "in", tmp_path / "out", samples_per_shard=3)
     assert names(tmp_path / "out")[:2] == ["00000.tar", "00001.tar"] and "00002.tar" not in names(tmp_path / "out")
@@ -446,13 +448,13 @@ def test_an_error_in_the_middle_leaves_whole_shards(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "00000.tar").stat().st_ino == kept
 
 
-def slowly(images, picture, settings, make_sample=pack_module.make_sample):
+def slowly(images, picture, settings, make_sample=packing.make_sample):
     time.sleep(0.2)  # long enough for the test to see the first shard before the last, on a busy machine too
     return make_sample(images, picture, settings)
 
 
 def run_slowly(argv):
-    pack_module.make_sample = slowly
+    packing.make_sample = slowly
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background of a shell ignores it
     with open(os.path.join(os.path.dirname(argv[1]), "said"), "w") as said, contextlib.redirect_stderr(said):
@@ -491,7 +493,7 @@ def test_killed(tmp_path, kill):
 
 def test_a_worker_that_dies_is_told(tmp_path, monkeypatch):
     fill(tmp_path / "in", 2)
-    monkeypatch.setattr(pack_module, "make_sample", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(packing, "make_sample", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UsageError, match="a worker process died.*--num_workers"):
         pack(tmp_path / "in", tmp_path / "out")
 
@@ -520,7 +522,7 @@ def test_other_settings_or_files_are_refused(tmp_path):
 def test_a_file_that_goes_away_stops_the_packing(tmp_path, monkeypatch):
     """Not skipped: a network disk that went away would otherwise make shards of nothing."""
     images = fill(tmp_path / "in", 2)
-    monkeypatch.setattr(pack_module, "find_pictures", lambda *a: (find_pictures(*a), (images / "001.png").unlink())[0])
+    monkeypatch.setattr(packing, "find_pictures", lambda *a: (find_pictures(*a), (images / "001.png").unlink())[0])
     with pytest.raises(UsageError, match=r"001\.png cannot be read any more .*run the same command again"):
         pack(images, tmp_path / "out")
     assert names(tmp_path / "out") == [MANIFEST]

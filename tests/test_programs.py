@@ -24,12 +24,13 @@ from safetensors.torch import load_file
 from test_flags import PUBLIC_COMMANDS
 
 import train_lcm_distill_sd_wds
-from lcm_distill import sd, sdxl, unets
-from lcm_distill.consistency import ConsistencyFunction
 from lcm_distill.errors import DivergenceError, UsageError
-from lcm_distill.journal import read_journal
-from lcm_distill.schedule import DDIMSolver, NoiseSchedule
-from lcm_distill.teacher import Teacher, read_configs
+from lcm_distill.models import sd, sdxl
+from lcm_distill.models import student as unets
+from lcm_distill.models.teacher import Teacher, read_configs
+from lcm_distill.objective.consistency import ConsistencyFunction, guidance_embedding
+from lcm_distill.objective.schedule import DDIMSolver, NoiseSchedule
+from lcm_distill.run.journal import read_journal
 from toy.make_shards import make_shards
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +66,7 @@ def same(a: dict, b: dict) -> bool:
 
 def captured_losses(monkeypatch) -> list[tuple[int, float]]:
     """(global step, loss) of every logged step of the programs run from here on."""
-    from lcm_distill.progress import Progress
+    from lcm_distill.run.progress import Progress
 
     losses: list[tuple[int, float]] = []
     log = Progress.log
@@ -221,9 +222,7 @@ def test_a_step_is_that_of_algorithm_1(program, command, run, monkeypatch, teach
         assert student.w is teacher.w is target.w is None
     else:
         assert len({id(call.network) for call in (student, teacher, target)}) == 3
-        assert torch.equal(student.w, unets.guidance_embedding(torch.full((3,), 3.0))) and torch.equal(
-            student.w, target.w
-        )
+        assert torch.equal(student.w, guidance_embedding(torch.full((3,), 3.0))) and torch.equal(student.w, target.w)
         assert teacher.w is None and calls[2].network is student.network
 
     source = Teacher(teachers[family(program)])
@@ -278,7 +277,7 @@ def test_two_plus_two_resumed_steps_equal_four(program, workers, command, run, t
         if global_step == 2:
             raise KeyboardInterrupt
 
-    from lcm_distill.checkpoint import Checkpoints
+    from lcm_distill.run.checkpoint import Checkpoints
 
     save = Checkpoints.save
     monkeypatch.setattr(Checkpoints, "save", stop)
@@ -339,7 +338,7 @@ def test_the_base_of_a_lora_is_in_the_mixed_precision_unless_told_otherwise(prog
 
 def check_channels_last(program, argv, run, monkeypatch) -> None:
     """In the middle of the run the weights of 3 × 3 convolutions lie so; adapters of convolutions keep the default."""
-    from lcm_distill.progress import Progress
+    from lcm_distill.run.progress import Progress
 
     layouts, networks = [], []
     step, forward = Progress.step, UNet2DConditionModel.forward
@@ -383,7 +382,7 @@ def test_channels_last_weights_change_nothing_but_rounding(program, command, run
 @pytest.mark.parametrize("program", LORA_PROGRAMS)
 def test_a_lora_run_holds_one_u_net(program, command, run, monkeypatch):
     """The public LoRA programs hold two. Counted in the middle of a run: live parameters of the U-Net's layers."""
-    from lcm_distill.progress import Progress
+    from lcm_distill.run.progress import Progress
 
     alive: list[int] = []
     step = Progress.step
@@ -506,7 +505,7 @@ def test_same_seed_same_run_and_validation_changes_nothing(program, command, run
 
 def test_the_best_checkpoint_is_kept_and_goes_on(command, run, tmp_path, monkeypatch, caplog):
     """By the measured distance, here made to order; `best` is what was there at that step, and can be exported."""
-    from lcm_distill import validation
+    from lcm_distill.run import validation
 
     measured = iter([0.9, 0.9, 0.5, 0.5, 0.7, 0.7, 0.8, 0.8])  # student and target at each step
     monkeypatch.setattr(validation, "relative_distance", lambda answers, ends: next(measured))
@@ -782,7 +781,7 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 import train_lcm_distill_lora_sdxl_wds as program
-from lcm_distill.progress import Progress
+from lcm_distill.run.progress import Progress
 
 rank = None
 log = []

@@ -17,15 +17,15 @@ import pytest
 from browser import Browser, find_browser
 from PIL import Image
 
-from lcm_distill import report
 from lcm_distill.errors import UsageError
-from lcm_distill.journal import Journal
-from lcm_distill.report import (
+from lcm_distill.report import main
+from lcm_distill.run import report
+from lcm_distill.run.journal import Journal
+from lcm_distill.run.report import (
     Grid,
     build_report,
     collect_curves,
     find_grids,
-    main,
     smooth,
     thin,
     thin_grids,
@@ -314,8 +314,8 @@ def test_an_installed_package_has_the_page(tmp_path):
     build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
     subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=source, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    inside = zipfile.ZipFile(wheel).read("lcm_distill/report_template.html")
-    assert inside == (ROOT / "lcm_distill" / "report_template.html").read_bytes()
+    inside = zipfile.ZipFile(wheel).read("lcm_distill/run/report_template.html")
+    assert inside == (ROOT / "lcm_distill" / "run" / "report_template.html").read_bytes()
 
 
 # --- in a browser

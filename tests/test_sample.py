@@ -13,7 +13,7 @@ from PIL import Image
 from lcm_distill import sample
 from lcm_distill.errors import UsageError
 from lcm_distill.sample import Album, parse_lora, plan_rows, row_labels
-from lcm_distill.students import Student, WeightedLora
+from lcm_distill.sampling.finished import Student, WeightedLora
 
 PROMPTS = ["a small red circle on a black background", "a large blue square on a white background"]
 SEEDS = [3, 7]

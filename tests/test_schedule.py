@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler
 
 from lcm_distill.errors import UsageError
-from lcm_distill.schedule import DDIMSolver, NoiseSchedule, lcm_scheduler
+from lcm_distill.objective.schedule import DDIMSolver, NoiseSchedule, lcm_scheduler
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 TYPES = ["epsilon", "v_prediction", "sample"]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from lcm_distill import sd
-from lcm_distill.latents import encode_pixels
-from lcm_distill.teacher import Teacher
+from lcm_distill.models import sd
+from lcm_distill.models.teacher import Teacher
+from lcm_distill.models.vae import encode_pixels
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from original_layout import save_single_file
 
-from lcm_distill import sdxl
-from lcm_distill.consistency import guided_prediction, unet_output
-from lcm_distill.schedule import NoiseSchedule, lcm_scheduler
-from lcm_distill.teacher import Teacher, read_configs
-from lcm_distill.unets import guidance_embedding, student_from_teacher
+from lcm_distill.models import sdxl
+from lcm_distill.models.student import student_from_teacher
+from lcm_distill.models.teacher import Teacher, read_configs
+from lcm_distill.objective.consistency import guidance_embedding, guided_prediction, unet_output
+from lcm_distill.objective.schedule import NoiseSchedule, lcm_scheduler
 
 CAPTIONS = ["a small red circle on a black background", "no such words", "a " * 60]
 SIZES = torch.tensor([[500, 300], [64, 1023]]), torch.tensor([[0, 7], [13, 0]])  # (height, width), (top, left)

@@ -14,17 +14,18 @@ import torch
 from hostile_shards import header
 from PIL import Image
 
-from lcm_distill import plan as plan_module
+from lcm_distill.data.tar import _PLAIN, _parse
+from lcm_distill.environment import check_writable, drawing_device, memory_errors
 from lcm_distill.errors import DivergenceError, UsageError, run_program
-from lcm_distill.journal import Journal
-from lcm_distill.optim import build_lr_scheduler, build_optimizer, keeping_settings
-from lcm_distill.pictures import labelled_grid, shown
-from lcm_distill.plan import plan_training
-from lcm_distill.progress import Progress
-from lcm_distill.randomness import BatchRandom
-from lcm_distill.runtime import check_writable, drawing_device, memory_errors, start_accelerator
-from lcm_distill.tar import _PLAIN, _parse
-from lcm_distill.trackers import parse_trackers
+from lcm_distill.run import plan as plan_module
+from lcm_distill.run.accelerator import start_accelerator
+from lcm_distill.run.journal import Journal
+from lcm_distill.run.optim import build_lr_scheduler, build_optimizer, keeping_settings
+from lcm_distill.run.plan import plan_training
+from lcm_distill.run.progress import Progress
+from lcm_distill.run.randomness import BatchRandom
+from lcm_distill.run.trackers import parse_trackers
+from lcm_distill.sampling.grid import labelled_grid, shown
 
 # --- randomness
 
@@ -237,7 +238,7 @@ def test_fp16_without_a_gpu_is_refused(from_config, monkeypatch):
 
 def test_local_rank_reaches_the_launcher_s_variable(monkeypatch):
     monkeypatch.setattr(
-        "lcm_distill.runtime.Accelerator",
+        "lcm_distill.run.accelerator.Accelerator",
         lambda **_: SimpleNamespace(is_main_process=False, mixed_precision="no", distributed_type="NO"),
     )
     options = {"output_dir": "x", "logging_dir": "logs", "trackers": [], "mixed_precision": "no"}
@@ -251,7 +252,7 @@ def test_ranks_wait_while_the_main_process_draws_and_writes(monkeypatch):
     """NCCL gave a run up after ten minutes: fifty steps of an SDXL teacher for some dozens of prompts take longer."""
     given = []
     monkeypatch.setattr(
-        "lcm_distill.runtime.Accelerator",
+        "lcm_distill.run.accelerator.Accelerator",
         lambda *, kwargs_handlers, **_: (
             given.extend(kwargs_handlers)
             or SimpleNamespace(is_main_process=False, mixed_precision="no", distributed_type="NO")

@@ -13,13 +13,13 @@ import fsspec
 import pytest
 from test_stream import captions, make_stream, read_epochs, take, write_shards
 
-from lcm_distill import sources
+from lcm_distill.data import sources
+from lcm_distill.data.preflight import inspect_shards
+from lcm_distill.data.preparation import Preparation
+from lcm_distill.data.shards import expand_shards, read_shard
+from lcm_distill.data.sources import open_shard
+from lcm_distill.data.stream import make_loader
 from lcm_distill.errors import UsageError
-from lcm_distill.preflight import inspect_shards
-from lcm_distill.samples import Preparation
-from lcm_distill.shards import expand_shards, read_shard
-from lcm_distill.sources import open_shard
-from lcm_distill.stream import make_loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 

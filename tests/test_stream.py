@@ -23,14 +23,16 @@ import pytest
 import torch
 from PIL import Image
 
-from lcm_distill import samples, sources
-from lcm_distill import stream as stream_module
+from lcm_distill.data import decode, raw, sources
+from lcm_distill.data import stream as stream_module
+from lcm_distill.data.decode import decode_picture
+from lcm_distill.data.filters import FILTERED, parse_filters
+from lcm_distill.data.preflight import inspect_shards
+from lcm_distill.data.preparation import Preparation, resize_and_crop
+from lcm_distill.data.raw import CODE_BEARING, PICTURES
+from lcm_distill.data.shards import count_samples, expand_shards
+from lcm_distill.data.stream import DropCounter, ShardStream, StreamIterator, deal_shards, make_loader
 from lcm_distill.errors import UsageError
-from lcm_distill.filters import FILTERED, parse_filters
-from lcm_distill.preflight import inspect_shards
-from lcm_distill.samples import Preparation, decode_picture, resize_and_crop
-from lcm_distill.shards import CODE_BEARING, PICTURES, count_samples, expand_shards
-from lcm_distill.stream import DropCounter, ShardStream, StreamIterator, deal_shards, make_loader
 
 REPO = Path(__file__).parents[1]
 
@@ -254,7 +256,7 @@ def test_restore_is_exact(tmp_path, workers):
         states.append(original.state_dict())
         batches.append(next(iterator))
     assert all(place["epoch"] >= 1 for place in stream_module._places(states[-1]))
-    assert {reason for batch in batches for reason in batch["dropped"]} > {samples.UNREADABLE_SHARD}
+    assert {reason for batch in batches for reason in batch["dropped"]} > {raw.UNREADABLE_SHARD}
     for k in range(0, 27, 3):
         buffer = io.BytesIO()
         torch.save(states[k], buffer)
@@ -395,8 +397,8 @@ def test_stream_can_be_sent_to_a_spawned_worker(tmp_path):
 
 WORKERS_SCRIPT = """
 import sys, time
-from lcm_distill.samples import Preparation
-from lcm_distill.stream import ShardStream, make_loader
+from lcm_distill.data.preparation import Preparation
+from lcm_distill.data.stream import ShardStream, make_loader
 stream = ShardStream(shards=sys.argv[1:2], preparation=Preparation(resolution=16), batch_size=1, seed=0)
 loader = make_loader(stream, 2)
 iterator = iter(loader)
@@ -489,7 +491,7 @@ def test_too_many_bad_samples_end_the_run_with_their_reasons(tmp_path, monkeypat
     with pytest.raises(UsageError, match=r"samples cannot be used, more than --max_bad_fraction 0.8") as error:
         take(iter(loader), 100)
     loader.close()
-    assert f"x {samples.NOT_A_PICTURE}" in str(error.value) and "Traceback" not in str(error.value)
+    assert f"x {raw.NOT_A_PICTURE}" in str(error.value) and "Traceback" not in str(error.value)
     loader = make_loader(make_stream(shards, max_bad_fraction=0.95), workers)
     take(iter(loader), 60)
     loader.close()
@@ -503,7 +505,7 @@ def test_a_worker_that_finds_nothing_says_so(tmp_path, monkeypatch, caplog):
     take(iter(make_stream([write_tar(tmp_path / "0.tar", files)], shuffle_window=1)), 1)
     told = [record.getMessage() for record in caplog.records]
     assert [re.search(r"none of the last (\d+)", text)[1] for text in told] == ["16", "32", "64"]
-    assert f"64 x {samples.NOT_A_PICTURE}" in told[-1]
+    assert f"64 x {raw.NOT_A_PICTURE}" in told[-1]
 
 
 def test_filtered_samples_are_not_bad(tmp_path, monkeypatch):
@@ -587,7 +589,7 @@ def test_a_large_jpeg_is_decoded_small_and_shows_the_same():
 @pytest.mark.parametrize("extension", PICTURES)
 def test_every_kind_of_picture_is_read(tmp_path, extension):
     kind = {"jpg": "JPEG", "jpeg": "JPEG", "jfif": "JPEG", "tif": "TIFF"}.get(extension, extension.upper())
-    if kind == "AVIF" and kind not in samples.PILLOW_FORMATS:
+    if kind == "AVIF" and kind not in decode.PILLOW_FORMATS:
         pytest.skip("this Pillow has no AVIF")
     files = [(f"a.{extension.upper()}", encode(Image.new("RGB", (20, 24), "red"), kind)), ("a.txt", "red")]
     batch = next(iter(make_stream([write_tar(tmp_path / "0.tar", files)])))
@@ -606,7 +608,7 @@ def test_scans_cannot_hide_from_their_count(hidden_by):
         scans = partial + full + partial * 300
     else:
         scans = (partial + b"\xff\x01") * 300
-    with pytest.raises(samples.BadSample, match="too large"):
+    with pytest.raises(raw.BadSample, match="too large"):
         decode_picture(content[:start] + scans + b"\xff\xd9")
     assert decode_picture(content)[0].size == (64, 64)
 
@@ -883,21 +885,21 @@ class TouchesFile:
 
 GOOD = noise_picture(0)
 BAD_SAMPLES = [
-    (samples.NO_PICTURE, [("a.txt", "x")]),
-    (samples.NO_PICTURE, [("a.psd", GOOD), ("a.txt", "x")]),
-    (samples.NO_CAPTION, [("a.png", GOOD)]),
-    (samples.NO_CAPTION, [("a.png", GOOD), ("a.txt", " \n")]),
-    (samples.NO_CAPTION, [("a.png", GOOD), ("a.json", '{"prompt": "x"}')]),
-    (samples.NO_CAPTION, [("a.png", GOOD), ("b/a.txt", "of another folder")]),
-    (samples.CAPTION_NOT_UTF8, [("a.png", GOOD), ("a.txt", b"\xff\xfe\xfd")]),
-    (samples.NOT_A_PICTURE, [("a.jpg", "text in place of a picture"), ("a.txt", "x")]),
-    (samples.NOT_A_PICTURE, [("a.jpg", ""), ("a.txt", "x")]),
-    (samples.NOT_A_PICTURE, [("a.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), ("a.txt", "x")]),
-    (samples.NOT_A_PICTURE, [("a.png", GOOD[:20]), ("a.txt", "x")]),
-    (samples.DAMAGED_PICTURE, [("a.png", GOOD[: len(GOOD) // 2]), ("a.txt", "x")]),
-    (samples.HUGE_PICTURE, [("a.png", bomb()), ("a.txt", "x")]),
-    (samples.DUPLICATE_NAME, [("a.png", GOOD), ("a.txt", "x"), ("a.png", noise_picture(1)), ("a.txt", "y")]),
-    (samples.DUPLICATE_NAME, [("a.png", GOOD), ("a.PNG", noise_picture(1)), ("a.txt", "y")]),
+    (raw.NO_PICTURE, [("a.txt", "x")]),
+    (raw.NO_PICTURE, [("a.psd", GOOD), ("a.txt", "x")]),
+    (raw.NO_CAPTION, [("a.png", GOOD)]),
+    (raw.NO_CAPTION, [("a.png", GOOD), ("a.txt", " \n")]),
+    (raw.NO_CAPTION, [("a.png", GOOD), ("a.json", '{"prompt": "x"}')]),
+    (raw.NO_CAPTION, [("a.png", GOOD), ("b/a.txt", "of another folder")]),
+    (raw.CAPTION_NOT_UTF8, [("a.png", GOOD), ("a.txt", b"\xff\xfe\xfd")]),
+    (raw.NOT_A_PICTURE, [("a.jpg", "text in place of a picture"), ("a.txt", "x")]),
+    (raw.NOT_A_PICTURE, [("a.jpg", ""), ("a.txt", "x")]),
+    (raw.NOT_A_PICTURE, [("a.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), ("a.txt", "x")]),
+    (raw.NOT_A_PICTURE, [("a.png", GOOD[:20]), ("a.txt", "x")]),
+    (raw.DAMAGED_PICTURE, [("a.png", GOOD[: len(GOOD) // 2]), ("a.txt", "x")]),
+    (raw.HUGE_PICTURE, [("a.png", bomb()), ("a.txt", "x")]),
+    (raw.DUPLICATE_NAME, [("a.png", GOOD), ("a.txt", "x"), ("a.png", noise_picture(1)), ("a.txt", "y")]),
+    (raw.DUPLICATE_NAME, [("a.png", GOOD), ("a.PNG", noise_picture(1)), ("a.txt", "y")]),
 ]
 
 
@@ -911,7 +913,7 @@ def test_bad_samples_are_skipped_and_counted(tmp_path, workers):
     # File order, so that all of the first epoch's drops lie before the second epoch's first sample(s).
     stream = make_stream([write_tar(tmp_path / "0.tar", files)], shuffle_window=1)
     expected = Counter(reason for reason, _ in BAD_SAMPLES)
-    expected[samples.NO_PICTURE] += 1  # the caption of another folder is a sample of its own
+    expected[raw.NO_PICTURE] += 1  # the caption of another folder is a sample of its own
     seen, counters = {}, {}
     for worker in range(max(1, workers)):
         iterator = StreamIterator(stream, worker=worker, workers=workers)
@@ -1003,7 +1005,7 @@ def test_unreadable_shards_are_counted_once(tmp_path):
             for _ in iterator._read_epoch():
                 pass
             dropped += iterator.dropped
-        assert dropped == {samples.UNREADABLE_SHARD: 5}, workers
+        assert dropped == {raw.UNREADABLE_SHARD: 5}, workers
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -1023,7 +1025,7 @@ def test_shards_without_a_usable_sample_end_in_one_clear_error(tmp_path, workers
         inspect_shards(shards, Preparation(resolution=16))
     assert message == str(preflight.value)
     assert "0 of 3 samples usable, in the first 3 of 3 shards" in message
-    assert f"2 x {samples.NO_CAPTION}, 1 x {samples.NOT_A_PICTURE}" in message
+    assert f"2 x {raw.NO_CAPTION}, 1 x {raw.NOT_A_PICTURE}" in message
     assert "1 x cls" in message and "1 x psd" in message
     assert "Traceback" not in message
 
@@ -1151,7 +1153,7 @@ def test_inspect_reports_what_is_there(tmp_path):
     assert report.json_keys == {"url": 2, "caption": 1}
     assert (report.smallest, report.largest) == ((16, 20), (30, 40))
     assert report.captions == ["first", "second"]
-    assert report.dropped == {samples.NO_CAPTION: 1, samples.UNREADABLE_SHARD: 1}
+    assert report.dropped == {raw.NO_CAPTION: 1, raw.UNREADABLE_SHARD: 1}
     text = str(report)
     assert "3 of 4 samples usable" in text and "20x16 to 40x30 (width x height)" in text and "1.tar" in text
 

@@ -15,20 +15,20 @@ from diffusers.utils import logging as diffusers_logging
 from finished_students import GRID
 from peft.tuners.lora import LoraLayer
 
-from lcm_distill.drawing import draw_latents
+from lcm_distill.environment import quiet_libraries
 from lcm_distill.errors import UsageError
-from lcm_distill.runtime import quiet_libraries
-from lcm_distill.students import (
+from lcm_distill.models.families import family_of
+from lcm_distill.models.teacher import Teacher
+from lcm_distill.sampling.finished import (
     Student,
     WeightedLora,
-    family_of,
     find_student,
     find_students,
     load_teacher,
     natural_resolution,
     with_loras,
 )
-from lcm_distill.teacher import Teacher
+from lcm_distill.sampling.generate import draw_latents
 
 PROMPTS = ["a small red circle on a black background", "a large blue square on a white background"]
 DRAWING = dict(inference_steps=2, guidance_scale=4.0, resolution=64, batch_size=2)

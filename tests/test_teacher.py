@@ -13,10 +13,10 @@ from original_layout import open_clip, save_single_file
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lcm_distill import sd, sdxl
 from lcm_distill.errors import UsageError
-from lcm_distill.latents import vae_factor
-from lcm_distill.teacher import Teacher, read_configs
+from lcm_distill.models import sd, sdxl
+from lcm_distill.models.teacher import Teacher, read_configs
+from lcm_distill.models.vae import vae_factor
 
 CONFIGS = {"family": "sd", "resolution": 64, "num_ddim_timesteps": 50}
 MODULES = {"sd": sd, "sdxl": sdxl}

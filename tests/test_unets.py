@@ -7,14 +7,14 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from lcm_distill.errors import UsageError
-from lcm_distill.unets import (
+from lcm_distill.models.student import (
     architecture,
     check_teacher_config,
     enable_xformers,
-    guidance_embedding,
     student_from_teacher,
     target_from_student,
 )
+from lcm_distill.objective.consistency import guidance_embedding
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,15 @@ import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 from PIL import Image
 
-from lcm_distill import sd, sdxl, validation
-from lcm_distill.consistency import unet_output
-from lcm_distill.drawing import draw_latents, teacher_sampler
 from lcm_distill.errors import UsageError
-from lcm_distill.latents import decode_latents, encode_pixels
-from lcm_distill.measures import relative_distance
-from lcm_distill.schedule import DDIMSolver, NoiseSchedule
-from lcm_distill.validation import Validation, read_prompts, validation_guidance_scale
+from lcm_distill.models import sd, sdxl
+from lcm_distill.models.vae import decode_latents, encode_pixels
+from lcm_distill.objective.consistency import unet_output
+from lcm_distill.objective.schedule import DDIMSolver, NoiseSchedule
+from lcm_distill.run import validation
+from lcm_distill.run.validation import Validation, validation_guidance_scale
+from lcm_distill.sampling.generate import draw_latents, read_prompts, teacher_sampler
+from lcm_distill.sampling.metrics import relative_distance
 
 PROMPTS = ["a small red circle on a black background", "a large blue square on a white background"]
 DRAWING = {"images_per_prompt": 2, "guidance_scale": 3.0, "resolution": 64, "seed": 3}

@@ -17,11 +17,12 @@ from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 
 from lcm_distill import evaluate
+from lcm_distill.environment import quiet_libraries
 from lcm_distill.evaluate import CONTROL, Row
-from lcm_distill.metrics import LatentDistances, Toy
-from lcm_distill.runtime import quiet_libraries
-from lcm_distill.students import Student, family_of, find_students, load_teacher
-from lcm_distill.teacher import Teacher
+from lcm_distill.models.families import family_of
+from lcm_distill.models.teacher import Teacher
+from lcm_distill.sampling.finished import Student, find_students, load_teacher
+from lcm_distill.sampling.metrics import LatentDistances, Toy
 from toy.score import RESOLUTION, real_pictures
 
 TEACHERS = {family: Path(__file__).parent / "teachers" / family for family in ("sd", "sdxl")}

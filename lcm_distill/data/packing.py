@@ -1,0 +1,475 @@
+"""Folders of captioned pictures packed into shards: what `python -m lcm_distill.pack_shards` does."""
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import posixpath
+import random
+import signal
+import stat
+import threading
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+from lcm_distill.data.captions import CAPTION_KEYS, CAPTIONS
+from lcm_distill.data.decode import open_picture, to_rgb
+from lcm_distill.data.raw import CAPTION_NOT_UTF8, DAMAGED_PICTURE, HUGE_FILE, PICTURES, BadSample, list_counts
+from lcm_distill.data.shards import MAX_FILE_BYTES, MAX_TEXT_BYTES
+from lcm_distill.data.tar import PARTIAL, whole_tar
+from lcm_distill.errors import UsageError
+
+MANIFEST = "manifest.jsonl"  # the settings, then a line for each whole shard
+METADATA = ("metadata.jsonl", "metadata.csv")
+STORED_AS_THEY_ARE = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # by content: names are often wrong
+KEPT = "The shards that are whole are kept: run the same command again to go on"
+
+# Why a picture is skipped, beside the reasons of `data.raw`.
+EMPTY_FILE = "empty file (zero bytes)"
+NO_CAPTION = "no caption, or an empty one"
+NO_FILE = "row of the metadata without its picture"
+UNREADABLE = "not a file, a link to nothing, or no permission to read it"
+
+Skipped = dict[str, list[str]]  # reason to names
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the shards depend on, beside the pictures: the flags of these names."""
+
+    caption_column: str | None = None
+    max_size: int | None = None
+    samples_per_shard: int = 1000
+    max_shard_mb: int = 2000
+    seed: int = 0
+
+
+class Picture(NamedTuple):
+    """A picture that has a place to take its caption from. Paths start at IMAGES and have slashes."""
+
+    path: str
+    text: str  # path of the text file beside it, "" for none
+    rows: bytes  # its rows of the metadata as JSON, one on each line, b"" for none
+    stamp: tuple[int, ...]  # bytes and time of the picture, then of the text file: tells an edited one
+
+
+class Task(NamedTuple):
+    """What a worker needs to write one shard; `first` is the number of its first picture among all, for the keys."""
+
+    images: str
+    shard: Path
+    first: int
+    pictures: list[Picture]
+    settings: Settings
+
+
+@dataclass
+class Packed:
+    shards: int
+    samples: int
+    bytes: int
+    skipped: Skipped
+
+
+# ----------------------------------------------------------------------------------------------- what there is
+
+
+def find_pictures(images: str, out: str, caption_column: str | None = None) -> tuple[list[Picture], Skipped]:
+    """(the pictures below `images` but not in `out` that may have a caption, by path; what was skipped).
+
+    Nothing but the metadata is read.
+
+    Raises:
+        UsageError: no picture, or none with a caption; a folder or metadata that cannot be read; no such column.
+    """
+    found: list[Picture] = []
+    rows: dict[str, bytes] = {}
+    columns: Counter = Counter()
+    other_files: Counter = Counter()
+    skipped: Skipped = defaultdict(list)
+    out = os.path.realpath(out)
+    bar = tqdm(desc="looking", unit=" pictures", leave=False, delay=1, dynamic_ncols=True)
+    for folder, folders, names in os.walk(images, onerror=_unreadable):
+        visible = (name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in visible if os.path.realpath(os.path.join(folder, name)) != out]
+        prefix = os.path.relpath(os.path.join(folder, "x"), images)[:-1]
+        texts: dict[str, dict[str, str]] = {}
+        pictures = []
+        for name in sorted(name for name in names if not name.startswith(".")):
+            stem, dotted = os.path.splitext(name)
+            suffix = dotted.lower().removeprefix(".")
+            if suffix in PICTURES:
+                pictures.append((stem, name))
+                continue
+            other_files[dotted.lower() or "other file"] += 1
+            if suffix in CAPTIONS and caption_column is None:
+                texts.setdefault(stem, {})[suffix] = prefix + name
+            if name in METADATA:
+                for path, row in _read_metadata(os.path.join(folder, name)):
+                    path = posixpath.normpath(posixpath.join(prefix, path))
+                    columns.update(row.keys())
+                    rows[path] = rows.get(path, b"") + json.dumps(row).encode() + b"\n"
+        for stem, name in pictures:
+            bar.update()
+            text = next((texts[stem][suffix] for suffix in CAPTIONS if suffix in texts.get(stem, ())), "")
+            picture = Picture(prefix + name, text, b"", _stamp(images, prefix + name) + _stamp(images, text))
+            limits = (MAX_FILE_BYTES, MAX_TEXT_BYTES)
+            if len(picture.stamp) < (4 if text else 2):
+                skipped[UNREADABLE].append(picture.path)
+            elif picture.stamp[0] == 0:
+                skipped[EMPTY_FILE].append(picture.path)
+            elif any(size > limit for size, limit in zip(picture.stamp[::2], limits, strict=False)):
+                skipped[HUGE_FILE].append(picture.path)
+            else:
+                found.append(picture)
+    bar.close()
+    if not found:
+        raise UsageError(
+            f"IMAGES: there is no picture that can be used in {images}, but {list_counts(other_files)}. Give a folder "
+            f"of {', '.join(sorted(PICTURES))}." + ("\nSkipped:\n" + describe_skipped(skipped) if skipped else "")
+        )
+    if caption_column is not None and caption_column not in columns:
+        raise UsageError(
+            f"--caption_column {caption_column}: the {' or '.join(METADATA)} in {images} has no such column, but "
+            f"{list_counts(columns)}. Name one of these, or leave the flag out to take the text files beside the "
+            f"pictures, and the columns {' and '.join(CAPTION_KEYS)}."
+        )
+    for names in skipped.values():
+        for name in names:
+            rows.pop(name, None)
+    captioned = []
+    for picture in sorted(found):
+        mine = rows.pop(picture.path, b"")
+        if picture.text or mine:
+            captioned.append(picture._replace(rows=mine))
+        else:
+            skipped[NO_CAPTION].append(picture.path)
+    if rows:
+        skipped[NO_FILE] = sorted(rows)
+    if not captioned:
+        raise UsageError(
+            f"IMAGES: none of the {len(found)} pictures in {images} has a caption. Put that of a.jpg into a.txt beside "
+            'it, or into a metadata.jsonl as a line {"file_name": "a.jpg", "text": "a caption"}. What there is beside '
+            f"the pictures: {list_counts(other_files)}. Skipped:\n{describe_skipped(skipped)}"
+        )
+    return captioned, skipped
+
+
+def _unreadable(error: OSError) -> None:
+    raise UsageError(f"IMAGES: the folder {error.filename} cannot be read ({error.strerror}); mend or move it.")
+
+
+def _stamp(images: str, path: str) -> tuple[int, ...]:
+    """(bytes, time of the last change) of a regular file, through links; () for anything else."""
+    with contextlib.suppress(OSError):
+        about = os.stat(os.path.join(images, path))
+        return (about.st_size, about.st_mtime_ns) if stat.S_ISREG(about.st_mode) else ()
+    return ()
+
+
+def _read_metadata(path: str) -> Iterator[tuple[str, dict]]:
+    """(file name, the other columns) of each row of a .jsonl or .csv."""
+    number = 0
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            table = csv.DictReader(file) if path.endswith(".csv") else (json.loads(x) for x in file if x.strip())
+            for row in table:
+                number += 1
+                name = row.pop("file_name", None) if isinstance(row, dict) else None
+                if not isinstance(name, str) or not name:
+                    raise ValueError(f"no file_name, which names the picture, in {str(row)[:200]}")
+                yield name, {key: value for key, value in row.items() if key is not None and value is not None}
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
+        raise UsageError(f"IMAGES: {path} cannot be used: {error}. Mend row {number} or the next.") from None
+
+
+# --------------------------------------------------------------------------------------------------- a sample
+
+
+def make_sample(images: str, picture: Picture, settings: Settings) -> dict[str, bytes]:
+    """The files of a sample by extension: the picture, `txt` unless it has several captions, and `json`.
+
+    The JSON has the metadata's other columns, `file_name`, `width` and `height` of the stored picture, upright, and
+    `original_width` and `original_height` if those are others. Several captions are its list `caption`.
+
+    Raises:
+        BadSample: it cannot be trained on.
+        UsageError: a file that was there cannot be read any more.
+    """
+    captions, meta = _read_captions(images, picture, settings.caption_column)
+    content, extension, size, true_size = _read_picture(_read(images, picture.path), settings.max_size)
+    meta |= {"file_name": picture.path, "width": size[0], "height": size[1]}
+    original = _told_size(meta) or true_size
+    if original != size:
+        meta |= {"original_width": original[0], "original_height": original[1]}
+    files = {extension: content}
+    if len(captions) > 1:
+        meta["caption"] = captions
+    else:
+        files["txt"] = captions[0].encode()
+    files["json"] = json.dumps(meta).encode()
+    if len(content) > MAX_FILE_BYTES or len(files["json"]) > MAX_TEXT_BYTES:
+        raise BadSample(HUGE_FILE)
+    return files
+
+
+def _read(images: str, path: str) -> bytes:
+    try:
+        return Path(images, path).read_bytes()
+    except PermissionError:
+        raise BadSample(UNREADABLE) from None
+    except OSError as error:  # it was there a moment ago: more likely a disk went away than that one file is bad
+        raise UsageError(f"IMAGES: {path} cannot be read any more ({error.strerror}). {KEPT}.") from None
+
+
+def _read_captions(images: str, picture: Picture, caption_column: str | None) -> tuple[list[str], dict]:
+    """(the captions, at least one; the other columns of its first row)."""
+    rows = [json.loads(line) for line in picture.rows.splitlines()]
+    meta = rows[0] if rows else {}
+    reason = NO_CAPTION
+    if picture.text:
+        try:
+            text = _read(images, picture.text).decode("utf-8-sig").strip()
+            if text:
+                return [text], meta
+        except UnicodeDecodeError:
+            reason = CAPTION_NOT_UTF8
+    for column in CAPTION_KEYS if caption_column is None else (caption_column,):
+        values = [row.get(column) for row in rows]
+        texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
+        # JSON can spell half a surrogate pair, which no tokenizer takes.
+        captions = [text.encode("utf-8", "replace").decode().strip() for text in texts if isinstance(text, str)]
+        if any(captions):
+            meta.pop(column, None)
+            return list(dict.fromkeys(filter(None, captions))), meta
+    raise BadSample(reason)
+
+
+def _told_size(meta: dict) -> tuple[int, int] | None:
+    """(width, height) before the dataset's maker shrank the picture; a .csv gives them as text."""
+    try:
+        width, height = int(meta["original_width"]), int(meta["original_height"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    return (width, height) if min(width, height) > 0 else None
+
+
+def _read_picture(content: bytes, max_size: int | None) -> tuple[bytes, str, tuple[int, int], tuple[int, int]]:
+    """(the bytes to store, their extension, their picture's (width, height), the true one), both upright."""
+    image = open_picture(content)
+    extension = STORED_AS_THEY_ARE.get(image.format or "")
+    try:
+        image.load()
+        with contextlib.suppress(Exception):  # broken EXIF: take the picture as it lies, as the readers do
+            image = ImageOps.exif_transpose(image)
+        true_size = image.size
+        if max_size and min(true_size) > max_size:
+            image = _shrink(image, max_size)
+            extension = "jpg" if extension in ("jpg", "webp") else "png"
+            content = _encode(image, extension)
+        elif extension is None:
+            image = image if image.mode in ("1", "L", "LA", "P", "RGBA", "I;16") else image.convert("RGB")
+            extension = "png"
+            content = _encode(image, extension)
+    except Exception:  # noqa: BLE001 - decoders raise nearly anything
+        raise BadSample(DAMAGED_PICTURE) from None
+    return content, extension, image.size, true_size
+
+
+def _shrink(image: Image.Image, short: int) -> Image.Image:
+    """RGB, its shorter side of `short` pixels."""
+    width, height = (round(side * short / min(image.size)) for side in image.size)
+    return to_rgb(image).resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _encode(image: Image.Image, extension: str) -> bytes:
+    file = io.BytesIO()
+    if extension == "png":
+        image.save(file, "PNG")
+    else:
+        image.save(file, "JPEG", quality=95, subsampling=0)  # subsampled colours would bleed at training's size
+    return file.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------- a shard
+
+_done: Any = None  # in a worker: counts the pictures of all workers,
+_stop: Any = None  # and the event at which it gives up its shard
+
+
+def _start_worker(done: Any, stop: Any) -> None:
+    global _done, _stop
+    _done, _stop = done, stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process tells when to stop
+    warnings.simplefilter("ignore")  # Pillow's, which name no file
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """The workers of a killed process would wait for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _write_shard(task: Task) -> dict[str, Any]:
+    """Writes one shard, under its name when it is whole, and returns its line of the manifest."""
+    skipped: Skipped = defaultdict(list)
+    count = 0
+    with whole_tar(task.shard) as tar:
+        for number, picture in enumerate(task.pictures, task.first):
+            if _stop.is_set():
+                raise InterruptedError  # for nobody to hear: the main process is on its way out
+            try:
+                files = make_sample(task.images, picture, task.settings)
+                count += 1
+            except BadSample as bad:
+                files = {}
+                skipped[bad.reason].append(picture.path)
+            for extension, content in files.items():
+                tar.add(f"{number:09d}.{extension}", content)
+            with _done.get_lock():
+                _done.value += 1
+    return {"shard": task.shard.name, "samples": count, "bytes": tar.size, "skipped": skipped}
+
+
+# -------------------------------------------------------------------------------------------------- all shards
+
+
+def pack_shards(
+    images: str | os.PathLike, out: str | os.PathLike, settings: Settings | None = None, num_workers: int | None = None
+) -> Packed:
+    """Packs the pictures in `images` into shards in `out`, or goes on with that; see the module's docstring.
+
+    `UsageError` for a value out of range, nothing to pack, an `out` that holds anything else or was packed from
+    other files or with other settings, and for what stops it on the way (a full disk): then whole shards stay.
+    """
+    images, out, settings = os.path.realpath(images), Path(out), settings or Settings()
+    for name, value in (asdict(settings) | {"num_workers": num_workers}).items():
+        if name not in ("caption_column", "seed") and value is not None and value < 1:
+            raise UsageError(f"--{name} is {value}; give 1 or more")
+    if not os.path.isdir(images):
+        raise UsageError(f"IMAGES: there is no folder {images}; give the one with the pictures")
+    if out.exists() and not (out / MANIFEST).exists():
+        if not out.is_dir() or not all(name.startswith(".") for name in os.listdir(out)):
+            raise UsageError(f"OUT {out} is a file, or holds other things; name a new or empty folder")
+
+    pictures, skipped = find_pictures(images, str(out), settings.caption_column)
+    digest = hashlib.sha256()
+    for picture in pictures:
+        digest.update(repr(tuple(picture)).encode())
+    header = {"settings": asdict(settings), "pictures": len(pictures), "digest": digest.hexdigest(), "skipped": skipped}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        records = _begin(out, header)
+        tasks = [task for task in _deal(images, out, pictures, settings) if task.shard.name not in records]
+        with open(out / MANIFEST, "a", encoding="utf-8") as manifest:
+            _write_shards(tasks, len(pictures), num_workers or os.cpu_count() or 1, manifest, records)
+    except OSError as error:
+        raise UsageError(f"OUT {out}: {error.strerror or error}. {KEPT} when that is mended") from None
+    except BrokenProcessPool:
+        raise UsageError(
+            f"a worker process died, most likely for want of memory. {KEPT}, with a smaller --num_workers"
+        ) from None
+    written = [record for record in records.values() if record["samples"]]
+    for record in records.values():
+        for reason, names in record["skipped"].items():
+            skipped[reason] = sorted(skipped[reason] + names)
+    if not written:
+        (out / MANIFEST).unlink()  # or the mended pictures would be refused as others
+        raise UsageError(f"IMAGES: nothing in {images} can be trained on. Skipped:\n{describe_skipped(skipped)}")
+    return Packed(len(written), sum(r["samples"] for r in written), sum(r["bytes"] for r in written), dict(skipped))
+
+
+def _deal(images: str, out: Path, pictures: list[Picture], settings: Settings) -> list[Task]:
+    """Shuffles the pictures and cuts them into shards of even length, since training deals these whole."""
+    random.Random(settings.seed).shuffle(pictures)
+    total = sum(picture.stamp[0] for picture in pictures)
+    by_bytes = min(len(pictures), -(-total // (settings.max_shard_mb * 10**6)))
+    count = max(-(-len(pictures) // settings.samples_per_shard), by_bytes)
+    bounds = [shard * len(pictures) // count for shard in range(count + 1)]
+    return [
+        Task(images, out / f"{shard:05d}.tar", first, pictures[first:end], settings)
+        for shard, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False))
+    ]
+
+
+def _begin(out: Path, header: dict[str, Any]) -> dict[str, dict]:
+    """Writes a clean manifest, and returns its lines by the names of the shards that are there and whole."""
+    for partial in out.glob(f".*{PARTIAL}"):
+        partial.unlink(missing_ok=True)
+    records: dict[str, dict] = {}
+    if (out / MANIFEST).exists():
+        try:
+            before, *lines = (out / MANIFEST).read_text(encoding="utf-8").split("\n")
+            told = json.loads(before)
+            others = [f"--{name} {value}" for name, value in told["settings"].items()
+                      if value != header["settings"][name]]  # fmt: skip
+            if told["digest"] != header["digest"]:
+                others.append(f"{told['pictures']} pictures, some of which have changed, gone or come since")
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise UsageError(f"OUT {out}: its {MANIFEST} is not of this program; name another folder") from None
+        if others:
+            raise UsageError(
+                f"OUT {out} was begun with {' and '.join(others)}. Name another folder for these pictures and flags, "
+                "or remove that one"
+            )
+        for line in lines:
+            with contextlib.suppress(ValueError, LookupError):  # a kill may have cut the last line
+                record = json.loads(line)
+                if (*_stamp(str(out), record["shard"]), 0)[0] == record["bytes"]:
+                    records[record["shard"]] = record
+    partial = out / f".{MANIFEST}{PARTIAL}"
+    with open(partial, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in (header, *records.values()))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, out / MANIFEST)
+    return records
+
+
+def _write_shards(
+    tasks: list[Task], pictures: int, num_workers: int, manifest: IO[str], records: dict[str, dict]
+) -> None:
+    """Writes the shards, each in one of several processes; adds the whole ones to `manifest` and `records`."""
+    if not tasks:
+        return
+    done, stop = multiprocessing.Value("Q", 0), multiprocessing.Event()
+    before = pictures - sum(len(task.pictures) for task in tasks)
+    with ProcessPoolExecutor(min(num_workers, len(tasks)), None, _start_worker, (done, stop)) as pool:
+        try:
+            pending = {pool.submit(_write_shard, task) for task in tasks}
+            with tqdm(desc="packing", unit=" pictures", total=pictures, initial=before, dynamic_ncols=True) as bar:
+                while pending:
+                    finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                    bar.update(before + done.value - bar.n)
+                    for future in finished:
+                        record = future.result()
+                        records[record["shard"]] = record
+                        manifest.write(json.dumps(record) + "\n")
+                        manifest.flush()
+                        os.fsync(manifest.fileno())
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def describe_skipped(skipped: Skipped) -> str:
+    """A line for each reason, the most frequent first, with the first names."""
+    ordered = sorted(skipped.items(), key=lambda item: -len(item[1]))
+    lines = [f"  {len(names)} x {why}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}" for why, names in ordered]
+    return "\n".join(lines).encode("utf-8", "replace").decode()  # file names need not be UTF-8

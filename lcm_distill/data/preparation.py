@@ -1,0 +1,237 @@
+"""From a raw sample to pixels and words: decode, caption, resize and crop, with the true micro-conditioning.
+
+An encoded sample (`lcm_distill.data.encoded`) has the moments of its latents in place of pixels, and perhaps the
+embeddings of its captions.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lcm_distill.data.captions import check_caption_column, read_captions, read_json
+from lcm_distill.data.decode import check_size, decode_picture
+from lcm_distill.data.encoded import Encoding, OtherEncoding, unpack
+from lcm_distill.data.filters import Filter
+from lcm_distill.data.raw import (
+    DAMAGED_LATENTS,
+    DUPLICATE_NAME,
+    HUGE_FILE,
+    LATENTS,
+    NO_LATENTS,
+    NO_PICTURE,
+    PICTURES,
+    BadSample,
+    RawSample,
+    printable,
+)
+from lcm_distill.data.shards import FLAG
+from lcm_distill.errors import UsageError
+
+INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic", "lanczos", "box", "hamming")}
+INTERPOLATIONS |= {"nearest": Image.Resampling.NEAREST, "nearest_exact": Image.Resampling.NEAREST}
+with warnings.catch_warnings():  # torch says once in a process that an array is read-only: this is that once
+    warnings.simplefilter("ignore")
+    torch.from_numpy(np.frombuffer(bytes(1), np.uint8))
+_TORCH_MODES = {int(Image.Resampling.BILINEAR): "bilinear", int(Image.Resampling.BICUBIC): "bicubic"}
+
+
+class MixedShards(UsageError):
+    """Samples of different kinds are among the shards: pictures, latents, latents of another encoding."""
+
+    def __init__(self, raw: RawSample, what: str):
+        super().__init__(
+            f"{FLAG}: the sample {printable(raw.key)} {what}. Train on shards of pictures, or on encoded ones that "
+            "were all made with the same teacher and flags (python -m lcm_distill.encode_shards)."
+        )
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What becomes of a sample on the way to pixels and words; `UsageError` for a value that cannot be.
+
+    resolution: side of the square pictures, pixels.
+    interpolation: one of `INTERPOLATIONS` (Pillow's, all antialiased).
+    center_crop: crop the middle, not a random part.
+    random_flip: mirror every other picture.
+    proportion_empty_prompts: of the captions, 0 to 1.
+    caption_column: a file extension or a JSON key, the only place to take captions from (`check_caption_column`);
+        None for the usual ones.
+    min_image_size: pictures whose shorter side is shorter than this many pixels are left out.
+    filters: what a sample's JSON must satisfy, by `parse_filters`.
+    encoding: of the shards, if they are encoded; the resolution, the interpolation and the crop are then its own.
+    """
+
+    resolution: int
+    interpolation: str = "bilinear"
+    center_crop: bool = False
+    random_flip: bool = False
+    proportion_empty_prompts: float = 0.0
+    caption_column: str | None = None
+    min_image_size: int = 0
+    filters: Sequence[Filter] = ()
+    encoding: Encoding | None = None
+
+    def __post_init__(self) -> None:
+        for flag, value, least in (("--resolution", self.resolution, 1), ("--min_image_size", self.min_image_size, 0)):
+            if value < least:
+                raise UsageError(f"{flag} is {value}; give {least} or more.")
+        if self.interpolation not in INTERPOLATIONS:
+            given = repr(self.interpolation)
+            raise UsageError(f"--interpolation_type is {given}; give one of {', '.join(INTERPOLATIONS)}.")
+        if not 0 <= self.proportion_empty_prompts <= 1:
+            given = str(self.proportion_empty_prompts)
+            raise UsageError(f"--proportion_empty_prompts is {given}; give a number from 0 to 1.")
+        object.__setattr__(self, "caption_column", check_caption_column(self.caption_column))
+        object.__setattr__(self, "filters", tuple(self.filters))
+
+
+@dataclass
+class Sample:
+    arrays: dict[str, np.ndarray]  # "pixels" uint8 [resolution, resolution, 3]; or "moments" and embeddings, float16
+    caption: str
+    original_size: tuple[int, int]  # (height, width)
+    crop_top_left: tuple[int, int]
+    picture_size: tuple[int, int]  # (height, width) of the picture in the shard, upright
+
+
+def _size_in_json(meta: dict) -> tuple[int, int] | None:
+    """(height, width) before the dataset's maker shrank the picture, if the JSON tells it in a known way."""
+
+    def side(key: str) -> int:
+        value = meta.get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return 0
+        return int(value) if 0 < value < 2**31 and value == int(value) else 0
+
+    for height, width in (("original_height", "original_width"), ("height", "width")):
+        if side(height) and side(width):
+            return side(height), side(width)
+    return None
+
+
+def resize_and_crop(
+    image: Image.Image, *, true_size: tuple[int, int], resolution: int, resample: int, top: float, left: float
+) -> tuple[np.ndarray, tuple[int, int], int]:
+    """The shorter side to `resolution`, then a square crop.
+
+    Args:
+        image: RGB, at its true size, or decoded at a smaller one.
+        true_size: (height, width), which the resized picture's shape comes from.
+        top, left: where the crop lies, from 0 (first row or column) to 1 (last), exclusive.
+
+    Returns:
+        the square picture, uint8 [resolution, resolution, 3]; (top, left) of the crop in pixels of the resized
+        picture; that picture's width.
+    """
+    short = min(true_size)
+    height, width = (resolution * side // short for side in true_size)
+    y = int(top * (height - resolution + 1))
+    x = int(left * (width - resolution + 1))
+    mode = _TORCH_MODES.get(resample)
+    if mode is not None and max(height, width) <= 4 * resolution:  # a ribbon's other end is not worth resizing
+        square = _resize(image, height, width, mode)[y : y + resolution, x : x + resolution]
+    else:
+        per_x, per_y = image.width / width, image.height / height
+        right, bottom = min((x + resolution) * per_x, image.width), min((y + resolution) * per_y, image.height)
+        box = (x * per_x, y * per_y, right, bottom)
+        square = np.array(image.resize((resolution, resolution), resample, box=box))
+    return square, (y, x), width
+
+
+def _resize(image: Image.Image, height: int, width: int, mode: str) -> np.ndarray:
+    """uint8 [height, width, 3], within some grey levels of Pillow's resize, in a third of its time (with AVX2)."""
+    pixels = torch.from_numpy(np.asarray(image))
+    resized = torch.nn.functional.interpolate(  # permuted in this order it is taken for channels-last, and not copied
+        pixels[None].permute(0, 3, 1, 2), (height, width), mode=mode, antialias=True, align_corners=False
+    )
+    return resized[0].permute(1, 2, 0).numpy()
+
+
+def prepare_sample(raw: RawSample, preparation: Preparation, *, draws: np.ndarray) -> Sample:
+    """Decode, resize, crop and flip the picture, and choose the caption; or unpack what was encoded.
+
+    Args:
+        draws: float64 [5] in [0, 1): top, left, flip, which caption, empty caption. All are always drawn, so that
+            switching one option on changes none of the others.
+
+    Raises:
+        BadSample: the sample cannot be used.
+        MixedShards: it is of another kind than `preparation` is for.
+    """
+    if raw.duplicate:
+        raise BadSample(DUPLICATE_NAME)
+    if raw.too_large:
+        raise BadSample(HUGE_FILE)
+    content = _picture_or_latents(raw, preparation.encoding)
+    meta = read_json(raw)
+    for condition in preparation.filters:
+        if not condition.passes(meta):
+            raise BadSample(condition.reason)
+    captions, _ = read_captions(raw, meta, preparation.caption_column)
+    top, left, flip, which, empty = draws.tolist()
+    flipped = preparation.random_flip and flip < 0.5
+    number = None if empty < preparation.proportion_empty_prompts else int(which * len(captions))
+    if preparation.encoding is not None:
+        sample = _unpacked(raw, content, preparation, flipped, number, len(captions))
+    else:
+        sample = _decoded(content, preparation, top, left, flipped)
+        sample.original_size = _size_in_json(meta) or sample.original_size
+    sample.caption = "" if number is None else captions[number]
+    return sample
+
+
+def _picture_or_latents(raw: RawSample, encoding: Encoding | None) -> bytes:
+    """The file that `encoding` asks for; `MixedShards` if the other is there instead."""
+    picture, latents = next((raw.files[e] for e in PICTURES if e in raw.files), None), raw.files.get(LATENTS)
+    if encoding is None:
+        if picture is None:
+            if latents is not None:
+                raise MixedShards(raw, "is encoded, and others are pictures (or its shard has lost its first file)")
+            raise BadSample(NO_PICTURE)
+        return picture
+    if latents is None:
+        if picture is not None:
+            raise MixedShards(raw, "is a picture, and others are encoded")
+        raise BadSample(NO_LATENTS)
+    return latents
+
+
+def _decoded(content: bytes, preparation: Preparation, top: float, left: float, flipped: bool) -> Sample:
+    """The sample of a picture's file, still without a caption."""
+    resolution = preparation.resolution
+    image, true_size = decode_picture(content, resolution=resolution, min_image_size=preparation.min_image_size)
+    if preparation.center_crop:
+        top = left = 0.5
+    square, (y, x), resized_width = resize_and_crop(
+        image,
+        true_size=true_size,
+        resolution=resolution,
+        resample=INTERPOLATIONS[preparation.interpolation],
+        top=top,
+        left=left,
+    )
+    if flipped:
+        square = torch.from_numpy(square).flip(1).numpy()  # NumPy copies three bytes at a time
+        x = resized_width - resolution - x
+    return Sample({"pixels": square}, "", original_size=true_size, crop_top_left=(y, x), picture_size=true_size)
+
+
+def _unpacked(
+    raw: RawSample, content: bytes, preparation: Preparation, flipped: bool, number: int | None, captions: int
+) -> Sample:
+    """The sample of an encoded picture's file, still without a caption, but with the embeddings of the `number`-th."""
+    encoding = preparation.encoding
+    assert encoding is not None
+    try:
+        parts = unpack(content, encoding, mirrored=flipped, captions=captions)
+    except OtherEncoding:
+        raise MixedShards(raw, "was encoded in another way than others") from None
+    except ValueError:
+        raise BadSample(DAMAGED_LATENTS) from None
+    check_size(parts.picture_size, preparation.min_image_size)
+    chosen = encoding.empty_caption if number is None else {name: e[number] for name, e in parts.embeddings.items()}
+    return Sample({"moments": parts.moments} | chosen, "", parts.original_size, parts.crop_top_left, parts.picture_size)

@@ -1,0 +1,91 @@
+"""What a program runs on: devices, versions, folders, the libraries' messages."""
+
+import contextlib
+import logging
+import platform
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from lcm_distill.errors import UsageError
+
+_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "webdataset", "torchdata")
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that a run depends on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def check_writable(output_dir: str) -> None:
+    """`UsageError` unless files can be written into `output_dir`, which is made if need be."""
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise UsageError(f"--output_dir {output_dir} cannot be written to ({error}); give another folder.") from None
+
+
+def drawing_device(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    """Where finished models draw, and in what: `--device` and `--dtype`, or for None the best that is there.
+
+    That is CUDA, else MPS, else the CPU; "fp16" on a GPU, "fp32" on a CPU. `UsageError` for what this machine lacks.
+    """
+    there = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
+    try:
+        chosen = torch.device(device or there[0])
+    except RuntimeError:
+        raise UsageError(f"--device {device} is no device; there is {', '.join(there)}.") from None
+    if chosen.type not in there:
+        raise UsageError(
+            f"--device {device}: PyTorch {torch.__version__} finds none here; there is {', '.join(there)}."
+        )
+    if chosen.type == "cuda" and chosen.index is not None and chosen.index >= torch.cuda.device_count():
+        raise UsageError(f"--device {device}: the last GPU here is cuda:{torch.cuda.device_count() - 1}.")
+    if chosen.type == "cpu" and dtype == "fp16":
+        raise UsageError("--dtype fp16 needs a GPU; on the CPU take fp32 or bf16.")
+    names = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    return chosen, names[dtype or ("fp32" if chosen.type == "cpu" else "fp16")]
+
+
+def device_name(device: torch.device) -> str:
+    """A GPU's name, or "cpu" and the processor's (on Linux Python itself does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{device.type}, {names[0] if names else platform.processor() or platform.machine()}"
+
+
+def quiet_libraries() -> None:
+    """For commands: the libraries tell of what their users can do something about, and of nothing else."""
+    disable_progress_bar()  # transformers draws one for every network that it loads
+    for name in ("configuration_utils", "loaders.lora_base", "loaders.peft"):
+        logging.getLogger(f"diffusers.{name}").addFilter(_matters)
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    """Not when a sampler is made of another's config, or a LoRA has no part for the text encoder: both are meant."""
+    return not record.getMessage().startswith(("The config attributes", "No LoRA keys associated to CLIPTextModel"))
+
+
+@contextlib.contextmanager
+def memory_errors(remedy: str) -> Iterator[None]:
+    """A GPU whose memory is full is a `UsageError` with this `remedy`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UsageError(f"the GPU's memory does not suffice ({str(error).splitlines()[0]:.200}): {remedy}") from None

@@ -1,0 +1,234 @@
+"""What a finished run leaves for its users: weights that load with one line, a scheduler, a model card."""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from diffusers import LCMScheduler, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_kohya
+from safetensors.torch import save_file
+
+from lcm_distill.distributed.fsdp import save_whole
+from lcm_distill.errors import SaveError
+from lcm_distill.export.card import hub_id, model_card, without_folders
+from lcm_distill.export.hub import HubUpload
+from lcm_distill.models.lora import STUDENT, TARGET, Lora
+from lcm_distill.models.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+# What is uploaded: what users load, and nothing else (no checkpoints, optimizer states, logs or reports). The card, and
+# the one picture that it shows, come to these.
+UPLOADED = (
+    "config.json",
+    "scheduler_config.json",
+    "diffusion_pytorch_model*",
+    "unet/*",
+    "unet_target/*",
+    "pytorch_lora_weights.safetensors",
+    "kohya_lora_weights.safetensors",
+    "adapter/*",
+)
+
+
+def export_full_student(
+    output_dir: str,
+    *,
+    student: UNet2DConditionModel,
+    target: UNet2DConditionModel,
+    scheduler: LCMScheduler,
+    teacher: Teacher,
+    family: ModuleType,
+    guidance_scale: float,
+    global_step: int,
+    settings: dict[str, Any],
+    hub: HubUpload | None = None,
+    measured: Mapping[str, float] | None = None,
+) -> None:
+    """Writes `unet/`, `unet_target/`, and at the top the model with its fp16 variant, scheduler and card.
+
+    Every rank calls it: sharded networks are gathered first. The rest is the main process's.
+
+    The model at the top is the student, so that `UNet2DConditionModel.from_pretrained(output_dir)` and, with
+    `variant="fp16"`, its half-size twin both load. The card tells of the `teacher`, a guidance_scale to draw with,
+    the steps trained, the run's `settings` and what was `measured`, numbers by their names in words. All that users
+    load is staged for the `hub`, if there is one; its `push` uploads it. `family` is the module `sd` or `sdxl`.
+    """
+    folder = Path(output_dir)
+    for network in (student, target):
+        network.register_to_config(_name_or_path="")  # else it is saved: where this machine keeps the teacher
+    with _writing(folder):
+        save_whole(student, folder / "unet", folder)
+        save_whole(target, folder / "unet_target")
+        if not PartialState().is_main_process:
+            return
+        half = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float16)  # what is saved does load
+        half.register_to_config(_name_or_path="")
+        half.save_pretrained(folder, variant="fp16")
+        scheduler.save_pretrained(folder)
+    _finish(
+        folder,
+        hub,
+        global_step,
+        teacher=teacher,
+        usage=lambda name, teacher: _FULL_USAGE.format(
+            model=name, load=teacher.loading_code(family.PIPELINE, "unet=unet"), guidance_scale=guidance_scale
+        ),
+        note="`guidance_scale` is w + 1, with w the guidance of the LCM paper (arXiv 2310.04378).",
+        relation="finetune",
+        settings=settings,
+        tags=family.TAGS,
+        measured=measured,
+    )
+
+
+def export_lora_student(
+    output_dir: str,
+    *,
+    lora: Lora,
+    scheduler: LCMScheduler,
+    teacher: Teacher,
+    family: ModuleType,
+    global_step: int,
+    settings: dict[str, Any],
+    hub: HubUpload | None = None,
+    measured: Mapping[str, float] | None = None,
+) -> None:
+    """Writes the student's LoRA for Diffusers and for ComfyUI and A1111, its PEFT adapter, scheduler and card.
+
+    `pytorch_lora_weights.safetensors` is what `pipe.load_lora_weights(output_dir)` loads, with its alpha;
+    `kohya_lora_weights.safetensors` holds the same weights under kohya's names. Both are float16, as shared LoRAs
+    are; `adapter/` is the float32 adapter. An averaged target's LoRA is in `target/`. `family`, card and `hub` are as
+    for a full student. Every rank may call it; the main process alone writes.
+    """
+    if not PartialState().is_main_process:
+        return
+    folder = Path(output_dir)
+    with _writing(folder):
+        lora.part(STUDENT).save(folder / "adapter")
+        save_lora(folder, lora, STUDENT, family=family)
+        if lora.average:
+            save_lora(folder / "target", lora, TARGET, family=family)
+        scheduler.save_pretrained(folder)
+    _finish(
+        folder,
+        hub,
+        global_step,
+        teacher=teacher,
+        usage=lambda name, teacher: _LORA_USAGE.format(model=name, load=teacher.loading_code(family.PIPELINE)),
+        note="The guidance of the training is in the weights, so a `guidance_scale` of 1 to 2 is right; above 1, "
+        "negative prompts count. It goes together with a style LoRA through `pipe.set_adapters`, and onto fine-tunes "
+        "of its teacher. `kohya_lora_weights.safetensors` is the same LoRA for ComfyUI and A1111: sampler LCM, "
+        "2 to 8 steps, CFG 1 to 2.",
+        relation="adapter",
+        settings=settings,
+        tags=["lora", *family.TAGS],
+        measured=measured,
+    )
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """What cannot be written is a `SaveError`: the run is over, and its last checkpoint can write it again."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - each writer has its own for a full disk
+        raise SaveError(
+            f"the result could not be written ({type(error).__name__}: {error}). The run's last checkpoint has it: "
+            f"make room in {folder} and launch once more with --resume_from_checkpoint latest, which only writes it."
+        ) from error
+
+
+def _finish(
+    folder: Path,
+    hub: HubUpload | None,
+    global_step: int,
+    *,
+    teacher: Teacher,
+    usage: Callable[[str, Teacher], str],
+    settings: Mapping[str, Any],
+    **card: Any,
+) -> None:
+    """Writes the card and stages the upload. `usage` makes code of where the model and its teacher are found."""
+    licence, name, shown = {}, str(folder), teacher
+    if hub:
+        licence = hub.prepare(hub_id(teacher.model))
+        name = hub.repo_id
+        # The public shall not read how the folders of this machine are called.
+        places = {field: without_folders(getattr(teacher, field)) for field in ("model", "vae", "config")}
+        shown = dataclasses.replace(teacher, **places)
+    picture = f"validation/step-{global_step:06d}.png"
+    drawn = (folder / picture).is_file()
+    with _writing(folder):
+        model_card(
+            Path(name).resolve().name,
+            base_model=teacher.model,
+            usage=usage(name, shown),
+            settings={**settings, "max_train_steps": global_step},
+            picture=picture if drawn else None,
+            licence=licence,
+            **card,
+        ).save(folder / "README.md")
+    logger.info("the result is in %s", folder)
+    if hub:
+        hub.stage(["README.md", *_written(folder), *([picture] if drawn else [])], f"Distilled for {global_step} steps")
+
+
+def _written(folder: Path) -> list[str]:
+    """The files of `UPLOADED` that there are."""
+    found = [path for pattern in UPLOADED for path in sorted(folder.glob(pattern)) if path.is_file()]
+    return [path.relative_to(folder).as_posix() for path in found]
+
+
+def save_lora(folder: Path, lora: Lora, adapter: str, *, family: ModuleType) -> None:
+    """One adapter as float16 LoRA files in `folder`: Diffusers' format with alpha, and kohya's."""
+    base_model_version = family.base_model_version(lora.unet.config)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.to(torch.float16).cpu() for name, tensor in lora.state_dict(adapter).items()}
+    # Of the configuration, what every version of PEFT knows: a file made here loads there.
+    # Not the dropout: Diffusers would make layers of it, in training mode.
+    known = ("r", "lora_alpha", "bias", "target_modules")
+    config = {name: value for name, value in lora.config.to_dict().items() if name in known}
+    config["target_modules"] = sorted(config["target_modules"])
+    family.PIPELINE.save_lora_weights(folder, unet_lora_layers=weights, unet_lora_adapter_metadata=config)
+
+    kohya = convert_state_dict_to_kohya({f"unet.{name}": tensor for name, tensor in weights.items()})
+    alpha = torch.tensor(float(lora.config.lora_alpha), dtype=torch.float32)
+    kohya = {name: alpha.clone() if name.endswith(".alpha") else tensor for name, tensor in kohya.items()}
+    save_file(
+        {name: tensor.contiguous() for name, tensor in kohya.items()},
+        folder / "kohya_lora_weights.safetensors",
+        metadata={
+            "format": "pt",
+            "ss_base_model_version": base_model_version,
+            "ss_v2": str(base_model_version.startswith("sd_v2")),
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": str(lora.config.r),
+            "ss_network_alpha": str(float(lora.config.lora_alpha)),
+        },
+    )
+
+
+_LORA_USAGE = """\
+import torch
+from diffusers import LCMScheduler
+
+{load}
+pipe.scheduler = LCMScheduler.from_pretrained({model!r})
+pipe.load_lora_weights({model!r})
+picture = pipe("your prompt", num_inference_steps=4, guidance_scale=1.0).images[0]"""
+
+_FULL_USAGE = """\
+import torch
+from diffusers import LCMScheduler, UNet2DConditionModel
+
+unet = UNet2DConditionModel.from_pretrained({model!r}, torch_dtype=torch.float16, variant="fp16")
+{load}
+pipe.scheduler = LCMScheduler.from_pretrained({model!r})
+picture = pipe("your prompt", num_inference_steps=4, guidance_scale={guidance_scale:g}).images[0]"""

@@ -1,0 +1,119 @@
+"""The parts of a teacher that do not train, each loaded when it is first needed; batches of any kind of shards."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+
+from lcm_distill.data.encoded import Encoding
+from lcm_distill.data.raw import printable
+from lcm_distill.data.shards import FLAG
+from lcm_distill.errors import UsageError
+from lcm_distill.models.student import to_channels_last
+from lcm_distill.models.teacher import VAE_FLAG, Teacher
+from lcm_distill.models.vae import encode_pixels, sample_moments, scale_and_shift
+
+
+class FrozenParts:
+    """The parts, as attributes: networks in eval mode, without gradients, on `device`; tokenizers.
+
+    `kinds` are Diffusers' or Transformers' classes by name, `dtypes` what the networks among them are in; `text` are
+    the names of those that encode captions. What an `encoding` of the shards stands in for is not loaded before a
+    picture is drawn. `UsageError`, when a part is needed, if its weights are not there.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        *,
+        device: torch.device | str,
+        kinds: Mapping[str, Any],
+        dtypes: Mapping[str, torch.dtype],
+        text: tuple[str, ...],
+        encoding: Encoding | None = None,
+    ):
+        self.device = torch.device(device)
+        self.dtypes = dict(dtypes)
+        self.encoding = encoding
+        self._teacher, self._kinds = teacher, dict(kinds)
+        self._idle = set() if encoding is None else {"vae", *(text if encoding.text else ())}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self._kinds:
+            raise AttributeError(name)
+        self._load([name])
+        return self.__dict__[name]
+
+    def _load(self, names: Iterable[str]) -> None:
+        kinds = {name: self._kinds[name] for name in names if name not in self.__dict__}
+        if not kinds:
+            return
+        parts = self._teacher.load(kinds, {name: self.dtypes[name] for name in kinds if name in self.dtypes})
+        self.__dict__.update(parts)
+        self._move(parts, self.device)
+        to_channels_last(*(part for part in parts.values() if isinstance(part, AutoencoderKL)))
+
+    def _move(self, names: Iterable[str], device: torch.device | str) -> None:
+        for name in names:
+            if name in self.dtypes:
+                self.__dict__[name].to(device)
+
+    def load_for_training(self) -> None:
+        """Loads all that a training step needs."""
+        self._load(name for name in self._kinds if name not in self._idle)
+
+    @contextlib.contextmanager
+    def complete(self) -> Iterator[None]:
+        """All parts are there and on the device; afterwards those that no training step needs are in main memory."""
+        self._load(self._kinds)
+        self._move(self._idle, self.device)
+        try:
+            yield
+        finally:
+            self._move(self._idle, "cpu")
+
+    def embedding(self, stored: torch.Tensor) -> torch.Tensor:
+        """An embedding from an encoded shard, on the device, in the dtype in which the text encoders would give it."""
+        on_device = stored.to(self.device, non_blocking=True)  # first: a cast in main memory would leave pinned memory
+        return on_device.to(self.dtypes["text_encoder"])
+
+    @functools.cached_property
+    def scale_and_shift(self) -> dict[str, Any]:
+        """What `sample_moments` needs to know of the VAE, which need not be loaded for it."""
+        return scale_and_shift(self._teacher.read_vae_config())
+
+
+def check_encoding(encoding: Encoding | None, teacher: Teacher, text_fingerprint: Callable[[Teacher], str]) -> None:
+    """`UsageError` unless `teacher` has the VAE, and the text encoders, that the shards were encoded with.
+
+    Loads nothing. `text_fingerprint` is the family's.
+    """
+    if encoding is None:
+        return
+    scale = {"scaling_factor": encoding.scaling_factor, "shift_factor": encoding.shift_factor}
+    if (teacher.fingerprint("vae", AutoencoderKL), scale_and_shift(teacher.read_vae_config())) != (encoding.vae, scale):
+        raise UsageError(
+            f"{FLAG}: the latents were made with another VAE, {printable(encoding.vae_name)}. Name that as {VAE_FLAG}, "
+            "or encode the pictures again with this one (python -m lcm_distill.encode_shards)."
+        )
+    if encoding.text and encoding.text != text_fingerprint(teacher):
+        raise UsageError(
+            f"{FLAG}: the captions were encoded with other text encoders than the teacher's, those of "
+            f"{printable(encoding.text_name)}. Encode the pictures again with this teacher, or without --captions."
+        )
+
+
+def batch_latents(
+    frozen: FrozenParts, batch: Mapping[str, Any], batch_size: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Latents float32 `[B, C, h, w]` of a batch of the stream, by the same draws from `generator` for all shards.
+
+    With "pixels" in it the VAE encodes, at most `batch_size` pictures at once; with "moments" it is not touched.
+    """
+    if "moments" not in batch:
+        return encode_pixels(frozen.vae, batch["pixels"], batch_size, generator)
+    moments = batch["moments"].to(frozen.device, non_blocking=True)
+    return sample_moments(moments, generator, **frozen.scale_and_shift)

@@ -1,0 +1,115 @@
+"""The Stable Diffusion 1.x / 2.x family: load the frozen parts, encode captions, build the sampling pipeline."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from lcm_distill.data.encoded import Encoding, empty_batch
+from lcm_distill.models.frozen import FrozenParts
+from lcm_distill.models.teacher import Teacher
+
+PIPELINE = StableDiffusionPipeline
+TAGS = ["stable-diffusion"]  # of the model card
+
+
+class Frozen(FrozenParts):
+    """The parts that do not train; `unet` is the teacher."""
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        unet_dtype: torch.dtype = torch.float32,
+        encoding: Encoding | None = None,
+    ):
+        kinds = {"tokenizer": CLIPTokenizer, "text_encoder": CLIPTextModel}
+        networks = {"vae": AutoencoderKL, "unet": UNet2DConditionModel}
+        dtypes = {"text_encoder": dtype, "vae": dtype, "unet": unet_dtype}
+        super().__init__(
+            teacher, device=device, kinds=kinds | networks, dtypes=dtypes, text=tuple(kinds), encoding=encoding
+        )
+
+
+def load_frozen(
+    teacher: Teacher,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    unet_dtype: torch.dtype = torch.float32,
+    encoding: Encoding | None = None,
+) -> Frozen:
+    """Loads what does not train onto `device`: text encoder and VAE in `dtype`, the teacher's U-Net in `unet_dtype`.
+
+    A student made from the U-Net needs it in float32: what trains must not start from rounded weights. The
+    autoencoders of SD 1.x and 2.x are safe in half precision. What the shards' `encoding` makes needless waits.
+    `UsageError` if weights are not there.
+    """
+    frozen = Frozen(teacher, device=device, dtype=dtype, unet_dtype=unet_dtype, encoding=encoding)
+    frozen.load_for_training()
+    return frozen
+
+
+def text_fingerprint(teacher: Teacher) -> str:
+    """Tells what `encode_captions` gives for this teacher from what it gives for others, as `Teacher.fingerprint`."""
+    return teacher.fingerprint("text_encoder", CLIPTextModel)
+
+
+def base_model_version(unet_config: Mapping[str, Any]) -> str:
+    """The model's name in the metadata of kohya-format LoRAs, by which programs tell what a LoRA fits."""
+    return "sd_v2" if unet_config.get("cross_attention_dim") == 1024 else "sd_v1"
+
+
+@torch.no_grad()
+def encode_captions(frozen: Frozen, captions: list[str]) -> dict[str, torch.Tensor]:
+    """The U-Net's conditioning for `captions`: `encoder_hidden_states`, `[B, tokens, dim]`."""
+    tokens = frozen.tokenizer(
+        captions,
+        padding="max_length",
+        max_length=frozen.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    # As in the pipelines, the mask counts only for text encoders whose config asks for it.
+    use_mask = getattr(frozen.text_encoder.config, "use_attention_mask", False)
+    device = frozen.text_encoder.device
+    mask = tokens.attention_mask.to(device, non_blocking=True) if use_mask else None
+    output = frozen.text_encoder(tokens.input_ids.to(device, non_blocking=True), attention_mask=mask)
+    return {"encoder_hidden_states": output.last_hidden_state}
+
+
+def batch_conditioning(frozen: Frozen, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The conditioning of a batch of the stream: its captions' embeddings, or else its captions, encoded."""
+    if "encoder_hidden_states" not in batch:
+        return encode_captions(frozen, batch["captions"])
+    return {"encoder_hidden_states": frozen.embedding(batch["encoder_hidden_states"])}
+
+
+def empty_conditioning(frozen: Frozen) -> dict[str, torch.Tensor]:
+    """The conditioning of the unconditional branch, `[1, tokens, dim]`: that of the empty caption."""
+    return batch_conditioning(frozen, empty_batch(frozen.encoding))
+
+
+def build_pipeline(frozen: Frozen, unet: UNet2DConditionModel, scheduler: LCMScheduler) -> StableDiffusionPipeline:
+    """A pipeline that draws with `unet` and the frozen parts; it shares their weights."""
+    pipeline = PIPELINE(
+        vae=frozen.vae,
+        text_encoder=frozen.text_encoder,
+        tokenizer=frozen.tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -1,0 +1,113 @@
+"""The U-Nets of a full distillation: a student that starts as its teacher, and its slow copy, the target."""
+
+import copy
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import UNet2DConditionModel
+from diffusers.utils import is_xformers_available
+
+from lcm_distill.distributed.fsdp import load_whole, save_whole
+from lcm_distill.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+
+def student_from_teacher(teacher: UNet2DConditionModel, time_cond_proj_dim: int) -> UNet2DConditionModel:
+    """A float32 copy of `teacher` with a guidance embedding of that width (`timestep_cond`, `[B, dim]`).
+
+    The projection of the embedding starts at zero, so the untrained student is the teacher, whatever w.
+    """
+    with init_empty_weights():  # drawing weights at random, to be replaced, would take longer than all the rest
+        student = UNet2DConditionModel.from_config(teacher.config, time_cond_proj_dim=time_cond_proj_dim)
+    weights = {name: weight.to("cpu", torch.float32, copy=True) for name, weight in teacher.state_dict().items()}
+    projection = "time_embedding.cond_proj.weight"
+    weights[projection] = torch.zeros(student.get_parameter(projection).shape)
+    student.load_state_dict(weights, assign=True)
+    return student.train()
+
+
+def target_from_student(student: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The target network: a frozen float32 copy, never in training mode (no dropout)."""
+    return copy.deepcopy(student).requires_grad_(False).eval()
+
+
+def cast(network: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Casts a frozen network in place, by `nn.Module`'s own cast: Diffusers' warns of modules that are not there."""
+    torch.nn.Module.to(network, dtype=dtype)
+
+
+# The devices whose convolutions in half precision want it; a CPU's are indifferent.
+CHANNELS_LAST: tuple[str, ...] = ("cuda",)
+
+
+def to_channels_last(*networks: torch.nn.Module) -> None:
+    """Lays the weights of convolutions out as [out, height, width, in], in place, where the device is quicker with it.
+
+    A convolution then gives its output in that layout, and takes its input in either. The numbers are the same up to
+    rounding.
+    """
+    for network in networks:
+        if next(network.parameters()).device.type in CHANNELS_LAST:
+            torch.nn.Module.to(network, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+class UNetPart:
+    """A U-Net as a part of a checkpoint, as Diffusers saves it, in one piece even where it is sharded."""
+
+    def __init__(self, unet: UNet2DConditionModel):
+        self._unet = unet
+
+    def save(self, folder: Path) -> None:
+        save_whole(self._unet, folder)
+
+    def load(self, folder: Path) -> None:
+        load_whole(self._unet, folder)
+
+
+def architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What two U-Nets must share for one's weights to fit the other: their config, less names and versions."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in config.items()
+        if not key.startswith("_") and key != "sample_size"
+    }
+
+
+def enable_xformers(*unets: UNet2DConditionModel) -> None:
+    """Switches `unets` to xformers' attention; where that does not work, one warning says why it stays PyTorch's."""
+    reason = None
+    if not torch.cuda.is_available():
+        reason = "it needs a CUDA GPU"
+    elif not is_xformers_available():
+        reason = "the package xformers is not installed"
+    else:
+        try:
+            for unet in unets:
+                unet.enable_xformers_memory_efficient_attention()
+        except Exception as error:  # xformers fails in many ways when it was built for another torch or GPU
+            reason = str(error)
+            for unet in unets:
+                unet.disable_xformers_memory_efficient_attention()
+    if reason:
+        logger.warning("xformers' attention is not used (%s); PyTorch's own, as fast, takes its place", reason)
+
+
+def check_teacher_config(config: Mapping[str, Any], *, family: str) -> None:
+    """`UsageError` if the teacher's U-Net config is not one that `family`, "sd" or "sdxl", can distil."""
+    is_sdxl = config.get("addition_embed_type") == "text_time"
+    if is_sdxl != (family == "sdxl"):
+        right = "sdxl" if is_sdxl else "sd"
+        raise UsageError(
+            f"--pretrained_teacher_model is a Stable Diffusion {'XL ' if is_sdxl else ''}model; "
+            f"distil it with train_lcm_distill_{right}_wds.py or train_lcm_distill_lora_{right}_wds.py."
+        )
+    if config.get("time_cond_proj_dim") is not None:
+        raise UsageError(
+            "--pretrained_teacher_model already has a guidance embedding: it is an LCM, not a teacher. "
+            "Give the model that it was distilled from."
+        )

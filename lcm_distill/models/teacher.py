@@ -1,0 +1,356 @@
+"""The teacher as its user has it: a Diffusers folder, a Hub id, or a single-file checkpoint."""
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import (
+    SingleFileComponentError,
+    create_diffusers_clip_model_from_ldm,
+    fetch_diffusers_config,
+)
+from huggingface_hub import hf_hub_download, snapshot_download
+from safetensors import SafetensorError, safe_open
+
+from lcm_distill.errors import UsageError, brief
+from lcm_distill.models.student import check_teacher_config
+from lcm_distill.models.vae import vae_factor
+from lcm_distill.objective.schedule import NoiseSchedule
+
+FLAG = "--pretrained_teacher_model"
+VAE_FLAG = "--pretrained_vae_model_name_or_path"
+_SD2_NAME = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+# Where the original programs' layout keeps each part. The optimizer's average, "model_ema.", is not read.
+_ORIGINAL = {
+    "unet": ("model.diffusion_model.",),
+    "vae": ("first_stage_model.", "vae."),
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
+    "text_encoder_2": ("conditioner.embedders.1.",),
+}
+
+
+@dataclasses.dataclass
+class TeacherConfigs:
+    """The teacher's configs, read before any weights are."""
+
+    unet: dict[str, Any]
+    vae: dict[str, Any]
+    scheduler: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """Where the parts that do not train come from, as the flags say it; nothing is read yet.
+
+    `model` is a Diffusers pipeline folder, a Hub id (of `revision`), or a `.safetensors` file with all parts in the
+    layout of the original programs. Such a file holds no configs: they are those of `config`, a folder or Hub id,
+    or else of the model on the Hub that Diffusers takes the file for. `variant` names weight files ("fp16"). `vae`
+    is a separate autoencoder, folder or Hub id, of `vae_revision`.
+    """
+
+    model: str
+    revision: str | None = None
+    variant: str | None = None
+    config: str | None = None
+    vae: str | None = None
+    vae_revision: str | None = None
+    cache_dir: str | None = None
+
+    @property
+    def is_single_file(self) -> bool:
+        return self.model.endswith(".safetensors")
+
+    def loading_code(self, pipeline: Any, *arguments: str) -> str:
+        """Python code that makes `pipe`, this teacher in half precision on a GPU, for a model card.
+
+        `pipeline` is the family's pipeline class; `arguments` go into the call beside those that find the teacher.
+        """
+        lines = []
+        given = [f"revision={self.revision!r}"] * bool(self.revision) + [f"variant={self.variant!r}"] * bool(
+            self.variant
+        )
+        source = "DiffusionPipeline.from_pretrained"
+        if self.is_single_file:
+            source = f"{pipeline.__name__}.from_single_file"
+            given = [f"config={self.config!r}"] * bool(self.config)
+        if self.vae:
+            own = f", revision={self.vae_revision!r}" if self.vae_revision else ""
+            lines += [f"vae = AutoencoderKL.from_pretrained({self.vae!r}{own}, torch_dtype=torch.float16)"]
+            given += ["vae=vae"]
+        given = [*given, *arguments, "torch_dtype=torch.float16"]
+        lines += [f'pipe = {source}({", ".join([repr(self.model), *given])}).to("cuda")']
+        kinds = [source.partition(".")[0]] + ["AutoencoderKL"] * bool(self.vae)
+        return "\n".join([f"from diffusers import {', '.join(sorted(kinds))}", *lines])
+
+    @functools.cached_property
+    def config_source(self) -> str:
+        """The folder or Hub id that holds the configs. `UsageError` if a single file cannot be read."""
+        if self.model.endswith(_PICKLES):
+            raise UsageError(
+                f"{FLAG} {self.model}: only .safetensors files are read, since a pickled one can run any program; "
+                "look for the model as .safetensors, or convert it."
+            )
+        if not self.is_single_file:
+            if self.config:
+                raise UsageError(f"--teacher_config is for a single-file teacher; {FLAG} {self.model} has its own.")
+            return self.model
+        if not Path(self.model).is_file():
+            raise UsageError(f"{FLAG} {self.model}: no such file.")
+        if self.variant or self.revision:
+            raise UsageError(f"{FLAG} {self.model} is a single file: leave out --variant and --teacher_revision.")
+        try:
+            with safe_open(self.model, "pt") as file:
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"{FLAG} {self.model}: not a whole .safetensors file. ({brief(error)})") from None
+        if self.config:
+            return self.config
+        if "v_pred" in shapes:  # the mark that such fine-tunes carry; no model on the Hub has their configs
+            raise UsageError(
+                f"{FLAG} {self.model} predicts v{' and ends at zero SNR' if 'ztsnr' in shapes else ''}: name a "
+                "Diffusers folder or Hub id whose scheduler config says so as --teacher_config."
+            )
+        if shapes.get(_SD2_NAME, [0])[-1] == 1024:  # some predict ε and some v, and the file does not tell
+            raise UsageError(
+                f"{FLAG} {self.model} is a Stable Diffusion 2 model, of which some predict noise and some v: name a "
+                "Diffusers folder or Hub id whose scheduler config says which as --teacher_config."
+            )
+        # Diffusers tells models apart by a few names and shapes: no weights need to be read.
+        outline = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        return str(fetch_diffusers_config(outline)["pretrained_model_name_or_path"])
+
+    def read_config(self, kind: Any, subfolder: str | None) -> dict[str, Any]:
+        """The config of one part, a Diffusers class; `UsageError` if there is none."""
+        source = self.config_source
+        try:
+            return _config(
+                kind,
+                source,
+                "--teacher_config" if self.config else FLAG,
+                subfolder=subfolder,
+                revision=self.revision,
+                cache_dir=self.cache_dir,
+            )
+        except UsageError as error:
+            if not self.is_single_file or self.config:
+                raise
+            raise UsageError(
+                f"{FLAG} {self.model} is a single file, which has no configs, and those of {source}, the model that "
+                f"it looks like, could not be had. Name a Diffusers folder or Hub id that has them as "
+                f"--teacher_config. ({error})"
+            ) from None
+
+    def read_vae_config(self) -> dict[str, Any]:
+        if self.vae is None:
+            return self.read_config(AutoencoderKL, "vae")
+        return _config(AutoencoderKL, self.vae, VAE_FLAG, revision=self.vae_revision, cache_dir=self.cache_dir)
+
+    def load(self, parts: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
+        """The `parts`, Diffusers' or Transformers' class by name; networks in their dtype, without gradients.
+
+        `UsageError` if weights are not there, or are not those of the configs.
+        """
+        own = {name: kind for name, kind in parts.items() if name != "vae" or self.vae is None}
+        loaded = self._load_single_file(own, dtypes) if self.is_single_file else self._load_folder(own, dtypes)
+        if self.vae is not None and "vae" in parts:
+            try:
+                loaded["vae"] = _from_folder(
+                    AutoencoderKL, self.vae, dtypes["vae"], revision=self.vae_revision, cache_dir=self.cache_dir
+                )
+            except (OSError, ValueError, RuntimeError) as error:
+                raise UsageError(f"{VAE_FLAG} {self.vae}: its weights cannot be loaded. ({brief(error)})") from None
+        for name, part in loaded.items():
+            if isinstance(part, torch.nn.Module):
+                part.requires_grad_(False).eval()
+                torch.nn.Module.to(part, dtype=dtypes[name])  # Diffusers' own cast warns of modules that are not there
+        return loaded
+
+    def _load_folder(self, parts: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
+        hub: dict[str, Any] = dict(revision=self.revision, cache_dir=self.cache_dir)
+        loaded = {}
+        try:
+            for name, kind in parts.items():
+                if name not in dtypes:
+                    loaded[name] = kind.from_pretrained(self.model, subfolder=name, **hub)
+                else:
+                    where = dict(subfolder=name, variant=self.variant, **hub)
+                    loaded[name] = _from_folder(kind, self.model, dtypes[name], **where)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UsageError(
+                f"{FLAG} {self.model}: its weights cannot be loaded"
+                f"{'' if self.variant is None else f' in the variant {self.variant}'}; where a model has only "
+                "half-precision files, pass --variant fp16, where it has none, leave --variant out. "
+                f"({brief(error)})"
+            ) from None
+        return loaded
+
+    def _load_single_file(self, parts: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
+        """Part by part: a pipeline's `from_single_file` wants them all, and tells two text encoders apart by width."""
+        source = self.config_source
+        loaded = {}
+        try:
+            # Only a pipeline's `from_single_file` heeds cache_dir for the configs.
+            configs = source if Path(source).is_dir() else self._download_configs(source, parts)
+            with safe_open(self.model, "pt") as file:
+                for name, kind in parts.items():
+                    if name not in dtypes:
+                        loaded[name] = kind.from_pretrained(configs, subfolder=name)
+                        continue
+                    weights = {key: file.get_tensor(key) for key in file.keys() if key.startswith(_ORIGINAL[name])}
+                    if not weights:
+                        remedy = f"name one as {VAE_FLAG}" if name == "vae" else "look for a file with all parts"
+                        raise UsageError(f"{FLAG} {self.model}: there is no {name} in it; {remedy}.")
+                    loaded[name] = _from_original_layout(kind, weights, configs, name, dtypes[name])
+        except UsageError:
+            raise
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
+            raise UsageError(
+                f"{FLAG} {self.model}: its weights are not those of a model with the configs of {source}; name a "
+                f"Diffusers folder or Hub id that has its own configs as --teacher_config. ({brief(error)})"
+            ) from None
+        return loaded
+
+    def _download_configs(self, source: str, parts: Mapping[str, Any]) -> str:
+        patterns = [f"{name}/{files}" for name in parts for files in ("*.json", "*.txt")]
+        return snapshot_download(source, cache_dir=self.cache_dir, allow_patterns=patterns)
+
+    def fingerprint(self, part: str, kind: Any) -> str:
+        """Tells the weights of `part`, a network of class `kind`, from others, mostly without loading them.
+
+        Of each tensor the first row counts (of a vector all), rounded to float16, and its name does not: folders, Hub
+        ids and single files, full and half precision of the same weights have one fingerprint. Of a VAE only the
+        encoder counts: one with another decoder makes the same latents. (The original layout of OpenCLIP's text
+        encoders joins tensors that Diffusers' has apart: these have two.) `UsageError` if weights are not there.
+        """
+        counted = ("encoder.", "quant_conv.") if part == "vae" else ""
+        rows = [
+            hashlib.blake2b(row.half().numpy().tobytes(), digest_size=16).digest()
+            for name, row in self._first_rows(part, kind)
+            if row.is_floating_point() and row.dim() and name.startswith(counted)
+        ]
+        return hashlib.blake2b(b"".join(sorted(rows)), digest_size=16).hexdigest()
+
+    def _first_rows(self, part: str, kind: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        path = self._weights_file(part, kind)
+        if path is None:  # pickled, in several files, or not there, which loading tells
+            network = self.load({part: kind}, {part: torch.float32})[part]
+            for name, tensor in network.state_dict().items():
+                yield name, tensor[:1] if tensor.dim() > 1 else tensor
+            return
+        prefixes = _ORIGINAL[part] if path == self.model else ("",)
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                for prefix in prefixes:
+                    if name.startswith(prefix):
+                        tensor = file.get_slice(name)
+                        many = len(tensor.get_shape()) > 1
+                        yield name.removeprefix(prefix), tensor[:1] if many else file.get_tensor(name)
+
+    def _weights_file(self, part: str, kind: Any) -> str | None:
+        """The .safetensors file that `part` is loaded from; None if there is none."""
+        if part == "vae" and self.vae is not None:
+            model, subfolder, revision, variant = self.vae, "", self.vae_revision, None
+        elif self.is_single_file:
+            return self.model
+        else:
+            model, subfolder, revision, variant = self.model, f"{part}/", self.revision, self.variant
+        stem = "diffusion_pytorch_model" if hasattr(kind, "load_config") else "model"
+        file = f"{subfolder}{stem}{f'.{variant}' if variant else ''}.safetensors"
+        if Path(model).exists():
+            return str(Path(model) / file) if (Path(model) / file).is_file() else None
+        try:
+            return hf_hub_download(model, file, revision=revision, cache_dir=self.cache_dir)
+        except (OSError, ValueError):
+            return None
+
+
+def _from_folder(kind: Any, model: str, dtype: torch.dtype, **where: Any) -> torch.nn.Module:
+    """A network of class `kind` by its `from_pretrained`; `ValueError` if weights are missing.
+
+    The libraries draw those at random, and say so in a warning at most.
+    """
+    argument = "torch_dtype" if hasattr(kind, "load_config") else "dtype"  # Diffusers', Transformers'
+    part, report = kind.from_pretrained(model, output_loading_info=True, **{argument: dtype}, **where)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        folder = where.get("subfolder") or model
+        raise ValueError(f"{folder} lacks {len(missing)} weights, such as {missing[0]}")
+    return part
+
+
+def _from_original_layout(
+    kind: Any, weights: dict[str, torch.Tensor], configs: str, name: str, dtype: torch.dtype
+) -> torch.nn.Module:
+    """A network of class `kind` from its `weights` in the original layout; `ValueError` unless they all fit."""
+    if hasattr(kind, "from_single_file"):  # in float32: given a dtype, it warns of modules that are not there
+        part = kind.from_single_file(weights, config=configs, subfolder=name)
+    else:
+        part = create_diffusers_clip_model_from_ldm(
+            kind, checkpoint=weights, config=configs, subfolder=name, torch_dtype=dtype
+        )
+    state = part.state_dict()
+    missing = [key for key, tensor in state.items() if tensor.is_meta]
+    if missing:
+        raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}")
+    if kind is UNet2DConditionModel and len(weights) != len(state):  # its layouts have the same tensors
+        raise ValueError(f"{name} has {len(weights)} tensors in the file, {len(state)} by its config")
+    return part
+
+
+def read_configs(teacher: Teacher, *, family: str, resolution: int, num_ddim_timesteps: int) -> TeacherConfigs:
+    """Reads the configs of `teacher` and checks that a program of `family`, "sd" or "sdxl", can use them.
+
+    Errors, all `UsageError`: no such model, another family, a resolution that the VAE's factor does not divide,
+    a solver grid finer than the training's timesteps.
+    """
+    unet = teacher.read_config(UNet2DConditionModel, "unet")
+    check_teacher_config(unet, family=family)
+    scheduler = teacher.read_config(DDPMScheduler, "scheduler")
+    vae = teacher.read_vae_config()
+    factor = math.lcm(8, vae_factor(vae))  # the pipelines ask for a multiple of 8 whatever the VAE
+    if resolution % factor:
+        raise UsageError(
+            f"--resolution {resolution} is not a multiple of {factor}, as the VAE and the pipelines need; "
+            f"the nearest that are: {resolution // factor * factor or factor} and {-(-resolution // factor) * factor}."
+        )
+    made, taken = vae.get("latent_channels", 4), unet.get("in_channels", 4)
+    if made != taken:
+        raise UsageError(f"{VAE_FLAG}: its latents have {made} channels, the teacher's U-Net takes {taken}.")
+    if vae.get("latents_mean") or vae.get("latents_std"):
+        raise UsageError(
+            f"{VAE_FLAG}: its latents are normalised channel by channel (latents_mean, latents_std), as those of "
+            "Playground v2.5; such models are not supported."
+        )
+    train_timesteps = scheduler.get("num_train_timesteps", 1000)
+    if num_ddim_timesteps > train_timesteps:
+        raise UsageError(
+            f"--num_ddim_timesteps {num_ddim_timesteps} is above the teacher's {train_timesteps} training timesteps."
+        )
+    NoiseSchedule.from_config(scheduler)  # an unknown prediction type is known now
+    return TeacherConfigs(unet=unet, vae=vae, scheduler=scheduler)
+
+
+def _config(kind: Any, model: str, flag: str, *, subfolder: str | None = None, **where: Any) -> dict[str, Any]:
+    """A model's config as a dict; `UsageError` naming `flag` if there is none."""
+    file = str(Path(subfolder or ".") / kind.config_name)
+    if Path(model).exists():
+        if not (Path(model) / file).is_file():
+            raise UsageError(
+                f"{flag} {model}: there is no {file} in it; give a Diffusers pipeline folder, which has {file}."
+            )
+    elif model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise UsageError(f"{flag} {model}: no such folder; give a Diffusers pipeline folder or a Hub id.")
+    try:
+        return dict(kind.load_config(model, subfolder=subfolder, **where))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{flag} {model}: neither a folder here nor a model that the Hub gave us; check the name, the revision "
+            f"and the connection. ({brief(error)})"
+        ) from None

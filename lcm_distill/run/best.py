@@ -1,0 +1,48 @@
+"""The best checkpoint: how far from the teacher each was, and which was least."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+RATING = "rating.json"
+# The flags that decide which pictures --keep_best compares.
+_MEASURED_BY = (
+    "validation_prompts",
+    "num_validation_images",
+    "validation_guidance_scale",
+    "validation_teacher_steps",
+    "w_min",
+    "w_max",
+    "resolution",
+    "pretrained_vae_model_name_or_path",
+)
+
+
+def read_rating(path: Path) -> tuple[float, bool]:
+    """(a checkpoint's distance to the teacher, whether it was saved for that alone); infinity if never the best."""
+    try:
+        rating = json.loads((path / RATING).read_text())
+        distance = float(rating["distance"])
+        return (distance if math.isfinite(distance) else math.inf), rating.get("saved_for_it") is True
+    except (OSError, ValueError, KeyError, TypeError):
+        return math.inf, False
+
+
+def changed_measure(path: Path, run: Mapping[str, Any]) -> list[str]:
+    """The flags that make the distance of a rated checkpoint another measure than that of `run`."""
+    try:
+        before = json.loads((path / "run.json").read_text())["flags"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # it does not tell
+    now = json.loads(json.dumps(run.get("flags", {}), default=str))
+    captions_are_prompts = not (before.get("validation_prompts") and now.get("validation_prompts"))
+    names = [*_MEASURED_BY, *["train_shards_path_or_url"] * captions_are_prompts]
+    return [name for name in names if before.get(name) != now.get(name)]
+
+
+def best_of(checkpoints: list[Path]) -> Path | None:
+    distances = {path: read_rating(path)[0] for path in checkpoints}
+    best = min(checkpoints, key=distances.__getitem__, default=None)
+    return best if best is not None and distances[best] < math.inf else None

@@ -1,0 +1,364 @@
+"""Checkpoints `checkpoint-N`: everything a run needs to go on exactly where it was.
+
+    checkpoint-N/
+      unet/ … or adapter/ …        each trained part: a U-Net as Diffusers saves it, an adapter as PEFT does
+      optimizer.bin, …             Accelerate's state: optimizer, learning rate, loss scaler, random state
+      stream-RANK.pt               where each rank's data stream stood
+      run.json                     step, flags, seed, layout, versions, architecture
+      rating.json                  how far from the teacher it was, if it was ever the best (--keep_best), and whether
+                                   it was saved for that alone
+
+One is written under a temporary name and renamed when it is on the disk, and loses its name before it is
+removed: a checkpoint that has its name is whole. Older ones go only after the new one stands; the best one stays.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from lcm_distill.distributed.fsdp import saves_together
+from lcm_distill.environment import versions
+from lcm_distill.errors import SaveError, UsageError
+from lcm_distill.run.best import RATING, best_of, changed_measure, read_rating
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class Part(Protocol):
+    """Something trained that a checkpoint holds, in a folder of its own."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+class Checkpoints:
+    """Writes and restores the checkpoints of one run. Every rank calls every method.
+
+    `parts` are what trains, by folder name; `limit` is how many checkpoints to keep (None: all), beside the best. In a
+    `dry_run` nothing is written, renamed or removed.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output_dir: str,
+        parts: Mapping[str, Part],
+        limit: int | None,
+        *,
+        dry_run: bool = False,
+    ):
+        self._accelerator = accelerator
+        self._output_dir = Path(output_dir)
+        self._parts = parts
+        self._limit = limit
+        self._dry_run = dry_run
+        accelerator.register_save_state_pre_hook(self._save_parts)
+        accelerator.register_load_state_pre_hook(self._load_parts)
+
+    def save(
+        self, global_step: int, run: Mapping[str, Any], stream_state: Mapping[str, Any], *, must: bool = False
+    ) -> Path | None:
+        """Writes `checkpoint-{global_step}`; `run` goes into run.json, `stream_state` is this rank's own.
+
+        One that cannot be written on any rank (a full disk) is reported and leaves None, and the checkpoints before
+        it; if it `must` be, because the run is about to end, it is a `SaveError`. A dry run writes none.
+        """
+        if self._dry_run:
+            return None
+        accelerator = self._accelerator
+        final = self._output_dir / f"checkpoint-{global_step}"
+        partial = self._output_dir / f".{final.name}.partial"
+
+        def begin() -> None:
+            if accelerator.is_main_process:
+                for leftover in self._output_dir.glob(".checkpoint-*"):  # of runs that were killed while they wrote
+                    shutil.rmtree(leftover)
+                partial.mkdir(parents=True)
+
+        def write() -> None:
+            accelerator.save_state(str(partial))
+            torch.save(dict(stream_state), partial / f"stream-{accelerator.process_index}.pt")
+
+        def finish() -> None:
+            if accelerator.is_main_process:
+                record = dict(run) | {
+                    "global_step": global_step,
+                    "processes": accelerator.num_processes,
+                    "versions": versions(),
+                }
+                (partial / "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+                _sync_to_disk(partial)
+                if final.exists():  # not whole, or saved before: the new one takes its place
+                    _remove(final)
+                partial.rename(final)
+                _sync_folder(self._output_dir)
+
+        if problem := next(filter(None, map(self._problem, (begin, write, finish))), None):
+            kept = list_checkpoints(self._output_dir)
+            told = (
+                f"checkpoint-{global_step} could not be written ({problem}); the last whole one is "
+                f"{kept[-1] if kept else 'none'}. Make room in {self._output_dir}"
+            )
+            if accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+            if must:
+                raise SaveError(f"{told}, then go on from there with --resume_from_checkpoint latest.")
+            logger.error("%s: the run goes on, and tries again at its next checkpoint.", told)
+            return None
+        if accelerator.is_main_process:
+            logger.info("saved %s", final)
+            try:
+                self._prune(keep=final)
+            except OSError as error:
+                logger.error("an older checkpoint could not be removed (%s)", error)
+        accelerator.wait_for_everyone()
+        return final
+
+    def keep_if_best(
+        self, distance: float, global_step: int, run: Mapping[str, Any], stream_state: Mapping[str, Any]
+    ) -> bool:
+        """Keeps this step's checkpoint as the best if `distance` is less than that of any before; returns whether.
+
+        If the step has no checkpoint yet, it gets one, which goes when another is the best. `distance` is the same on
+        every rank; one that is not finite is never the best. Once the flags say that other pictures are compared, by
+        `run`, those before do not count. A dry run keeps nothing.
+        """
+        if self._dry_run:
+            return False
+        best = find_best(self._output_dir) if self._accelerator.is_main_process else None
+        changed = [] if best is None else changed_measure(best, run)
+        least = math.inf if best is None or changed else read_rating(best)[0]
+        if not broadcast_object_list([distance < least])[0]:
+            return False
+        path = self._output_dir / f"checkpoint-{global_step}"
+        stands = broadcast_object_list([path.exists()])[0]
+        saved = stands or self.save(global_step, run, stream_state)
+        if saved and self._accelerator.is_main_process:
+            partial = path / ".rating.json"
+            try:
+                partial.write_text(json.dumps({"distance": distance, "saved_for_it": not stands}) + "\n")
+                partial.rename(path / RATING)
+                if changed:
+                    flags = ", ".join(f"--{name}" for name in changed)
+                    logger.warning("%s is the best no more: distances with another %s do not compare", best, flags)
+                    for other in set(list_checkpoints(self._output_dir)) - {path}:
+                        (other / RATING).unlink(missing_ok=True)
+                elif best is not None and read_rating(best)[1]:
+                    _remove(best)
+                self._prune(keep=path)
+            except OSError as error:
+                logger.error("%s could not be marked as the best (%s)", path, error)
+        return bool(saved)
+
+    def _problem(self, action: Callable[[], None]) -> str | None:
+        """What went wrong in `action` on any rank, in words; None if nothing did. Every rank gets the same answer."""
+        problem = None
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 - a full disk has another exception in each writer
+            problem = f"{type(error).__name__}: {error}"
+        return next(filter(None, gather_object([problem])), None)
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Restores networks, optimizer, learning rate and scaler; returns this rank's stream state.
+
+        {} for a rank that the checkpoint's run did not have. Checkpoints of later steps belong to a course that is
+        given up: they are set aside as `abandoned-checkpoint-N`, but not in a dry run. `UsageError` if a part is
+        missing or damaged.
+        """
+        rank = self._accelerator.process_index
+        try:
+            run = json.loads((path / "run.json").read_text())
+            self._accelerator.load_state(str(path))
+            new = rank >= run["processes"]
+            state = {} if new else torch.load(path / f"stream-{rank}.pt", weights_only=True)
+        except Exception as error:  # a part that is missing or cut short: each reader has its own exception
+            raise UsageError(
+                f"--resume_from_checkpoint {path} is damaged ({type(error).__name__}: {error}); resume from another."
+            ) from None
+        self._accelerator.wait_for_everyone()
+        if self._accelerator.is_main_process and not self._dry_run:
+            for later in list_checkpoints(self._output_dir):
+                if _step(later) > run["global_step"]:
+                    aside = later.with_name(f"abandoned-{later.name}")
+                    if aside.exists():
+                        shutil.rmtree(aside)
+                    later.rename(aside)
+                    logger.warning("%s is of a course that is given up: renamed to %s", later, aside.name)
+        return state
+
+    def _save_parts(self, models: list[Any], weights: list[Any], output_dir: str) -> None:
+        errors = []
+        if self._accelerator.is_main_process or saves_together(self._accelerator):
+            for name, part in self._parts.items():
+                try:
+                    part.save(Path(output_dir) / name)
+                except Exception as error:  # noqa: BLE001 - what the other ranks gather in the next part needs this one
+                    errors.append(error)
+        weights.clear()  # Accelerate need not save them again
+        if errors:
+            raise errors[0]
+
+    def _load_parts(self, models: list[Any], input_dir: str) -> None:
+        models.clear()
+        for name, part in self._parts.items():
+            part.load(Path(input_dir) / name)
+
+    def _prune(self, keep: Path) -> None:
+        if self._limit is None:
+            return
+        found = list_checkpoints(self._output_dir)
+        best = best_of(found)
+        older = [path for path in found if path not in (keep, best)]
+        for path in older[: max(0, len(older) + 1 - self._limit)]:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint; killed halfway, it leaves a hidden folder, not a torn checkpoint."""
+    hidden = path.with_name(f".{path.name}.removed")
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The complete checkpoints in `output_dir`, oldest step first."""
+    folder = Path(output_dir)
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    whole = [path for path in found if (path / "run.json").is_file()]
+    for torn in sorted(set(found) - set(whole)):
+        logger.warning("%s is not a whole checkpoint (no run.json): passed over", torn)
+    return sorted(whole, key=_step)
+
+
+def find_best(output_dir: str | Path) -> Path | None:
+    """The checkpoint in `output_dir` that came closest to the teacher; None if none was rated."""
+    return best_of(list_checkpoints(output_dir))
+
+
+def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> Path | None:
+    """The folder that `--resume_from_checkpoint` means; None to start afresh ("latest" without any)."""
+    if not resume_from_checkpoint:
+        return None
+    if resume_from_checkpoint == "latest":
+        return next(reversed(list_checkpoints(output_dir)), None)
+    if resume_from_checkpoint == "best":
+        if best := find_best(output_dir):
+            return best
+        raise UsageError(
+            f"--resume_from_checkpoint best: no checkpoint in {output_dir} is rated; runs with --keep_best do that."
+        )
+    for path in (Path(resume_from_checkpoint).expanduser(), Path(output_dir) / resume_from_checkpoint):
+        if path.is_dir():
+            if not (path / "run.json").is_file():
+                raise UsageError(
+                    f"--resume_from_checkpoint {path}: not a whole checkpoint of this project (it has no run.json); "
+                    "give the folder of another, or 'latest'."
+                )
+            return path
+    known = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
+    raise UsageError(f"--resume_from_checkpoint {resume_from_checkpoint}: no such folder. In {output_dir}: {known}.")
+
+
+def find_run(
+    resume_from_checkpoint: str | None,
+    output_dir: str,
+    program: str,
+    architecture: Mapping[str, Any],
+    *,
+    seed: int | None,
+    dry_run: bool = False,
+) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint that `--resume_from_checkpoint` means and its run.json; (None, {}) for a new run.
+
+    `UsageError` unless it is of this `program`, of this `architecture`, and of this `seed` (None: any); or if
+    this run would mix its checkpoints with those of another one (a `dry_run` writes none).
+    """
+    path = find_checkpoint(resume_from_checkpoint, output_dir)
+    inside = path is not None and path.resolve().parent == Path(output_dir).resolve()
+    if not inside and not dry_run and (earlier := list_checkpoints(output_dir)):
+        # A second run among them would make `latest` a lottery.
+        raise UsageError(
+            f"--output_dir {output_dir} holds an earlier run ({earlier[-1].name}): go on with it by "
+            "--resume_from_checkpoint latest, give another folder, or remove that run's checkpoints."
+        )
+    if path is None:
+        return None, {}
+    try:
+        run = json.loads((path / "run.json").read_text())
+        if not isinstance(run, dict):
+            raise ValueError("it holds no settings")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--resume_from_checkpoint {path}: its run.json cannot be read ({error}).") from None
+    check_resumable(path, run, program=program, architecture=architecture, seed=seed)
+    return path, run
+
+
+def check_resumable(
+    path: Path, run: Mapping[str, Any], *, program: str, architecture: Mapping[str, Any], seed: int | None
+) -> None:
+    """`UsageError` unless the checkpoint is of this program, this architecture and this seed."""
+    where = f"--resume_from_checkpoint {path}"
+    if run.get("program") != program:
+        raise UsageError(f"{where} was written by {run.get('program')}, not by {program}; resume it with that program.")
+    saved = run.get("architecture", {})
+    expected = json.loads(json.dumps(dict(architecture), default=str))
+    different = [
+        f"{key}: {saved.get(key)} there, {expected.get(key)} here"
+        for key in sorted({*saved, *expected})
+        if saved.get(key) != expected.get(key)
+    ]
+    if different:
+        raise UsageError(
+            f"{where} is of another architecture ({'; '.join(different[:4])}). Give the teacher and the "
+            "flags that it was made with (time_cond_proj_dim is --unet_time_cond_proj_dim), or another --output_dir."
+        )
+    if seed is not None and run["seed"] != seed:
+        raise UsageError(f"--seed {seed}: the checkpoint {path} was made with seed {run['seed']}; give that or none.")
+
+
+def changed_flags(run: Mapping[str, Any], flags: Mapping[str, Any]) -> list[str]:
+    """The flags that differ from those of the checkpoint's run, as "name: before → now"."""
+    before = run.get("flags", {})
+    now = json.loads(json.dumps(dict(flags), default=str))
+    skip = {"resume_from_checkpoint", "seed", "local_rank", "dry_run"}
+    return [
+        f"--{name}: {before[name]} → {value}"
+        for name, value in now.items()
+        if name in before and name not in skip and before[name] != value
+    ]
+
+
+def _sync_to_disk(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        else:
+            _sync_folder(path)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

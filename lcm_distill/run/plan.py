@@ -1,0 +1,105 @@
+"""How long a run is and how fast it learns, worked out from the flags and said aloud."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from lcm_distill.errors import UsageError
+from lcm_distill.run.checkpoint import changed_flags
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingPlan:
+    """`steps` are optimizer steps, each of `pictures`: batch_size × accumulation × processes."""
+
+    steps: int
+    learning_rate: float
+    batch_size: int
+    accumulation: int
+    processes: int
+
+    @property
+    def pictures(self) -> int:
+        return self.batch_size * self.accumulation * self.processes
+
+
+def plan_training(
+    accelerator: Accelerator,
+    *,
+    max_steps: int | None,
+    epochs: int,
+    samples: Callable[[], int | None],
+    batch_size: int,
+    learning_rate: float,
+    scale_lr: bool,
+) -> TrainingPlan:
+    """The run's length: `max_steps`, or else the steps of `epochs` times `samples()` pictures.
+
+    The accelerator tells how many batches make an optimizer step: ACCELERATE_GRADIENT_ACCUMULATION_STEPS, where it is
+    set, overrides the flag. `scale_lr` multiplies the learning rate by the pictures of a step. `UsageError` if the
+    length is not known (None samples).
+    """
+    accumulation, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
+    pictures = batch_size * accumulation * processes
+    if max_steps is None:
+        counted = samples()
+        if counted is None:
+            raise UsageError(
+                "--max_train_steps: the length of the run is not known, since only local shards can be counted; "
+                "give --max_train_steps, or --max_train_samples with --num_train_epochs."
+            )
+        max_steps = epochs * -(-counted // pictures)
+    return TrainingPlan(
+        steps=max_steps,
+        learning_rate=learning_rate * (pictures if scale_lr else 1),
+        batch_size=batch_size,
+        accumulation=accumulation,
+        processes=processes,
+    )
+
+
+def announce(
+    plan: TrainingPlan,
+    accelerator: Accelerator,
+    trained: torch.nn.Module,
+    run: Mapping[str, Any],
+    *,
+    checkpoint: Path | None,
+    resumed: Mapping[str, Any],
+) -> None:
+    """Says what the run is about to do, and what has changed since the checkpoint that it resumes."""
+    first = resumed.get("global_step", 0)
+    if checkpoint:
+        logger.info("resumed from %s at step %d", checkpoint, first)
+        for change in changed_flags(resumed, run["flags"]):
+            logger.info("changed since then: %s", change)
+    elif run["flags"].get("resume_from_checkpoint"):
+        logger.info("no checkpoint in %s yet: a new run", run["flags"]["output_dir"])
+    logger.info(
+        "steps %d to %d, each of %d pictures (%d per device × %d accumulated × %d devices), learning rate %.3g",
+        first,
+        plan.steps,
+        plan.pictures,
+        plan.batch_size,
+        plan.accumulation,
+        plan.processes,
+        plan.learning_rate,
+    )
+    logger.info(
+        "%.1f M parameters train; seed %d; precision %s; device %s",
+        sum(p.numel() for p in trained.parameters() if p.requires_grad) / 1e6,
+        run["seed"],
+        accelerator.mixed_precision,
+        accelerator.device,
+    )
+    if first >= plan.steps:
+        logger.info(
+            "this run is finished: it is at step %d, --max_train_steps is %d; raise that to go on", first, plan.steps
+        )

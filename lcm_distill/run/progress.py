@@ -1,0 +1,201 @@
+"""What a run says while it trains, on the screen, to trackers and in its journal."""
+
+import contextlib
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from lcm_distill.data.stream import DropCounter, ShardLoader
+from lcm_distill.distributed.fsdp import whole
+from lcm_distill.errors import DivergenceError
+from lcm_distill.run.checkpoint import list_checkpoints
+from lcm_distill.run.journal import Journal
+from lcm_distill.run.launch import describe_launch
+from lcm_distill.run.report import write_report
+from lcm_distill.run.trackers import log_values
+
+logger = logging.getLogger(__name__)
+
+
+_MOST_SKIPPED = 50  # a loss scale halves at each skipped step: none is left to halve long before
+
+
+class Progress:
+    """The progress bar, and averages over the batches since the last `log`; only `log` waits for the device.
+
+    Every rank makes one and calls every method. `global_step` counts optimizer steps; `output_dir` is where the run's
+    checkpoints are. What is logged goes into the `journal` too.
+    """
+
+    def __init__(self, accelerator: Accelerator, journal: Journal, *, total: int, initial: int, output_dir: str):
+        self._accelerator = accelerator
+        self._journal = journal
+        self._output_dir = output_dir
+        self._total = total
+        self._bar = tqdm(
+            total=total,
+            initial=initial,
+            desc="steps",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not accelerator.is_main_process,
+        )
+        self._dropped = DropCounter()
+        self._told = 0
+        self._loader: ShardLoader | None = None
+        self._loss = torch.zeros((), device=accelerator.device)
+        self._grad_norm = torch.zeros((), device=accelerator.device)
+        self._skipped = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._loss.zero_()
+        self._grad_norm.zero_()
+        self._batches, self._pictures, self._waited = 0, 0, 0.0
+        self._start = time.perf_counter()
+
+    def batches(self, loader: ShardLoader) -> Iterator[dict[str, Any]]:
+        """The endless loader's batches; the time that they take to come counts as waiting for data.
+
+        The loader's workers end with the iterator, or with `close`.
+        """
+        self._loader = loader
+        data = iter(loader)
+        try:
+            while True:
+                start = time.perf_counter()
+                batch = next(data)
+                self._waited += time.perf_counter() - start
+                self._dropped.update(batch)
+                yield batch
+        finally:
+            loader.close()
+
+    def add(self, loss: torch.Tensor, pictures: int) -> None:
+        """Counts one batch: its loss (a scalar on the device) and its number of pictures."""
+        self._loss += loss.detach()
+        self._batches += 1
+        self._pictures += pictures
+
+    def step(self, grad_norm: torch.Tensor) -> None:
+        """One optimizer step is done; `grad_norm` is the gradients' norm before it was clipped."""
+        self._grad_norm = torch.maximum(self._grad_norm, whole(grad_norm.detach()))  # a NaN stays
+        self._skipped = 0
+        self._bar.update()
+
+    def skip(self, global_step: int) -> None:
+        """An optimizer step was left out (fp16: a gradient overflowed, and the loss scale was lowered)."""
+        self._skipped += 1
+        if not torch.isfinite(self._loss) or self._skipped >= _MOST_SKIPPED:
+            raise DivergenceError(
+                f"the gradients are not finite after step {global_step}, {self._skipped} times in a row, "
+                f"the loss is {float(self._loss) / max(1, self._batches)}. {self._remedy()}"
+            )
+
+    def log(self, global_step: int, lr_scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict[str, float]:
+        """Shows and sends to the trackers, and returns, the values since the last call.
+
+        `loss` (mean over batches and ranks), `grad_norm` (the largest, before clipping), `lr`, `samples_per_second`
+        (all ranks), `data_wait` (share, 0 to 1). `DivergenceError` if loss or gradients are not finite.
+        """
+        mean = float(self._accelerator.reduce(self._loss / max(1, self._batches), reduction="mean"))
+        elapsed = time.perf_counter() - self._start  # only now has the device done what it was told to
+        values = {
+            "loss": mean,
+            "grad_norm": float(self._grad_norm),
+            "lr": float(lr_scheduler.get_last_lr()[0]),
+            "samples_per_second": self._pictures * self._accelerator.num_processes / elapsed,
+            "data_wait": self._waited / elapsed,
+        }
+        self._reset()
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
+                raise DivergenceError(f"{name} is {values[name]} at step {global_step}. {self._remedy()}")
+        self._bar.set_postfix_str(
+            f"loss {values['loss']:.4g}, lr {values['lr']:.2e}, {values['samples_per_second']:.1f} pictures/s, "
+            f"{values['data_wait']:.0%} waiting for data"
+        )
+        log_values(self._accelerator, values, global_step)
+        self._journal.log(values, global_step)
+        dropped = sum(self._dropped.total().values())
+        if dropped and dropped >= 2 * self._told:  # at ever longer intervals
+            self._told = dropped
+            logger.warning("samples dropped so far%s: %d (%s)", self._of_ranks(), dropped, self._dropped)
+        return values
+
+    def record(self, values: Mapping[str, float], global_step: int) -> None:
+        """Logs what validation measured, and rebuilds the report, which shows what it drew."""
+        if values:
+            log_values(self._accelerator, values, global_step)
+            self._journal.log(values, global_step)
+        self._rebuild_report()
+
+    def _rebuild_report(self) -> None:
+        if self._journal.enabled:
+            write_report(self._output_dir)
+
+    def _remedy(self) -> str:
+        good = list_checkpoints(self._output_dir)  # none is written of values that are not finite
+        return (
+            f"The last good checkpoint is {good[-1] if good else 'none'}: resume with a lower --learning_rate, a lower "
+            "--max_grad_norm or --mixed_precision bf16 in place of fp16."
+        )
+
+    def _of_ranks(self) -> str:
+        return " on this process" if self._accelerator.num_processes > 1 else ""
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside this context (a checkpoint, validation) does not count."""
+        float(self._loss)  # waits for the steps that a GPU has yet to do: theirs counts
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+    def close(self, global_step: int, reason: str | None) -> None:
+        """Ends bar, journal, report and data loader, and says how many samples all ranks dropped, and why.
+
+        The run is at `global_step`, before its last one for a `reason`, which is told with how to go on.
+        """
+        self._bar.close()
+        self._journal.end(global_step, reason)
+        self._rebuild_report()
+        if self._loader is not None:
+            self._loader.close()
+        total = sum((Counter(dropped) for dropped in gather_object([self._dropped.total()])), Counter())
+        if total:
+            reasons = ", ".join(f"{count} × {reason}" for reason, count in total.most_common())
+            logger.warning("samples dropped: %d (%s)", total.total(), reasons)
+        if global_step < self._total:
+            logger.info("%s: ended behind step %d; --resume_from_checkpoint latest goes on", reason, global_step)
+
+
+def start_progress(
+    accelerator: Accelerator,
+    output_dir: str,
+    run: Mapping[str, Any],
+    *,
+    steps: int,
+    global_step: int,
+    argv: Sequence[str] | None,
+    dry_run: bool = False,
+) -> Progress:
+    """The progress, with its journal in `output_dir`, of a launch that takes its `run` from `global_step` to `steps`.
+
+    `run` and `argv` are what `describe_launch` takes. Of a `dry_run` nothing is written down.
+    """
+    journal = Journal(
+        output_dir,
+        describe_launch(accelerator, run, steps=steps, argv=argv),
+        global_step=global_step,
+        enabled=accelerator.is_main_process and not dry_run,
+    )
+    return Progress(accelerator, journal, total=steps, initial=global_step, output_dir=output_dir)

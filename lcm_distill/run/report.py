@@ -1,0 +1,409 @@
+"""The run's report: one HTML file with its curves, its pictures over time, its flags and the command to resume it."""
+
+import base64
+import bisect
+import contextlib
+import functools
+import html
+import io
+import json
+import logging
+import math
+import os
+import re
+import string
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from lcm_distill.data.decode import decode_picture
+from lcm_distill.data.raw import BadSample
+from lcm_distill.errors import UsageError
+from lcm_distill.run import journal
+
+logger = logging.getLogger(__name__)
+
+NAME = "report.html"
+MOST_POINTS = 1000  # of a curve; a screen has no more
+MOST_GRIDS = 40
+GRID_WIDTH = 1600  # pixels
+GRID_PIXELS = 1600 * 1600  # forty grids of this size, dense as photographs, are 50 MB of HTML; the usual ones 1 to 20
+GRID_QUALITY = 85
+
+# What the programs log by themselves, last; validation values, whatever their names, come before, the loss first.
+_USUAL = ("grad_norm", "lr", "samples_per_second", "data_wait")
+_TITLES = {
+    "loss": "Loss",
+    "distance/student": "Student's distance from the teacher",
+    "distance/target": "Target's distance from the teacher",
+    "grad_norm": "Gradient norm",
+    "lr": "Learning rate",
+    "samples_per_second": "Pictures per second",
+    "data_wait": "Time spent waiting for data",
+}
+_NOT_COMPARED = ("resume_from_checkpoint", "local_rank", "dry_run")
+
+Steps = np.ndarray
+Values = np.ndarray
+
+
+def _title(name: str) -> str:
+    spaced = name.replace("_", " ")
+    return _TITLES.get(name, spaced[:1].upper() + spaced[1:])
+
+
+class Grid(NamedTuple):
+    """A grid of validation pictures: its step and its file."""
+
+    step: int
+    path: Path
+
+
+# ------------------------------------------------------------------------------------------------------- curves
+
+
+def collect_curves(entries: Iterable[Mapping[str, Any]]) -> dict[str, tuple[Steps, Values]]:
+    """By name, the (steps, values) that the journal's lines hold of it, ascending; of two at one step the later.
+
+    What is not a finite number is left out.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for entry in entries:
+        for name, value in entry.items():
+            if name not in ("step", "time") and isinstance(value, (int, float)) and math.isfinite(value):
+                found.setdefault(name, {})[entry["step"]] = value
+    names = sorted(found, key=lambda name: (name != "loss", _USUAL.index(name) if name in _USUAL else -1))
+    return {name: _arrays(found[name]) for name in names}
+
+
+def _arrays(points: Mapping[int, float]) -> tuple[Steps, Values]:
+    steps = sorted(points)
+    return np.array(steps), np.array([points[step] for step in steps], float)
+
+
+def thin(steps: Steps, values: Values, most: int = MOST_POINTS) -> tuple[Steps, Values]:
+    """At most `most` of the points: the first and the last, and the least and the greatest of each stretch between."""
+    if len(steps) <= most:
+        return steps, values
+    edges = np.linspace(1, len(steps) - 1, (most - 2) // 2 + 1).astype(int)
+    kept = {0, len(steps) - 1}
+    for start, end in zip(edges[:-1], edges[1:], strict=True):
+        kept |= {start + int(values[start:end].argmin()), start + int(values[start:end].argmax())}
+    chosen = sorted(kept)
+    return steps[chosen], values[chosen]
+
+
+def smooth(steps: Steps, values: Values, most: int = 300) -> tuple[Steps, Values] | None:
+    """The mean over a twentieth of the points around each, at `most` of them; None for a curve that is not noisy.
+
+    Of all points, not of thinned ones, whose extremes are not where the middle is.
+    """
+    travelled, span = np.abs(np.diff(values)).sum(), np.ptp(values) if len(values) else 0.0
+    if len(values) < 30 or travelled < 4 * span or span == 0:
+        return None
+    middle = np.unique(np.linspace(0, len(values) - 1, min(most, len(values))).astype(int))
+    half = max(2, len(values) // 40)
+    first, last = np.maximum(middle - half, 0), np.minimum(middle + half + 1, len(values))
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    return steps[middle], (total[last] - total[first]) / (last - first)
+
+
+def _points(steps: Steps, values: Values) -> dict[str, list]:
+    return {"steps": steps.tolist(), "values": [float(f"{value:.5g}") for value in values]}
+
+
+def _curve(name: str, steps: Steps, values: Values) -> dict[str, Any]:
+    mean = smooth(steps, values)
+    return {
+        "name": name,
+        "title": _title(name),
+        "percent": name == "data_wait",
+        **_points(*thin(steps, values)),
+        "mean": mean and _points(*mean),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- grids
+
+
+def find_grids(folder: Path, launches: Sequence[Mapping[str, Any]]) -> list[Grid]:
+    """The grids in a run's `validation/`, by step, without those of a course that a later launch gave up."""
+    grids = []
+    for path in folder.glob("step-*.png"):
+        if match := re.fullmatch(r"step-(\d+)\.png", path.name):
+            step = int(match[1])
+            written = path.stat().st_mtime if path.exists() else math.inf  # a link to nothing is told of later
+            given_up = any(
+                step > launch.get("global_step", 0) and written < launch.get("started", 0) for launch in launches
+            )
+            grids += [] if given_up else [Grid(step, path)]
+    return sorted(grids)
+
+
+def thin_grids(grids: Sequence[Grid], most: int = MOST_GRIDS) -> list[Grid]:
+    """The first, the last, and every second, fourth, … grid between, so that there are at most `most`.
+
+    Powers of two: a run that goes on drops grids, but never takes one back, so that none is encoded twice.
+    """
+    stride = 1
+    while math.ceil((len(grids) - 1) / stride) + 1 > most:
+        stride *= 2
+    return list(dict.fromkeys([*grids[::stride], *grids[-1:]]))
+
+
+@functools.lru_cache(maxsize=2 * MOST_GRIDS)  # the next report of the run encodes its newest grid alone
+def _encoded(path: Path, written: int, size: int) -> tuple[str, int, int]:
+    """(a grid as the base64 of a JPEG, its width, its height); `written` and `size` tell an overwritten file."""
+    picture, _ = decode_picture(path.read_bytes())
+    scale = min(1.0, GRID_WIDTH / picture.width, math.sqrt(GRID_PIXELS / (picture.width * picture.height)))
+    if scale < 1:
+        shape = (max(1, int(picture.width * scale)), max(1, int(picture.height * scale)))
+        picture = picture.resize(shape, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=GRID_QUALITY)
+    return base64.b64encode(buffer.getvalue()).decode(), picture.width, picture.height
+
+
+def _pictures(grids: Sequence[Grid]) -> tuple[str, list[int], list[str]]:
+    """(the grids as <img>, all but the last hidden; their steps; the names of those that cannot be read)."""
+    shown: list[tuple[int, str]] = []
+    broken = []
+    for grid in thin_grids(grids):
+        try:
+            stat = grid.path.stat()
+            data, width, height = _encoded(grid.path, stat.st_mtime_ns, stat.st_size)
+        except (OSError, BadSample):
+            broken.append(grid.path.name)
+            continue
+        source = f'src="data:image/jpeg;base64,{data}" width="{width}" height="{height}"'
+        shown.append((grid.step, f'<img {source} decoding="sync" alt="What was drawn at step {grid.step:,}"'))
+    images = [f"{tag}{'' if place == len(shown) - 1 else ' hidden'}>" for place, (_, tag) in enumerate(shown)]
+    return "\n".join(images), [step for step, _ in shown], broken
+
+
+# ------------------------------------------------------------------------------------------------------- the page
+
+
+class _Page(string.Template):
+    """The template's places are called @@name: its CSS has percent signs and its script has dollars."""
+
+    delimiter = "@@"
+
+
+_text = html.escape
+
+
+def _when(seconds: Any) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)) if isinstance(seconds, (int, float)) else "?"
+
+
+def _long(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _mapping(launch: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found = launch.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _value(value: Any) -> str:
+    """A flag's value as its user would write it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return " · ".join(map(str, value))
+    return "–" if value is None else str(value)
+
+
+def _changes(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """What has another value in `now` than `before`, with its old value; nothing where there is no `before`."""
+    names = [name for name in now if name not in _NOT_COMPARED] if before else []
+    return {name: before.get(name) for name in names if before.get(name) != now[name]}
+
+
+def _pairs(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    """Names and values as <dt> and <dd>; those that differ from `before` are marked, with what they were."""
+    changed = _changes(now, before)
+    pairs = []
+    for name, value in now.items():
+        was = f' <span class="was">before: {_text(_value(changed[name]))}</span>' if name in changed else ""
+        kind = ' class="changed"' if name in changed else ""
+        pairs.append(
+            f"<div{kind}><dt>{_text(name).replace('_', '_<wbr>')}</dt><dd>{_text(_value(value))}{was}</dd></div>"
+        )
+    return "\n".join(pairs)
+
+
+def _heard(launches: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str, Any]]) -> list[tuple[float, int]]:
+    """For each launch, the time and the step of the last that the journal has of it."""
+    starts = [launch.get("started", 0.0) for launch in launches]
+    heard = [(start, launch.get("global_step", 0)) for start, launch in zip(starts, launches, strict=True)]
+    words = [
+        (bisect.bisect(starts, entry.get("time", 0.0)) - 1, entry.get("time", 0.0), entry["step"]) for entry in entries
+    ]
+    ends = [_mapping(launch, "end") for launch in launches]
+    words += [(place, end["time"], end["global_step"]) for place, end in enumerate(ends) if end]
+    for place, moment, step in words:
+        if place >= 0:
+            heard[place] = (max(heard[place][0], moment), max(heard[place][1], step))
+    return heard
+
+
+def _launch_rows(launches: Sequence[Mapping[str, Any]], heard: Sequence[tuple[float, int]]) -> str:
+    rows = []
+    for number, launch in enumerate(launches):
+        flags, machine, end = (_mapping(launch, name) for name in ("flags", "machine", "end"))
+        before = _mapping(launches[number - 1], "flags") if number else {}
+        changes = [f"{name}: {_value(was)} → {_value(flags[name])}" for name, was in _changes(flags, before).items()]
+        last, step = heard[number]
+        how = end.get("reason") if end else "broken off" if number + 1 < len(launches) else None
+        cells = [
+            str(number + 1),
+            _when(launch.get("started")),
+            f"step {launch.get('global_step', 0):,}",
+            f"step {step:,}" + (f", {how}" if how else ""),
+            _long(last - launch.get("started", last)),
+            f"{machine.get('processes', 1)} × {machine.get('device', '?')}",
+            "; ".join(changes) or "–",
+        ]
+        rows.append("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>")
+    return "\n".join(rows)
+
+
+def _state(
+    launch: Mapping[str, Any], heard: Sequence[tuple[float, int]], entries: Sequence[Mapping[str, Any]]
+) -> tuple[str, str, int, int | None]:
+    """(what the run does, in a word; more of it; its last known step; its planned steps, if known)."""
+    end, steps = _mapping(launch, "end"), launch.get("steps")
+    steps = steps if isinstance(steps, int) and steps > 0 else None
+    moment = heard[-1][0] if heard else entries[-1].get("time")
+    step = max([heard[-1][1] if heard else 0, *(entry["step"] for entry in entries)])
+    if steps and step >= steps:
+        return "Finished", _when(moment), step, steps
+    if end:
+        reason = f"{end['reason']}, " if end.get("reason") else ""
+        return "Stopped", f"{reason}{_when(moment)}", step, steps
+    return "Training", f"last heard of {_when(moment)}", step, steps
+
+
+def _teacher(flags: Mapping[str, Any]) -> str:
+    """The teacher's name: a Hub id as it is, of a path the end."""
+    name = str(flags.get("pretrained_teacher_model", ""))
+    return name if name.count("/") == 1 and name[0] not in "/.~" else Path(name).name
+
+
+def _figures(curves: Mapping[str, tuple[Steps, Values]], seconds: float) -> str:
+    """The latest values as <dt> and <dd>: a page without its script has them at least."""
+    pairs = []
+    for name, (_, values) in curves.items():
+        if name in ("grad_norm", "lr"):
+            continue
+        mean = float(values[-max(1, len(values) // 20) :].mean())  # of the last twentieth: one value is mostly noise
+        pairs.append((_title(name), f"{100 * mean:.3g} %" if name == "data_wait" else f"{mean:.4g}"))
+    pairs = [*pairs[:5], ("Training time", _long(seconds))]
+    return "\n".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in pairs)
+
+
+def _left_out(grids: Sequence[Grid], shown: Sequence[int], broken: Sequence[str]) -> str:
+    notes = []
+    if len(shown) + len(broken) < len(grids):
+        notes.append(f"{len(shown)} of {len(grids)} are shown here; all of them are in validation/.")
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        notes.append(f"Could not be read, and left out: {', '.join(broken[:3])}{more}.")
+    return " ".join(notes)
+
+
+def _command_note(launch: Mapping[str, Any]) -> str:
+    notes = ["The launcher’s own options (accelerate launch --config_file …) are not recorded: give them as before."]
+    if "…" in str(launch.get("command")):
+        notes.append("Where it says …, a command or the query of a URL was left out, since it may be a secret.")
+    if _mapping(launch, "flags").get("push_to_hub"):
+        notes.append("A token for the Hub is never in it: give it again, or log in with hf auth login.")
+    return " ".join(notes)
+
+
+def build_report(output_dir: str | Path) -> Path:
+    """Writes `output_dir/report.html` anew, under another name until it is whole, and returns its path.
+
+    Raises:
+        UsageError: there is no training.jsonl, or it holds nothing.
+        OSError: the journal cannot be read, or the report not be written.
+    """
+    folder = Path(output_dir)
+    if not (folder / journal.NAME).is_file():
+        raise UsageError(f"{folder} holds no {journal.NAME}; give the --output_dir of a run.")
+    launches, entries = journal.read_journal(folder / journal.NAME)
+    if not launches and not entries:
+        raise UsageError(f"{folder / journal.NAME} holds no values and no launch: it is not the journal of a run.")
+    launch = launches[-1] if launches else {}
+    before = launches[-2] if len(launches) > 1 else {}
+    flags, given = _mapping(launch, "flags"), _mapping(before, "flags")
+    changed = _changes(flags, given)
+    curves = collect_curves(entries)
+    grids = find_grids(folder / "validation", launches)
+    images, shown, broken = _pictures(grids)
+    heard = _heard(launches, entries)
+    seconds = sum(last - each.get("started", last) for (last, _), each in zip(heard, launches, strict=True))
+    state, more, step, steps = _state(launch, heard, entries)
+    went_on = [each.get("global_step", 0) for each in launches]
+    data = {
+        "curves": [_curve(name, *points) for name, points in curves.items()],
+        "grids": shown,
+        # A launch that a later one went back behind left nothing in the curves.
+        "resumed": sorted({start for place, start in enumerate(went_on) if 0 < start <= min(went_on[place:])}),
+    }
+    left_out = _left_out(grids, shown, broken)
+    page = _Page(resources.files(__package__).joinpath("report_template.html").read_text(encoding="utf-8")).substitute(
+        name=_text(folder.resolve().name),
+        program=_text(str(launch.get("program", ""))),
+        teacher=_text(_teacher(flags)),
+        state=state,
+        state_more=_text(more),
+        step=f"{step:,}",
+        of_steps=f" of {steps:,}" if steps else "",
+        progress=f"{min(1.0, step / (steps or step or 1)):.4f}",
+        figures=_figures(curves, seconds),
+        images=images,
+        no_grids="" if grids else " hidden",
+        left_out=_text(left_out),
+        nothing_left_out="" if left_out else " hidden",
+        no_curves="" if curves else " hidden",
+        command=_text(str(launch.get("command", ""))),
+        command_note=_text(_command_note(launch)),
+        folder=_text(str(launch.get("folder", ""))),
+        flags=_pairs({name: value for name, value in flags.items() if value is not None or name in changed}, given),
+        unset=_text(", ".join(name for name, value in flags.items() if value is None and name not in changed)),
+        versions=_pairs(_mapping(launch, "versions"), _mapping(before, "versions")),
+        machine=_pairs(_mapping(launch, "machine"), _mapping(before, "machine")),
+        launches=_launch_rows(launches, heard),
+        written=_when(time.time()),
+        # Inside a script element only "<" can end it, and no JSON needs one.
+        data=json.dumps(data).replace("<", "\\u003c"),
+    )
+    report, partial = folder / NAME, folder / f".{NAME}.partial"
+    try:
+        partial.write_bytes(page.encode(errors="replace"))
+        os.replace(partial, report)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+    return report
+
+
+def write_report(output_dir: str | Path) -> Path | None:
+    """`build_report` for a run that trains: what goes wrong is logged, never raised. The main process calls it."""
+    try:
+        return build_report(output_dir)
+    except Exception as error:  # noqa: BLE001 - a report is not worth a run
+        logger.error("the report could not be written (%s: %s); the run goes on", type(error).__name__, error)
+        return None

@@ -1,0 +1,120 @@
+"""Trackers (tensorboard, wandb, ...): one that fails is left out from then on; it never ends the run."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from PIL import Image
+
+from lcm_distill.errors import UsageError
+from lcm_distill.export.hub import HubUpload
+
+logger = logging.getLogger(__name__)
+
+
+def parse_trackers(report_to: str | None) -> list[str]:
+    """The trackers named in `--report_to`, joined by commas or spaces; "all" is every installed one."""
+    names = [name for name in (report_to or "none").lower().replace(",", " ").split() if name != "none"]
+    installed = [str(getattr(name, "value", name)) for name in get_available_trackers()]
+    known = [str(getattr(name, "value", name)) for name in LOGGER_TYPE_TO_CLASS]
+    if "all" in names:
+        return installed
+    for name in names:
+        if name not in known:
+            raise UsageError(f"--report_to {name}: no such tracker; choose among {', '.join(known)}, all and none.")
+        if name not in installed:
+            raise UsageError(
+                f"--report_to {name}: its package is not installed; pip install {name}, or choose another."
+            )
+    return list(dict.fromkeys(names))
+
+
+def start_trackers(
+    accelerator: Accelerator, project: str, flags: Mapping[str, Any], *, resumed: Mapping[str, Any]
+) -> dict[str, str]:
+    """Starts the trackers with the run's `flags` as their configuration; they write into the logging folder.
+
+    A run that goes on (`resumed`, its run.json) goes on in them: in wandb the same run, in tensorboard the same curve,
+    without what it drew beyond the checkpoint. Returns what that takes: a tracker's name to what it calls
+    this run (wandb's alone, on the main process). `UsageError` if one does not start.
+    """
+    if not accelerator.log_with:
+        return {}
+    config = {
+        name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in flags.items()
+    }
+    folder = str(accelerator.logging_dir)
+    if accelerator.is_main_process:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    options: dict[str, dict[str, Any]] = {"wandb": {"dir": folder}}
+    if resumed:
+        options["tensorboard"] = {"purge_step": resumed["global_step"] + 1}
+        if run := resumed.get("trackers", {}).get("wandb"):
+            options["wandb"] |= {"id": run, "resume": "allow"}
+    try:
+        accelerator.init_trackers(project, config=config, init_kwargs=options)
+    except Exception as error:  # each tracker has its own: no login, no connection, no such project
+        raise UsageError(
+            f"--report_to: a tracker did not start ({str(error).strip().splitlines()[0]}). Log in to it, choose "
+            "another, or set WANDB_MODE=offline for wandb without a connection."
+        ) from None
+    return {
+        tracker.name: str(tracker.tracker.id)
+        for tracker in accelerator.trackers
+        if tracker.name == "wandb" and accelerator.is_main_process
+    }
+
+
+def _with_each(accelerator: Accelerator, action: Callable[[GeneralTracker], None]) -> None:
+    for tracker in list(accelerator.trackers):
+        try:
+            action(tracker)
+        except Exception as error:  # noqa: BLE001 - a lost connection, a full disk, a run deleted on the server
+            accelerator.trackers.remove(tracker)
+            logger.error(
+                "the tracker %s failed (%s: %s); it gets nothing more, the run goes on",
+                tracker.name,
+                type(error).__name__,
+                error,
+            )
+
+
+def log_values(accelerator: Accelerator, values: Mapping[str, float], global_step: int) -> None:
+    """Sends numbers by name to every tracker."""
+    _with_each(accelerator, lambda tracker: tracker.log(dict(values), step=global_step))
+
+
+def log_pictures(accelerator: Accelerator, rows: Mapping[str, Sequence[Image.Image]], global_step: int) -> None:
+    """Sends each row of pictures to every tracker that takes pictures: "student, 4 steps" as `student_4_steps`."""
+
+    def send(tracker: GeneralTracker) -> None:
+        for label, pictures in rows.items():
+            tag = f"validation/{label.replace(',', '').replace(' ', '_')}"
+            if tracker.name == "tensorboard":
+                stacked = np.stack([np.asarray(picture) for picture in pictures])
+                tracker.log_images({tag: stacked}, step=global_step, dataformats="NHWC")
+            elif hasattr(tracker, "log_images"):
+                tracker.log_images({tag: list(pictures)}, step=global_step)
+            else:
+                logger.warning("the tracker %s takes no pictures; they are in the output folder", tracker.name)
+                break
+
+    _with_each(accelerator, send)
+
+
+def end_training(accelerator: Accelerator, hub: HubUpload | None = None) -> None:
+    """Closes the trackers and the process group, once all ranks are here; every rank calls it last.
+
+    What is staged for the `hub` is uploaded after that, when the other ranks are gone: none can be kept waiting for so
+    long.
+    """
+    accelerator.wait_for_everyone()
+    _with_each(accelerator, lambda tracker: tracker.finish())
+    accelerator.trackers = []
+    accelerator.end_training()
+    if hub:
+        hub.push()

@@ -1,0 +1,162 @@
+"""Validation pictures: drawn as a user would draw them, shown on disk and in every tracker."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from PIL import Image
+
+from lcm_distill.distributed.fsdp import is_split, release
+from lcm_distill.models.vae import decode_latents
+from lcm_distill.run.trackers import log_pictures
+from lcm_distill.sampling.generate import draw_latents
+from lcm_distill.sampling.grid import labelled_grid
+from lcm_distill.sampling.metrics import relative_distance
+
+logger = logging.getLogger(__name__)
+
+
+def validation_guidance_scale(chosen: float | None, w_min: float, w_max: float) -> float:
+    """`chosen`, or else the pipelines' guidance_scale 8 brought into the trained range [w_min + 1, w_max + 1]."""
+    return min(max(8.0, w_min + 1), w_max + 1) if chosen is None else chosen
+
+
+class Validation:
+    """Draws the prompts with every pipeline, and measures how far the students are from their teacher.
+
+    `pipelines` and `teacher` are functions that build a pipeline, called for each drawing, inside the context `at_hand`
+    (`FrozenParts.complete`): what only drawing needs is there only then. Without prompts or pictures nothing is drawn.
+
+    A grid has a row for each pipeline and each of `inference_steps`, "student, 4 steps", all from the same noise; a
+    number given twice is drawn once. The first row is the `teacher`'s, drawn once, in `teacher_steps` of DDIM at
+    `teacher_guidance_scale`: each of its pictures is the end of the trajectory that a student is to jump to in one
+    step, and how far off that jump lands is the distance (`measures.relative_distance`). With `teacher_steps` 0 there
+    is neither. At most `batch_size` pictures are drawn at once, as many as are trained on: it needs no more of a GPU's
+    memory than the guided teacher of the training. Grids go to `validation/step-N.png` in `output_dir` and to every
+    tracker; without an `output_dir` nowhere, and the teacher takes one step (a dry run). `within` has, by a pipeline's
+    label, a context to draw in.
+
+    Every rank makes one and calls it; the main process draws while the others wait. With sharded networks all draw,
+    the same: the main process's `prompts`.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        pipelines: Mapping[str, Callable[[], Any]],
+        teacher: Callable[[], Any],
+        *,
+        prompts: Sequence[str],
+        images_per_prompt: int,
+        batch_size: int,
+        inference_steps: Sequence[int],
+        guidance_scale: float,
+        teacher_steps: int,
+        teacher_guidance_scale: float,
+        resolution: int,
+        seed: int,
+        output_dir: str | None,
+        at_hand: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+        within: Mapping[str, Callable[[], AbstractContextManager]] | None = None,
+    ):
+        self._accelerator = accelerator
+        self._pipelines = dict(pipelines)
+        self._teacher = teacher
+        self._inference_steps = list(dict.fromkeys(inference_steps))
+        self._guidance_scale = guidance_scale
+        self._teacher_steps = teacher_steps if output_dir else min(teacher_steps, 1)
+        self._teacher_guidance_scale = teacher_guidance_scale
+        self._resolution = resolution
+        self._output_dir = output_dir
+        self._at_hand = at_hand
+        self._within = dict(within or {})
+        prompts = broadcast_object_list([list(prompts)])[0]
+        self._prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+        self._seeds = [seed + number for number in range(len(self._prompts))]
+        self._columns = [text for prompt in prompts for text in [prompt, *[""] * (images_per_prompt - 1)]]
+        self._batch_size = min(batch_size, images_per_prompt)
+        self._teacher_row: dict[str, list[Image.Image]] = {}
+        self._ends = torch.empty(0)
+        self.measured: dict[str, float] = {}  # the last distances, by what they are in words
+
+    def __call__(self, global_step: int) -> dict[str, float]:
+        """Draws the grid of `global_step`; returns "distance/student" and the like, the same on every rank."""
+        distances: dict[str, float] = {}
+        if not self._prompts:
+            return distances
+        if self._accelerator.is_main_process or is_split(self._accelerator):
+            with self._at_hand():
+                fresh = self._draw(distances)
+            if self._output_dir is not None and self._accelerator.is_main_process:
+                self._write(self._teacher_row | fresh, global_step)
+                log_pictures(self._accelerator, fresh, global_step)
+        distances = broadcast_object_list([distances])[0]
+        self.measured = {
+            f"distance of one step from the teacher's {self._teacher_steps}, in latents, relative (0 is perfect): "
+            f"{name.removeprefix('distance/')}": value
+            for name, value in distances.items()
+        }
+        if distances and self._output_dir is not None:
+            logger.info(
+                "step %d: %s from the teacher's own answer (0 is perfect)",
+                global_step,
+                ", ".join(f"{name.removeprefix('distance/')} {value:.3f}" for name, value in distances.items()),
+            )
+        return distances
+
+    def _draw(self, distances: dict[str, float]) -> dict[str, list[Image.Image]]:
+        """The rows of this drawing; fills `distances`."""
+        fresh: dict[str, list[Image.Image]] = {}
+        if self._teacher_steps and not self._teacher_row:
+            pipeline = self._teacher()
+            self._ends = self._latents("teacher", pipeline, self._teacher_steps, self._teacher_guidance_scale)
+            fresh[f"teacher, {_in_words(self._teacher_steps)}"] = self._decode(pipeline, self._ends)
+            self._teacher_row = dict(fresh)
+        measured = [1] if self._teacher_steps else []
+        for label, build in self._pipelines.items():
+            pipeline = build()
+            for steps in dict.fromkeys([*self._inference_steps, *measured]):
+                latents = self._latents(label, pipeline, steps, self._guidance_scale)
+                if steps in self._inference_steps:
+                    fresh[f"{label}, {_in_words(steps)}"] = self._decode(pipeline, latents)
+                if steps in measured:
+                    distances[f"distance/{label}"] = relative_distance(latents, self._ends)
+        return fresh
+
+    def _latents(self, label: str, pipeline: Any, steps: int, guidance_scale: float) -> torch.Tensor:
+        # Compiled networks draw uncompiled: their other batch size and resolution would be compiled too.
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, self._accelerator.autocast(), self._within.get(label, contextlib.nullcontext)():
+            latents = draw_latents(
+                pipeline,
+                self._prompts,
+                self._seeds,
+                inference_steps=steps,
+                guidance_scale=guidance_scale,
+                resolution=self._resolution,
+                batch_size=self._batch_size,
+            )
+        release(pipeline.unet)
+        return latents.cpu()
+
+    def _decode(self, pipeline: Any, latents: torch.Tensor) -> list[Image.Image]:
+        return decode_latents(pipeline.vae, latents, batch_size=1)  # at 1024 pixels each takes gigabytes
+
+    def _write(self, rows: Mapping[str, Sequence[Image.Image]], global_step: int) -> None:
+        path = Path(self._output_dir or "") / "validation" / f"step-{global_step:06d}.png"
+        grid = labelled_grid(list(rows.items()), columns=self._columns, size=min(256, self._resolution))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            grid.save(path)
+        except OSError as error:
+            logger.error("%s could not be written (%s); the run goes on", path, error)
+
+
+def _in_words(steps: int) -> str:
+    return f"{steps} step{'' if steps == 1 else 's'}"

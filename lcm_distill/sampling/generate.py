@@ -1,0 +1,196 @@
+"""Drawing as users draw: a pipeline, a sampler, prompts, and noise that depends on a seed alone."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoPipelineForImage2Image, DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+
+from lcm_distill.errors import UsageError
+
+# The samplers of undistilled models, by the names that the LCM paper's tables give them.
+SAMPLERS = {"DDIM": DDIMScheduler, "DPM-Solver++": DPMSolverMultistepScheduler}
+
+
+def teacher_sampler(scheduler_config: Mapping[str, Any], name: str = "DDIM") -> Any:
+    """One of `SAMPLERS` for a teacher of any Diffusers scheduler config, starting at the top timestep (trailing).
+
+    DDIM ends at timestep 0, as the solver of the training does: with as many steps as that solver's grid has points,
+    what it draws is the end of the trajectory that a student is to jump to.
+    """
+    options: dict[str, Any] = {"timestep_spacing": "trailing"}
+    if name == "DDIM":
+        options |= {"clip_sample": False, "set_alpha_to_one": False}
+    return SAMPLERS[name].from_config(dict(scheduler_config), **options)
+
+
+def check_steps(flag: str, steps: int, sampler: Any, strength: float = 1.0) -> None:
+    """`UsageError`, which names `flag`, if a Diffusers scheduler cannot draw in `steps`, at img2img's `strength`.
+
+    A student's draws in at most as many as its grid has points, others in the training's timesteps.
+    """
+    most = sampler.config.num_train_timesteps
+    if isinstance(sampler, LCMScheduler):
+        most = sampler.config.original_inference_steps
+    if steps_before_strength(steps, strength) > most:
+        at = "" if strength == 1 else f" at --strength {strength:g}"
+        raise UsageError(
+            f"{flag} {steps}: {type(sampler).__name__} has a grid of {most} and draws in at most "
+            f"{int(most * strength)} steps{at}: give that or fewer."
+        )
+
+
+@torch.no_grad()
+def draw_latents(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    inference_steps: int,
+    guidance_scale: float,
+    resolution: int,
+    batch_size: int,
+    negative_prompt: str | None = None,
+) -> torch.Tensor:
+    """Latents `[N, C, h, w]`, one for each prompt and its seed, of a pipeline of either family; not yet decoded.
+
+    Everything random comes from the picture's seed, on the CPU: the first noise in float32, then what the sampler
+    draws. So neither the device, the batch nor the other pictures matter, and different samplers and networks start
+    from the same noise. With autocast on, sampling is in float32 and the U-Net's products are not; else all is in the
+    U-Net's dtype. The U-Net draws in eval mode and is given back in the mode it was in; nothing touches torch's
+    global random state. The `negative_prompt` counts where the pipeline has a second pass to guide by.
+    """
+    unet = pipeline.unet
+    dtype = torch.float32 if torch.is_autocast_enabled(unet.device.type) else unet.dtype
+    side = resolution // pipeline.vae_scale_factor
+    shape = (1, unet.config.in_channels, side, side)
+
+    def start(generators: list[torch.Generator]) -> dict[str, Any]:
+        noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+        return {"latents": noise.to(dtype), "height": resolution, "width": resolution}
+
+    return _draw(
+        pipeline,
+        prompts,
+        seeds,
+        start,
+        batch_size=batch_size,
+        negative_prompt=negative_prompt,
+        num_inference_steps=inference_steps,
+        guidance_scale=guidance_scale,
+    )
+
+
+@torch.no_grad()
+def redraw_latents(
+    pipeline: Any,
+    picture: Image.Image,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    strength: float,
+    inference_steps: int,
+    guidance_scale: float,
+    batch_size: int,
+    negative_prompt: str | None = None,
+) -> torch.Tensor:
+    """What `draw_latents` returns, by img2img: from the `picture` (RGB, of the size to draw), noised by `strength`.
+
+    It is drawn by Diffusers' img2img pipeline of the parts of `pipeline`, a text-to-image one. That takes `strength`,
+    0 to 1, of the steps it is given; here the U-Net's steps are `inference_steps`, of a grid so much finer. The VAE
+    encodes once, in its own dtype: SDXL's img2img pipeline would leave it in half precision.
+    """
+    vae = pipeline.vae
+    pixels = VaeImageProcessor(vae_scale_factor=pipeline.vae_scale_factor).preprocess(picture)
+    with torch.autocast(vae.device.type, enabled=False):
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    img2img = AutoPipelineForImage2Image.from_pipe(pipeline)
+    img2img.set_progress_bar_config(disable=True)
+
+    def start(generators: list[torch.Generator]) -> dict[str, Any]:
+        drawn = torch.cat([posterior.sample(generator) for generator in generators])
+        return {"image": (drawn - shift) * vae.config.scaling_factor}
+
+    return _draw(
+        img2img,
+        prompts,
+        seeds,
+        start,
+        batch_size=batch_size,
+        negative_prompt=negative_prompt,
+        num_inference_steps=steps_before_strength(inference_steps, strength),
+        strength=strength,
+        guidance_scale=guidance_scale,
+    )
+
+
+def steps_before_strength(steps: int, strength: float) -> int:
+    """The least `num_inference_steps` of which img2img at `strength`, above 0, takes `steps`."""
+    asked = max(steps, int(steps / strength) - 1)
+    while int(asked * strength) < steps:  # as Diffusers rounds: 0.29 · 100 is 28
+        asked += 1
+    return asked
+
+
+def _draw(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    start: Callable[[list[torch.Generator]], dict[str, Any]],
+    *,
+    batch_size: int,
+    negative_prompt: str | None,
+    **options: Any,
+) -> torch.Tensor:
+    """Calls `pipeline` batch by batch, each from what `start` makes of its pictures' generators."""
+    unet = pipeline.unet
+    was_training = unet.training
+    unet.eval()
+    drawn = []
+    try:
+        for first in range(0, len(prompts), batch_size):
+            chosen = list(prompts[first : first + batch_size])
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[first : first + batch_size]]
+            if negative_prompt is not None:
+                options["negative_prompt"] = [negative_prompt] * len(chosen)
+            drawn += pipeline(chosen, generator=generators, output_type="latent", **start(generators), **options).images
+    finally:
+        unet.train(was_training)
+    return torch.stack(drawn)
+
+
+def read_prompts(values: Sequence[str] | None, flag: str = "--validation_prompts") -> list[str] | None:
+    """The prompts of a `flag`: each of its values is one, or names a `.txt` file with a prompt on each line.
+
+    Blank lines and the spaces around a line do not count. None, for a flag that is not given, stays None.
+
+    Raises:
+        UsageError: a value ends in `.txt` and there is no such file, or it cannot be read, is not UTF-8 or is empty.
+    """
+    if values is None:
+        return None
+    prompts: list[str] = []
+    for value in values:
+        prompts += _prompts_of_file(value, flag) if value.lower().endswith(".txt") else [value]
+    return prompts
+
+
+def _prompts_of_file(name: str, flag: str) -> list[str]:
+    try:
+        text = Path(name).expanduser().read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UsageError(f"{flag}: {name} is not UTF-8; save it in that encoding.") from None
+    except (OSError, ValueError, RuntimeError) as error:  # ValueError: a NUL in the name; RuntimeError: ~nobody
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(
+            f"{flag}: {name} cannot be read ({reason}). What ends in .txt is a file with a prompt on "
+            f"each line: correct its path (relative ones start at {Path.cwd()}), or end the prompt in another way."
+        ) from None
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UsageError(f"{flag}: {name} is empty; write a prompt on each line.")
+    return prompts

@@ -1,0 +1,245 @@
+"""How good pictures are: each metric judges one row of drawn pictures after the other.
+
+    latents    distance and energy to the teacher's own answers ; needs no further network
+    clip       CLIP score: how well picture and prompt agree; transformers' CLIP
+    cmmd       CMMD to the reference pictures (arXiv 2401.09603); transformers' CLIP
+    fid        FID to the reference pictures; needs torch-fidelity (pip install torch-fidelity)
+    toy        caption accuracy and Fréchet distance in the toy world (toy.score); prompts must be its captions
+
+What a metric needs it loads when it is made, before anything is drawn. The reference of cmmd and fid, which `against`
+gives them, are real pictures if there are any, else the teacher's. Both are biased upwards for few pictures: compare
+rows of one evaluation with each other, not with numbers from elsewhere.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+
+from lcm_distill.errors import UsageError, brief
+from lcm_distill.models.vae import decode_latents
+
+
+@dataclasses.dataclass
+class Drawn:
+    """A row: latents `[N, C, h, w]` on the CPU, one for each prompt; decoded when a metric asks for pictures."""
+
+    prompts: Sequence[str]
+    latents: torch.Tensor
+    steps: int
+    vae: Any = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def pictures(self) -> list[Image.Image]:
+        return decode_latents(self.vae, self.latents, batch_size=1)
+
+    def first_pictures(self, count: int) -> list[Image.Image]:
+        """The first `count` pictures, without decoding the others."""
+        whole = self.__dict__.get("pictures")
+        return whole[:count] if whole else decode_latents(self.vae, self.latents[:count], batch_size=1)
+
+
+class Metric(Protocol):
+    """`titles` name its values, in the order of the tables; calling it gives those that a row has."""
+
+    @property
+    def titles(self) -> Mapping[str, str]: ...
+
+    def __call__(self, drawn: Drawn) -> dict[str, float]: ...
+
+
+class LatentDistances:
+    """To the reference's latents: `measures.relative_distance` of one-step rows, `measures.energy_distance` of all."""
+
+    titles = {
+        "distance": "Distance of the one-step answer to the end of the teacher's trajectory (0 is perfect)",
+        "energy": "Energy distance to the teacher's answers, in latents, × 1000 (0: the same distribution)",
+    }
+
+    def __init__(self, reference: Drawn):
+        self._reference = reference.latents
+
+    def __call__(self, drawn: Drawn) -> dict[str, float]:
+        values = {"distance": relative_distance(drawn.latents, self._reference)} if drawn.steps == 1 else {}
+        if len(drawn.latents) > 1:
+            values["energy"] = 1000 * energy_distance(drawn.latents, self._reference)
+        return values
+
+
+class ClipScore:
+    """100 · max(0, cos) of CLIP's embeddings of picture and prompt, the mean over the row (arXiv 2104.08718)."""
+
+    titles = {"clip_score": "CLIP score (higher is better)"}
+
+    def __init__(self, model: str, device: torch.device | str, cache_dir: str | None = None):
+        self._device = device
+        self._model, self._process = _load_clip(model, "--clip_model", device, cache_dir)
+        try:
+            self._tokenizer = transformers.CLIPTokenizer.from_pretrained(model, cache_dir=cache_dir)
+        except (OSError, ValueError, TypeError) as error:
+            raise UsageError(f"--clip_model {model}: it has no tokenizer ({brief(error)}).") from None
+
+    @torch.no_grad()
+    def __call__(self, drawn: Drawn) -> dict[str, float]:
+        scores = []
+        for first in range(0, len(drawn.pictures), 16):
+            tokens = self._tokenizer(
+                list(drawn.prompts[first : first + 16]), padding=True, truncation=True, return_tensors="pt"
+            )
+            pixels = self._process(drawn.pictures[first : first + 16], return_tensors="pt").pixel_values
+            output = self._model(**tokens.to(self._device), pixel_values=pixels.to(self._device))
+            scores += (output.image_embeds * output.text_embeds).sum(dim=1).clamp(min=0).tolist()  # of length 1
+        return {"clip_score": 100 * sum(scores) / len(scores)}
+
+
+class Cmmd:
+    """1000 · MMD² of CLIP's picture embeddings of length 1, Gaussian kernel of σ = 10, to the reference's."""
+
+    titles = {"cmmd": "CMMD to the reference pictures (lower is better)"}
+
+    def __init__(self, model: str, device: torch.device | str, cache_dir: str | None = None):
+        self._device = device
+        self._model, self._process = _load_clip(model, "--cmmd_model", device, cache_dir)
+        self._reference = torch.empty(0)
+
+    def against(self, reference: Sequence[Image.Image]) -> "Cmmd":
+        """Itself, which compares with `reference` from now on."""
+        self._reference = self._embed(reference)
+        return self
+
+    @torch.no_grad()
+    def _embed(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
+        rows = []
+        for first in range(0, len(pictures), 16):
+            pixels = self._process(list(pictures[first : first + 16]), return_tensors="pt").pixel_values
+            hidden = self._model.vision_model(pixel_values=pixels.to(self._device)).pooler_output
+            rows.append(self._model.visual_projection(hidden).cpu().double())  # Apple's GPUs have no float64
+        return torch.nn.functional.normalize(torch.cat(rows))
+
+    def __call__(self, drawn: Drawn) -> dict[str, float]:
+        return {"cmmd": 1000 * squared_mmd(self._embed(drawn.pictures), self._reference)}
+
+
+def squared_mmd(a: torch.Tensor, b: torch.Tensor, sigma: float = 10.0) -> float:
+    """Squared maximum mean discrepancy of `[N, D]` and `[M, D]`, Gaussian kernel exp(−‖x − y‖² / 2σ²), all pairs."""
+
+    def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.exp(-torch.cdist(x, y).square() / (2 * sigma**2)).mean()
+
+    return float(kernel(a, a) + kernel(b, b) - 2 * kernel(a, b))
+
+
+class Fid:
+    """FID by torch-fidelity, whose Inception weights it fetches itself, to the reference pictures."""
+
+    titles = {"fid": "FID to the reference pictures (lower is better)"}
+
+    def __init__(self, device: torch.device | str):
+        try:
+            from torch_fidelity import calculate_metrics
+        except ImportError:
+            raise UsageError("--metrics fid needs torch-fidelity: pip install torch-fidelity, or take cmmd.") from None
+        self._calculate = functools.partial(
+            calculate_metrics, fid=True, cuda=torch.device(device).type == "cuda", verbose=False
+        )
+        self._reference = _Pictures([])
+
+    def against(self, reference: Sequence[Image.Image]) -> "Fid":
+        """Itself, which compares with `reference` from now on."""
+        self._reference = _Pictures(reference)
+        return self
+
+    def __call__(self, drawn: Drawn) -> dict[str, float]:
+        values = self._calculate(input1=_Pictures(drawn.pictures), input2=self._reference)
+        return {"fid": float(values["frechet_inception_distance"])}
+
+
+class _Pictures(torch.utils.data.Dataset):
+    """uint8 `[3, H, W]`, as torch-fidelity takes pictures."""
+
+    def __init__(self, pictures: Sequence[Image.Image]):
+        self._pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(np.array(self._pictures[index].convert("RGB"))).permute(2, 0, 1)
+
+
+class Toy:
+    """Caption accuracy, and Fréchet distance to drawn pictures of the same captions, in the toy world."""
+
+    titles = {
+        "caption_accuracy": "Caption accuracy (higher is better)",
+        "frechet_distance": "Fréchet distance to drawn pictures of the captions (lower is better)",
+    }
+
+    def __init__(self, prompts: Sequence[str], seed: int):
+        try:
+            from toy import score
+        except ImportError:
+            raise UsageError("--metrics toy: run it from the repository's folder, where toy/ is.") from None
+        self._score = score
+        self._scorer = score.Scorer.load()
+        try:
+            real, _ = score.real_pictures(len(prompts), seed, prompts)
+        except ValueError as error:
+            raise UsageError(f"--metrics toy: {error}; its prompts are captions of the toy world.") from None
+        self._real = self._scorer.features(real)
+
+    def __call__(self, drawn: Drawn) -> dict[str, float]:
+        features = self._scorer.features(drawn.pictures)
+        return {
+            "caption_accuracy": self._score.caption_accuracy(drawn.pictures, drawn.prompts, self._scorer),
+            "frechet_distance": self._score.frechet_distance(features, self._real),
+        }
+
+
+def _load_clip(
+    model: str, flag: str, device: torch.device | str, cache_dir: str | None
+) -> tuple[Any, Callable[..., Any]]:
+    """A CLIP in float32 and its picture processor (Pillow's, which needs no torchvision)."""
+    processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    try:
+        network = transformers.CLIPModel.from_pretrained(model, cache_dir=cache_dir, dtype=torch.float32)
+        return network.to(device).eval(), processor.from_pretrained(model, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{flag} {model}: no CLIP model can be loaded from there ({brief(error)}).") from None
+
+
+def relative_distance(answers: torch.Tensor, ends: torch.Tensor) -> float:
+    """The mean over samples of ‖answer − end‖ / ‖end‖, of `[N, …]` each, in pairs: 0 is perfect.
+
+    With `ends` the ends of the guided teacher's DDIM trajectories and `answers` what the student makes of the same
+    noise in one step, it is how far distillation is from what it promises (f(z_T) = z_0, arXiv 2310.04378). An answer
+    of nothing at all has 1.
+    """
+    answers, ends = _as_rows(answers), _as_rows(ends)
+    if answers.shape != ends.shape:
+        raise ValueError(f"answers {list(answers.shape)} and ends {list(ends.shape)} must come in pairs")
+    return float(((answers - ends).norm(dim=1) / ends.norm(dim=1)).mean())
+
+
+def energy_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The energy coefficient of two distributions, from N samples of each, `[N, …]`: 0 if equal, 1 if far apart.
+
+    (2·E‖a − b‖ − E‖a − a'‖ − E‖b − b'‖) / 2·E‖a − b‖, of Székely and Rizzo (2013). All means are over pairs i ≠ j, so
+    that samples that belong together (one prompt, one noise) do not count as close, and the estimate can be a little
+    below 0. Needs two or more of each, and as many of the one as of the other.
+    """
+    a, b = _as_rows(a), _as_rows(b)
+    if a.shape != b.shape or len(a) < 2:
+        raise ValueError(f"as many samples of each are needed, two or more, not {len(a)} and {len(b)}")
+    others = ~torch.eye(len(a), dtype=torch.bool, device=a.device)
+    across, within_a, within_b = (torch.cdist(x, y)[others].mean() for x, y in ((a, b), (a, a), (b, b)))
+    return float((2 * across - within_a - within_b) / (2 * across))
+
+
+def _as_rows(samples: torch.Tensor) -> torch.Tensor:
+    return samples.detach().double().flatten(1)
