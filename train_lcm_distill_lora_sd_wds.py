@@ -15,231 +15,118 @@ The method is that of arXiv 2311.05556. The result draws in 1 to 8 steps, on the
     picture = pipe("a castle at dusk", num_inference_steps=4, guidance_scale=1.0).images[0]
 """
 
-import argparse
-import logging
+from lcm_distill import flags
+from lcm_distill.errors import run_program
+
+PROGRAM = "train_lcm_distill_lora_sd_wds"
+
+
+def parse_args(argv: list[str] | None = None) -> flags.ProgramFlags[flags.LoraFlags]:
+    return flags.parse(__doc__, argv, family=flags.SD, student=flags.LoraFlags)
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes are answered here, before the seconds that the imports below take
+
 from functools import partial
 
 import torch
 
-from lcm_distill import flags
-from lcm_distill.data.filters import parse_filters
-from lcm_distill.data.preflight import inspect_shards
 from lcm_distill.data.preparation import Preparation
 from lcm_distill.data.shards import count_samples, expand_shards
-from lcm_distill.data.stream import ShardStream, make_loader
-from lcm_distill.distributed.compiling import compile_networks
-from lcm_distill.errors import run_program
-from lcm_distill.export.hub import open_hub
+from lcm_distill.data.stream import open_loader
 from lcm_distill.export.weights import export_lora_student
-from lcm_distill.models import sd
+from lcm_distill.models import sd as family
 from lcm_distill.models import student as unets
 from lcm_distill.models.frozen import batch_latents, check_encoding
-from lcm_distill.models.lora import TARGET, AdapterShape, Lora, parse_target_modules, prepare_without_autocast
+from lcm_distill.models.lora import TARGET, AdapterShape, Lora, prepare_without_autocast
 from lcm_distill.models.teacher import Teacher, read_configs
-from lcm_distill.objective.consistency import (
-    ConsistencyFunction,
-    consistency_loss,
-    draw_guidance,
-    guided_prediction,
-    unet_output,
-    update_ema,
-)
+from lcm_distill.objective import consistency as lcd
 from lcm_distill.objective.schedule import DDIMSolver, NoiseSchedule, lcm_scheduler
-from lcm_distill.redaction import public_flags
-from lcm_distill.run.accelerator import autocast_over, inference_dtype, settle_seed, start_accelerator
-from lcm_distill.run.checkpoint import Checkpoints, find_run
-from lcm_distill.run.optim import build_lr_scheduler, build_optimizer, keeping_settings
-from lcm_distill.run.plan import announce, plan_training
-from lcm_distill.run.progress import start_progress
-from lcm_distill.run.randomness import BatchRandom
-from lcm_distill.run.stopping import Ending
-from lcm_distill.run.trackers import end_training, parse_trackers, start_trackers
-from lcm_distill.run.validation import Validation
-from lcm_distill.sampling.generate import check_steps, read_prompts, teacher_sampler
-
-PROGRAM = "train_lcm_distill_lora_sd_wds"
-logger = logging.getLogger(f"lcm_distill.{PROGRAM}")
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = flags.Parser(__doc__)
-    flags.add_model_flags(parser)
-    flags.add_data_flags(parser, resolution=512)
-    flags.add_training_flags(parser)
-    flags.add_distillation_flags(parser, w_min=5.0, vae_encode_batch_size=32)
-    flags.add_lora_flags(parser)
-    flags.add_speed_flags(parser)
-    flags.add_run_flags(parser, guidance_default="1; the guidance of the training is in the LoRA")
-    return parser.parse(argv)
+from lcm_distill.run.accelerator import autocast_over, inference_dtype
+from lcm_distill.run.optim import build_lr_scheduler, build_optimizer
+from lcm_distill.run.run import Run
+from lcm_distill.run.validation import Validation, check_validation
+from lcm_distill.sampling.generate import teacher_sampler
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    distillation, resolution = args.distillation, args.preparation.resolution
+    steps, w_min, w_max = distillation.num_ddim_timesteps, distillation.w_min, distillation.w_max
 
-    # What can be wrong with the flags is said here, before anything is loaded.
-    trackers = parse_trackers(args.report_to)
-    shards = expand_shards(args.train_shards_path_or_url)
-    preparation = Preparation(
-        resolution=args.resolution,
-        interpolation=args.interpolation_type,
-        center_crop=args.center_crop,
-        random_flip=args.random_flip,
-        proportion_empty_prompts=args.proportion_empty_prompts,
-        caption_column=args.caption_column,
-        min_image_size=args.min_image_size,
-        filters=parse_filters(args.filter, max_pwatermark=args.max_pwatermark, min_aesthetic=args.min_aesthetic),
-    )
-    teacher = Teacher(
-        args.pretrained_teacher_model,
-        revision=args.teacher_revision,
-        variant=args.variant,
-        config=args.teacher_config,
-        vae=args.pretrained_vae_model_name_or_path,
-        vae_revision=args.revision,
-        cache_dir=args.cache_dir,
-    )
-    configs = read_configs(teacher, family="sd", resolution=args.resolution, num_ddim_timesteps=args.num_ddim_timesteps)
-    shape = AdapterShape(
-        rank=args.lora_rank,
-        alpha=args.lora_alpha,
-        target_modules=parse_target_modules(args.lora_target_modules, configs.unet),
-        average=args.ema_decay > 0,
-    )
-    design = unets.architecture(configs.unet) | shape.architecture()
-    checkpoint, resumed = find_run(
-        args.resume_from_checkpoint, args.output_dir, PROGRAM, design, seed=args.seed, dry_run=args.dry_run
-    )
-    sampler = lcm_scheduler(configs.scheduler, args.num_ddim_timesteps, args.timestep_scaling_factor)
-    undistilled = teacher_sampler(configs.scheduler)
-    check_steps("--validation_inference_steps", max(args.validation_inference_steps), sampler)
-    check_steps("--validation_teacher_steps", args.validation_teacher_steps, undistilled)
-    prompts = read_prompts(args.validation_prompts)
-    accelerator = start_accelerator(
-        output_dir=args.output_dir,
-        logging_dir=args.logging_dir,
-        trackers=trackers,
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        allow_tf32=args.allow_tf32,
-        local_rank=args.local_rank,
-        dry_run=args.dry_run,
-    )
-    preflight = inspect_shards(shards, preparation)
-    logger.info("%s", preflight)
+    # What can be wrong with the flags is said here, before any weights are loaded.
+    shards = expand_shards(args.streaming.train_shards_path_or_url)
+    preparation = Preparation.from_flags(args.preparation)
+    teacher = Teacher.from_flags(args.teacher)
+    configs = read_configs(teacher, family=family.NAME, resolution=resolution, num_ddim_timesteps=steps)
+    sampler = lcm_scheduler(configs.scheduler, steps, distillation.timestep_scaling_factor)
+    ddim = teacher_sampler(configs.scheduler)
+    prompts = check_validation(args.validation, sampler, ddim)
+    shape = AdapterShape.from_flags(args.student, configs.unet)
+    run = Run(PROGRAM, args.launch, unets.architecture(configs.unet) | shape.architecture(), args.flat(), argv=argv)
+    accelerator, device = run.accelerator, run.accelerator.device
+    preflight = run.inspect(shards, preparation)
     preparation = preflight.preparation
-    check_encoding(preparation.encoding, teacher, sd.text_fingerprint)
-    seed = settle_seed(resumed.get("seed", args.seed))
-    flags_to_record = public_flags(vars(args))
-    plan = plan_training(
-        accelerator,
-        max_steps=resumed.get("global_step", 0) + 1 if args.dry_run else args.max_train_steps,
-        epochs=args.num_train_epochs,
-        samples=lambda: args.max_train_samples or count_samples(shards, caption_column=preparation.caption_column),
-        batch_size=args.train_batch_size,
-        learning_rate=args.learning_rate,
-        scale_lr=args.scale_lr,
-    )
-    push = args.push_to_hub and not args.dry_run
-    hub = open_hub(accelerator, args.hub_model_id, args.hub_token, args.output_dir) if push else None
-    tracked = start_trackers(accelerator, args.tracker_project_name, flags_to_record, resumed=resumed)
-    run = dict(program=PROGRAM, architecture=design, seed=seed, flags=flags_to_record, trackers=tracked)
+    check_encoding(preparation.encoding, teacher, family.text_fingerprint)
+    counted = partial(count_samples, shards, caption_column=preparation.caption_column)
+    plan = run.plan(args.length, args.optimization, args.streaming.train_batch_size, counted)
 
     # The networks: one U-Net, which is the teacher while its adapter is off; the adapter is the student θ.
     dtype = inference_dtype(accelerator)
-    base_dtype = dtype if args.cast_teacher_unet else torch.float32
-    frozen = sd.load_frozen(
-        teacher, device=accelerator.device, dtype=dtype, unet_dtype=base_dtype, encoding=preparation.encoding
+    base_dtype = dtype if args.speed.cast_teacher_unet else torch.float32
+    frozen = family.load_frozen(
+        teacher, device=device, dtype=dtype, unet_dtype=base_dtype, encoding=preparation.encoding
     )
     unet = frozen.unet
     unets.to_channels_last(unet)
-    lora = Lora(unet, **vars(shape), dropout=args.lora_dropout)
-    if args.enable_xformers_memory_efficient_attention:
-        unets.enable_xformers(unet)
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    compile_networks(args.compile, unet)
+    lora = Lora(unet, **vars(shape), dropout=args.student.lora_dropout)
+    unets.apply_speed_flags(args.speed, unet)
     optimizer = build_optimizer(
-        lora.parameters(),
-        learning_rate=plan.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        epsilon=args.adam_epsilon,
-        use_8bit=args.use_8bit_adam,
-        fused=accelerator.mixed_precision != "fp16",
+        lora.parameters(), args.optimization, plan.learning_rate, fused=accelerator.mixed_precision != "fp16"
     )
-    lr_scheduler = build_lr_scheduler(args.lr_scheduler, optimizer, warmup=args.lr_warmup_steps, steps=plan.steps)
+    lr_scheduler = build_lr_scheduler(optimizer, args.optimization, steps=plan.steps)
     student, optimizer = prepare_without_autocast(accelerator, unet, optimizer)
-    accelerator.register_for_checkpointing(lr_scheduler)
 
-    # The data and the random draws.
-    stream = ShardStream(
-        shards=shards,
-        preparation=preparation,
-        batch_size=args.train_batch_size,
-        seed=seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        max_bad_fraction=args.max_bad_fraction,
-        shuffle_window=args.shuffle_window,
-        resampled=args.resampled_shards,
-    )
-    loader = make_loader(stream, num_workers=args.dataloader_num_workers)
-    random = BatchRandom(seed, accelerator.process_index, accelerator.device)
-
-    # The objective and the sampler that fits it.
-    schedule = NoiseSchedule.from_config(configs.scheduler).to(accelerator.device)
-    solver = DDIMSolver(schedule, args.num_ddim_timesteps)
-    consistency = ConsistencyFunction(schedule, args.timestep_scaling_factor)
-    guided = partial(guided_prediction, unet, schedule, dtype=base_dtype, batch_size=args.teacher_batch_size)
-    unconditional = sd.empty_conditioning(frozen)
-    pipelines = {"student": partial(sd.build_pipeline, frozen, unet, sampler)}
+    # The data, and the objective.
+    loader = open_loader(args.streaming, shards, preparation, run.seed, accelerator)
+    schedule = NoiseSchedule.from_config(configs.scheduler).to(device)
+    solver = DDIMSolver(schedule, steps)
+    consistency = lcd.ConsistencyFunction(schedule, distillation.timestep_scaling_factor)
+    guided = partial(lcd.guided_prediction, unet, schedule, dtype=base_dtype, batch_size=args.speed.teacher_batch_size)
+    pipelines = {"student": partial(family.build_pipeline, frozen, unet, sampler)}
     if lora.average:
         pipelines["target"] = pipelines["student"]
+    guidance_scale = args.validation.validation_guidance_scale
     validation = Validation(
-        accelerator,
+        run,
+        args.validation,
         pipelines,
-        partial(sd.build_pipeline, frozen, unet, undistilled),
+        partial(family.build_pipeline, frozen, unet, ddim),
         prompts=prompts or preflight.captions,
-        images_per_prompt=args.num_validation_images,
-        batch_size=args.train_batch_size,
-        inference_steps=args.validation_inference_steps,
-        guidance_scale=1.0 if args.validation_guidance_scale is None else args.validation_guidance_scale,
-        teacher_steps=args.validation_teacher_steps,
-        teacher_guidance_scale=1 + (args.w_min + args.w_max) / 2,
-        resolution=args.resolution,
-        seed=seed,
-        output_dir=None if args.dry_run else args.output_dir,
-        at_hand=frozen.complete,
-        within={"teacher": lora.off, "target": lora.target},
+        batch_size=args.streaming.train_batch_size,
+        guidance_scale=1.0 if guidance_scale is None else guidance_scale,
+        teacher_guidance_scale=1 + (w_min + w_max) / 2,
+        resolution=resolution,
+        all_loaded=frozen.complete,
+        contexts={"teacher": lora.off, "target": lora.target},
     )
 
-    # Resume, or start.
     parts = {"adapter": lora.part()} | ({"adapter_target": lora.part(TARGET)} if lora.average else {})
-    checkpoints = Checkpoints(accelerator, args.output_dir, parts, args.checkpoints_total_limit, dry_run=args.dry_run)
-    global_step, batches = resumed.get("global_step", 0), resumed.get("batches", 0)
-    if checkpoint:
-        with keeping_settings(optimizer, lr_scheduler):
-            loader.load_state_dict(checkpoints.load(checkpoint))
-    announce(plan, accelerator, student, run, checkpoint=checkpoint, resumed=resumed)
-
-    progress = start_progress(
-        accelerator, args.output_dir, run, steps=plan.steps, global_step=global_step, argv=argv, dry_run=args.dry_run
-    )
-    ending = Ending(accelerator, args.max_train_time)
-    data = progress.batches(loader)
-    while global_step < plan.steps:
+    run.start(parts, loader, optimizer, lr_scheduler, student, validation)
+    batches = run.batches()
+    while not run.finished:
         with accelerator.accumulate(student):
             # 1 batch → latents z, conditioning c
-            batch = next(data)
-            generator = random.at(batches)
-            latents = batch_latents(frozen, batch, args.vae_encode_batch_size, generator)
-            conditioning = sd.batch_conditioning(frozen, batch)
-            size, device = len(latents), latents.device
+            batch, generator = next(batches)
+            latents = batch_latents(frozen, batch, args.speed.vae_encode_batch_size, generator)
+            conditioning, unconditional = family.batch_conditioning(frozen, batch)
+            size = len(latents)
 
             # 2 draw n, noise, w
             index = torch.randint(len(solver), (size,), generator=generator, device=device)
             noise = torch.randn(latents.shape, generator=generator, device=device)
-            w = draw_guidance(args.w_min, args.w_max, size, generator, device)
+            w = lcd.draw_guidance(w_min, w_max, size, generator, device)
             start, end = solver.timesteps[index], solver.previous_timesteps[index]
 
             # 3 z_{n+k}
@@ -247,78 +134,57 @@ def main(argv: list[str] | None = None) -> None:
 
             # 4 teacher with guidance, one solver step: ẑ_n
             with torch.no_grad(), autocast_over(accelerator, base_dtype), lora.off():
-                clean, epsilon = guided(noisy, start, conditioning, unconditional, w)
-            previous = solver.step(clean, epsilon, index)
+                x0, epsilon = guided(noisy, start, conditioning, unconditional, w)
+            previous = solver.step(x0, epsilon, index)
 
             # 5 target f_θ⁻(ẑ_n, c, t_n)
             with torch.no_grad(), accelerator.autocast(), lora.target():
-                output = unet_output(unet, previous, end, conditioning, dtype=base_dtype)
-            goal = consistency(output, previous, end)
+                output = lcd.unet_output(unet, previous, end, conditioning, dtype=base_dtype)
+            target_prediction = consistency(output, previous, end)
 
             # 6 student f_θ(z_{n+k}, c, t_{n+k})
             with accelerator.autocast():
-                output = unet_output(student, noisy, start, conditioning, dtype=base_dtype)
+                output = lcd.unet_output(student, noisy, start, conditioning, dtype=base_dtype)
             prediction = consistency(output, noisy, start)
 
-            # 7 loss
-            loss = consistency_loss(prediction, goal, args.loss_type, args.huber_c)
-            progress.add(loss, size)
+            # 7 loss, in float32
+            loss = lcd.consistency_loss(prediction, target_prediction, distillation.loss_type, distillation.huber_c)
+            run.add_loss(loss, size)
 
             # 8 backward, clip, step
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(lora.parameters(), args.max_grad_norm)
+                grad_norm = accelerator.clip_grad_norm_(lora.parameters(), args.optimization.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            batches += 1
-        if not accelerator.sync_gradients:
-            continue
-        if accelerator.optimizer_step_was_skipped:
-            progress.skip(global_step)
+        if run.skipped():
             continue
 
         # A real step: EMA, log, checkpoint, validate
         lr_scheduler.step()
         if lora.average:
-            update_ema(lora.parameters(TARGET), lora.parameters(), args.ema_decay)
-        global_step += 1
-        progress.step(grad_norm)
-        run["batches"] = batches
-        last = global_step == plan.steps
-        stop = ending.asked() and not last
-        save = last or stop or global_step % args.checkpointing_steps == 0
-        if save or global_step % args.logging_steps == 0:
-            progress.log(global_step, lr_scheduler)
-        if save:
-            with progress.paused():
-                checkpoints.save(global_step, run, loader.state_dict(), must=stop)
-        if stop:
-            break
-        if last or global_step % args.validation_steps == 0:
-            with progress.paused():
-                distances = validation(global_step)
-                progress.record(distances, global_step)
-                if args.keep_best:
-                    checkpoints.keep_if_best(distances["distance/student"], global_step, run, loader.state_dict())
-    progress.close(global_step, ending.reason)
-    ending.close()
+            lcd.update_ema(lora.parameters(TARGET), lora.parameters(), args.student.ema_decay)
+        due = run.step(grad_norm)
+        if due.log:
+            run.log()
+        if due.save:
+            run.save()
+        if due.validate:
+            run.validate()
 
-    # Export.
-    if args.dry_run:
-        logger.info("dry run: shards, models, a training step and a drawing all work; nothing was written")
-    elif global_step >= plan.steps:
+    if run.finish():
         export_lora_student(
-            args.output_dir,
+            args.launch.output_dir,
             lora=lora,
             scheduler=sampler,
             teacher=teacher,
-            family=sd,
-            global_step=global_step,
-            settings=flags_to_record,
+            family=family,
+            global_step=run.global_step,
+            settings=run.flags,
             measured=validation.measured,
-            hub=hub,
+            hub=run.hub,
         )
-    end_training(accelerator, hub)
+    run.end()
 
 
 if __name__ == "__main__":

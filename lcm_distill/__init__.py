@@ -1,6 +1,12 @@
-"""The parts that the four LCM distillation programs share; see `docs/` and the README for the map."""
+"""What the four LCM distillation programs share; README.md maps the folders.
+
+The order, lowest first: errors, flags; redaction, environment; objective, distributed, data; models; sampling; export;
+run; the commands. Nothing imports what comes after it.
+"""
 
 import logging
+
+__version__ = "0.2.0"
 
 # Two libraries warn at import of things that no user of this project can mend or needs to.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional 4-bit CPU kernel

@@ -16,6 +16,72 @@ Between its turns a U-Net is in the main memory: the GPU's peak is that of one m
 """
 
 import argparse
+
+from lcm_distill import flags
+from lcm_distill.errors import run_program
+
+PROG = "python -m lcm_distill.bench_inference"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    usage = "%(prog)s --pretrained_teacher_model TEACHER --student A [B …] [flags]"
+    parser = flags.CommandParser(PROG, __doc__, usage)
+    flags.add_group(parser, flags.TeacherFlags)
+    group = parser.add_argument_group("what to time")
+    group.add_argument(
+        "--student",
+        nargs="+",
+        required=True,
+        metavar="STUDENT",
+        help="full LCMs and LCM-LoRAs: folders, Hub ids, LoRAs' .safetensors files",
+    )
+    group.add_argument("--steps", type=flags.positive_int, default=4, help="steps of the students")
+    group.add_argument("--teacher_steps", type=flags.positive_int, default=25, help="DDIM steps of the teacher")
+    group.add_argument(
+        "--guidance_scale",
+        type=flags.non_negative,
+        default=8.0,
+        help="of the teacher, and of students that have a guidance embedding",
+    )
+    group.add_argument(
+        "--lora_guidance_scale",
+        type=flags.non_negative,
+        default=1.0,
+        help="of the other students; above 1 each step takes a second pass",
+    )
+    group.add_argument(
+        "--batch_sizes", type=flags.positive_int, nargs="+", default=[1, 4], metavar="N", help="(default: 1 4)"
+    )
+    group.add_argument(
+        "--resolution",
+        type=flags.positive_int,
+        default=None,
+        help="side of the pictures in pixels (default: what the teacher's U-Net was made for)",
+    )
+    group.add_argument("--prompt", default="a castle at dusk", help="what to draw")
+    group.add_argument("--repeats", type=flags.positive_int, default=5, help="rounds that count")
+    group.add_argument("--warmup", type=flags.count, default=1, help="rounds before these")
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the U-Nets (torch.compile); that takes minutes in the first warm-up round, and needs one",
+    )
+    flags.add_group(parser, flags.DeviceFlags)
+    parser.add_argument(
+        "--output_dir",
+        default=None,
+        metavar="OUT",
+        help="also write bench_inference.md, and bench_inference.json with each round's seconds, into this folder",
+    )
+    args = parser.parse_args(argv)
+    if args.compile and not args.warmup:
+        parser.error("argument --compile: give it a round to compile in, --warmup 1")
+    return args
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes are answered here, before the seconds that the imports below take
+
 import dataclasses
 import json
 import os
@@ -32,16 +98,12 @@ from typing import Any
 
 import torch
 
-from lcm_distill import flags
 from lcm_distill.distributed.compiling import compile_networks
 from lcm_distill.environment import check_writable, device_name, drawing_device, memory_errors, quiet_libraries
-from lcm_distill.errors import run_program
 from lcm_distill.models.teacher import Teacher
 from lcm_distill.models.vae import decode_latents
 from lcm_distill.sampling.finished import Student, find_students, load_teacher, natural_resolution
 from lcm_distill.sampling.generate import check_steps, draw_latents
-
-PROG = "python -m lcm_distill.bench_inference"
 
 
 @dataclasses.dataclass
@@ -201,78 +263,14 @@ def describe_machine(device: torch.device) -> dict[str, str]:
     }
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    usage = "%(prog)s --pretrained_teacher_model TEACHER --student A [B …] [flags]"
-    parser = flags.CommandParser(PROG, __doc__, usage)
-    flags.add_model_flags(parser)
-    group = parser.add_argument_group("what to time")
-    group.add_argument(
-        "--student",
-        nargs="+",
-        required=True,
-        metavar="STUDENT",
-        help="full LCMs and LCM-LoRAs: folders, Hub ids, LoRAs' .safetensors files",
-    )
-    group.add_argument("--steps", type=flags.positive_int, default=4, help="steps of the students")
-    group.add_argument("--teacher_steps", type=flags.positive_int, default=25, help="DDIM steps of the teacher")
-    group.add_argument(
-        "--guidance_scale",
-        type=flags.non_negative,
-        default=8.0,
-        help="of the teacher, and of students that have a guidance embedding",
-    )
-    group.add_argument(
-        "--lora_guidance_scale",
-        type=flags.non_negative,
-        default=1.0,
-        help="of the other students; above 1 each step takes a second pass",
-    )
-    group.add_argument(
-        "--batch_sizes", type=flags.positive_int, nargs="+", default=[1, 4], metavar="N", help="(default: 1 4)"
-    )
-    group.add_argument(
-        "--resolution",
-        type=flags.positive_int,
-        default=None,
-        help="side of the pictures in pixels (default: what the teacher's U-Net was made for)",
-    )
-    group.add_argument("--prompt", default="a castle at dusk", help="what to draw")
-    group.add_argument("--repeats", type=flags.positive_int, default=5, help="rounds that count")
-    group.add_argument("--warmup", type=flags.count, default=1, help="rounds before these")
-    group.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the U-Nets (torch.compile); that takes minutes in the first warm-up round, and needs one",
-    )
-    flags.add_device_flags(parser)
-    parser.add_argument(
-        "--output_dir",
-        default=None,
-        metavar="OUT",
-        help="also write bench_inference.md, and bench_inference.json with each round's seconds, into this folder",
-    )
-    args = parser.parse_args(argv)
-    if args.compile and not args.warmup:
-        parser.error("argument --compile: give it a round to compile in, --warmup 1")
-    return args
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = _parse(argv)
+    args = parse_args(argv)
     quiet_libraries()
     device, dtype = drawing_device(args.device, args.dtype)
     students = find_students(args.student, args.cache_dir)
     if args.output_dir is not None:
         check_writable(args.output_dir)
-    teacher = Teacher(
-        args.pretrained_teacher_model,
-        revision=args.teacher_revision,
-        variant=args.variant,
-        config=args.teacher_config,
-        vae=args.pretrained_vae_model_name_or_path,
-        vae_revision=args.revision,
-        cache_dir=args.cache_dir,
-    )
+    teacher = Teacher.from_flags(flags.take(flags.TeacherFlags, args))
     with memory_errors("take smaller --batch_sizes or a smaller --resolution."):
         pipeline = load_teacher(teacher, device=device, dtype=dtype, resolution=args.resolution)
         resolution = args.resolution or natural_resolution(pipeline)

@@ -21,6 +21,38 @@ nor end together. The same pictures, flags and device give the same bytes.
 """
 
 import argparse
+
+from lcm_distill import flags
+from lcm_distill.errors import UsageError, run_program
+from lcm_distill.flags import SHARDS_FLAG, VAE_FLAG
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = flags.CommandParser(
+        "python -m lcm_distill.encode_shards",
+        __doc__,
+        "%(prog)s IN OUT --pretrained_teacher_model TEACHER --resolution PIXELS [flags]",
+    )
+    parser.add_argument(
+        "shards", metavar="IN", help=f"shards of pictures: a folder, a pattern, a URL, as {flags.SHARDS_FLAG} takes"
+    )
+    parser.add_argument("out", metavar="OUT", help="folder for the encoded shards: new or empty, or one to go on with")
+    flags.add_group(parser, flags.TeacherFlags)
+    flags.add_group(parser, flags.PreparationFlags)
+    group = parser.add_argument_group("encoding")
+    group.add_argument(
+        "--captions", action=argparse.BooleanOptionalAction, default=False, help="encode the captions as well"
+    )
+    group.add_argument("--seed", type=flags.count, default=0, help="of the random crops")
+    group.add_argument("--batch_size", type=flags.positive_int, default=8, help="pictures encoded at once")
+    group.add_argument("--num_workers", type=flags.positive_int, default=4, help="threads that decode pictures")
+    flags.add_group(parser, flags.EncodingDeviceFlags)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes are answered here, before the seconds that the imports below take
+
 import contextlib
 import glob
 import hashlib
@@ -41,10 +73,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from tqdm.auto import tqdm
 
-from lcm_distill import flags
 from lcm_distill.data.captions import read_captions, read_json
 from lcm_distill.data.encoded import Encoding, read_encoding
-from lcm_distill.data.filters import parse_filters
 from lcm_distill.data.preflight import inspect_shards
 from lcm_distill.data.preparation import Preparation, Sample, prepare_sample
 from lcm_distill.data.raw import (
@@ -57,13 +87,12 @@ from lcm_distill.data.raw import (
     list_counts,
     printable,
 )
-from lcm_distill.data.shards import FLAG, expand_shards, read_shard
+from lcm_distill.data.shards import expand_shards, read_shard
 from lcm_distill.data.sources import local_path
 from lcm_distill.data.tar import PARTIAL, TarWriter, whole_tar
 from lcm_distill.environment import drawing_device, quiet_libraries
-from lcm_distill.errors import UsageError, run_program
-from lcm_distill.models.families import FAMILIES, family_of
-from lcm_distill.models.teacher import VAE_FLAG, Teacher, read_configs
+from lcm_distill.models.families import Family, family_of
+from lcm_distill.models.teacher import Teacher, read_configs
 from lcm_distill.models.vae import encode_moments, scale_and_shift, vae_factor
 
 DROPPED = ".dropped.json"  # the last file of a shard: reason to the names of the samples left out
@@ -90,7 +119,7 @@ class Encoder:
     encoding: Encoding
     preparation: Preparation
     frozen: Any  # a family's `Frozen`
-    family: Any  # its module
+    family: Family
     batch_size: int
     num_workers: int
 
@@ -136,10 +165,9 @@ def encode_shards(
     out, result = Path(out), Encoded()
     names = output_names(shards)
     family = family_of(teacher.read_config(UNet2DConditionModel, "unet"))
-    configs = read_configs(teacher, family=family, resolution=preparation.resolution, num_ddim_timesteps=1)
-    module = FAMILIES[family]
+    configs = read_configs(teacher, family=family.NAME, resolution=preparation.resolution, num_ddim_timesteps=1)
     side = preparation.resolution // vae_factor(configs.vae)
-    frozen = module.Frozen(teacher, device=device, dtype=dtype)
+    frozen = family.Frozen(teacher, device=device, dtype=dtype)
     encoding = Encoding(
         vae=teacher.fingerprint("vae", AutoencoderKL),
         **scale_and_shift(configs.vae),
@@ -152,7 +180,7 @@ def encode_shards(
         caption_column=preparation.caption_column,
         seed=seed,
         filters=_filters_in_words(preparation),
-        text=module.text_fingerprint(teacher) if captions else None,
+        text=family.text_fingerprint(teacher) if captions else None,
         text_dtype=str(dtype).removeprefix("torch.") if captions else None,
         vae_name=_public_name(teacher.vae or teacher.model),
         text_name=_public_name(teacher.model) if captions else "",
@@ -169,11 +197,11 @@ def encode_shards(
         if report.preparation.encoding is not None:
             raise UsageError(f"IN holds encoded shards already ({report.preparation.encoding}); give it pictures.")
         if captions:
-            empty = _embeddings(module.encode_captions(frozen, [""]))
+            empty = _embeddings(family.encode_captions(frozen, [""]))
             shapes = {name: array.shape[1:] for name, array in empty.items()}
             first = {name: array[0] for name, array in empty.items()}
             encoding = replace(encoding, embeddings=shapes, empty_caption=first)
-        encoder = Encoder(encoding, preparation, frozen, module, batch_size, num_workers)
+        encoder = Encoder(encoding, preparation, frozen, family, batch_size, num_workers)
         with tqdm(desc="encoding", unit=" pictures", dynamic_ncols=True, position=rank) as bar:
             for shard, path in todo:
                 for left in out.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):  # by a killed process
@@ -324,30 +352,6 @@ def _embeddings(conditioning: dict[str, Any]) -> dict[str, np.ndarray]:
     return {name: tensor.half().cpu().numpy() for name, tensor in tensors.items()}
 
 
-# ------------------------------------------------------------------------------------------------ command line
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = flags.CommandParser(
-        "python -m lcm_distill.encode_shards",
-        __doc__,
-        "%(prog)s IN OUT --pretrained_teacher_model TEACHER --resolution PIXELS [flags]",
-    )
-    parser.add_argument("shards", metavar="IN", help=f"shards of pictures: a folder, a pattern, a URL, as {FLAG} takes")
-    parser.add_argument("out", metavar="OUT", help="folder for the encoded shards: new or empty, or one to go on with")
-    flags.add_model_flags(parser)
-    flags.add_preparation_flags(parser, resolution=None)
-    group = parser.add_argument_group("encoding")
-    group.add_argument(
-        "--captions", action=argparse.BooleanOptionalAction, default=False, help="encode the captions as well"
-    )
-    group.add_argument("--seed", type=flags.count, default=0, help="of the random crops")
-    group.add_argument("--batch_size", type=flags.positive_int, default=8, help="pictures encoded at once")
-    group.add_argument("--num_workers", type=flags.positive_int, default=4, help="threads that decode pictures")
-    flags.add_device_flags(parser, dtype="fp32")
-    return parser.parse_args(argv)
-
-
 def _rank() -> tuple[int, int]:
     """(rank, world size) as torchrun tells them."""
     try:
@@ -365,24 +369,8 @@ def main(argv: list[str] | None = None) -> None:
     rank, world_size = _rank()
     local = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ and torch.cuda.is_available() else None
     device, dtype = drawing_device(args.device or local, args.dtype)
-    teacher = Teacher(
-        args.pretrained_teacher_model,
-        revision=args.teacher_revision,
-        variant=args.variant,
-        config=args.teacher_config,
-        vae=args.pretrained_vae_model_name_or_path,
-        vae_revision=args.revision,
-        cache_dir=args.cache_dir,
-    )
-    preparation = Preparation(
-        resolution=args.resolution,
-        interpolation=args.interpolation_type,
-        center_crop=args.center_crop,
-        random_flip=args.random_flip,
-        caption_column=args.caption_column,
-        min_image_size=args.min_image_size,
-        filters=parse_filters(args.filter, max_pwatermark=args.max_pwatermark, min_aesthetic=args.min_aesthetic),
-    )
+    teacher = Teacher.from_flags(flags.take(flags.TeacherFlags, args))
+    preparation = Preparation.from_flags(flags.take(flags.PreparationFlags, args))
     try:
         done = encode_shards(
             expand_shards(args.shards),
@@ -407,7 +395,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{who}left out, all named in the {DROPPED} of their shards: {list_counts(done.dropped)}")
     print(
         f"{who}{done.shards} shard{'s' * (done.shards != 1)}{before}, {done.samples} samples, "
-        f"{done.bytes / 10**6:.1f} MB: train with {FLAG} {shlex.quote(args.out)} --resolution {args.resolution}"
+        f"{done.bytes / 10**6:.1f} MB: train with {SHARDS_FLAG} {shlex.quote(args.out)} --resolution {args.resolution}"
     )
 
 

@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lcm_distill.errors import UsageError
 
-_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "webdataset", "torchdata")
+_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "torchdata")
 
 
 def versions() -> dict[str, str]:

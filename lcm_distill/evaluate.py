@@ -14,7 +14,6 @@ DDIM at --guidance_scale, the end of the trajectory that a student is to jump to
     clip       CLIP score, by transformers' CLIP (--clip_model, a folder or Hub id)
     cmmd       CMMD to the reference pictures (--cmmd_model)
     fid        FID to the reference pictures, if torch-fidelity is installed
-    toy        caption accuracy and Fréchet distance of the toy world
 
 The reference pictures are the teacher's, or with --real those of your shards, whose captions are then the prompts.
 A full student draws at --guidance_scale. A LoRA, or a U-Net that one was merged into, is not told the guidance: it
@@ -25,6 +24,68 @@ Writes evaluation.md, evaluation.json and evaluation.png (the first pictures of 
 """
 
 import argparse
+
+from lcm_distill import flags
+from lcm_distill.errors import UsageError, run_program
+
+METRICS = ("latents", "clip", "cmmd", "fid")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = flags.CommandParser(
+        "python -m lcm_distill.evaluate",
+        __doc__,
+        "%(prog)s --pretrained_teacher_model TEACHER --student STUDENT … --prompts PROMPT … [flags]",
+    )
+    flags.add_group(parser, flags.TeacherFlags)
+    group = parser.add_argument_group("what to evaluate")
+    add = group.add_argument
+    add("--student", nargs="*", default=[], help="output folders of distillations, Hub ids, or LoRA files")
+    add("--prompts", nargs="+", metavar="PROMPT", help="prompts, or .txt files with a prompt on each line")
+    add("--real", metavar="SHARDS", help="shards of real pictures, for cmmd and fid; their captions, unless --prompts")
+    add(
+        "--num_pictures",
+        type=flags.positive_int,
+        help="pictures in each row; prompts are repeated, with other noise (default: the prompts, or 64 of --real)",
+    )
+    add("--steps", type=flags.positive_int, nargs="+", default=[1, 2, 4, 8], help="(default: 1 2 4 8)")
+    add(
+        "--samplers",
+        nargs="*",
+        default=list(flags.SAMPLERS),
+        choices=flags.SAMPLERS,
+        help="of the teacher's rows (default: both)",
+    )
+    add("--reference_steps", type=flags.positive_int, default=50, help="DDIM steps of the reference")
+    add("--guidance_scale", type=flags.non_negative, default=8.0, help="w + 1, of teacher, control and full students")
+    add(
+        "--lora_guidance_scale",
+        type=flags.non_negative,
+        default=1.0,
+        help="of LoRAs, and of LCMs without a guidance embedding",
+    )
+    add("--resolution", type=flags.positive_int, help="pixels (default: what the teacher's U-Net is made for)")
+    add("--seed", type=flags.count, default=0, help="picture i starts from the noise of seed + i")
+    group = parser.add_argument_group("metrics")
+    add = group.add_argument
+    add("--metrics", nargs="+", default=["latents"], choices=METRICS, help="as explained above (default: latents)")
+    add("--clip_model", default="openai/clip-vit-base-patch16", help="folder or Hub id of the CLIP of clip")
+    add("--cmmd_model", default="openai/clip-vit-large-patch14-336", help="folder or Hub id of the CLIP of cmmd")
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add("--output_dir", required=True, help="where the tables and the grid go")
+    add("--shown", type=flags.positive_int, default=8, help="pictures of each row in evaluation.png")
+    add("--batch_size", type=flags.positive_int, default=16, help="pictures drawn at once")
+    flags.add_group(parser, flags.DeviceFlags)
+    args = parser.parse_args(argv)
+    if not args.prompts and not args.real:
+        parser.error("give --prompts, or --real shards with captions")
+    return args
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes are answered here, before the seconds that the imports below take
+
 import dataclasses
 import itertools
 import json
@@ -37,7 +98,6 @@ import numpy as np
 from diffusers import LCMScheduler
 from PIL import Image
 
-from lcm_distill import flags
 from lcm_distill.environment import (
     check_writable,
     device_name,
@@ -46,19 +106,17 @@ from lcm_distill.environment import (
     quiet_libraries,
     versions,
 )
-from lcm_distill.errors import UsageError, run_program
 from lcm_distill.models.teacher import Teacher
 from lcm_distill.sampling.finished import Student, find_students, load_teacher, natural_resolution
-from lcm_distill.sampling.generate import SAMPLERS, check_steps, draw_latents, read_prompts, teacher_sampler
+from lcm_distill.sampling.generate import check_steps, draw_latents, read_prompts, teacher_sampler
 from lcm_distill.sampling.grid import labelled_grid
-from lcm_distill.sampling.metrics import ClipScore, Cmmd, Drawn, Fid, LatentDistances, Metric, Toy
+from lcm_distill.sampling.metrics import ClipScore, Cmmd, Drawn, Fid, LatentDistances, Metric
 
-METRICS = ("latents", "clip", "cmmd", "fid", "toy")
 CONTROL = "untrained control"
 
 
 @dataclasses.dataclass
-class Row:
+class EvaluatedRow:
     """One way to draw, and how good it was."""
 
     model: str  # "DDIM", "DPM-Solver++", "untrained control" or a student's name
@@ -90,7 +148,7 @@ def evaluate(
     batch_size: int = 16,
     seed: int = 0,
     shown: int = 8,
-) -> Iterator[Row]:
+) -> Iterator[EvaluatedRow]:
     """Draws and judges row after row: the reference first, then `samplers`, the control, the `students`.
 
     One picture of each of `prompts`, number i from the noise of seed + i. `pipeline` is the teacher's, by
@@ -122,16 +180,16 @@ def evaluate(
         ).cpu()
         return Drawn(prompts, latents, count, pipeline.vae), (time.perf_counter() - start) / len(prompts)
 
-    def judge(model: str, count: int, scale: float) -> Row:
+    def judge(model: str, count: int, scale: float) -> EvaluatedRow:
         drawn, seconds = draw(count, scale)
         values = {name: value for metric in metrics for name, value in metric(drawn).items()}
-        return Row(model, count, scale, values, seconds, drawn.first_pictures(shown))
+        return EvaluatedRow(model, count, scale, values, seconds, drawn.first_pictures(shown))
 
     pipeline.scheduler = teacher_sampler(scheduler_config)
     reference, seconds = draw(reference_steps, guidance_scale)
     metrics = make_metrics(reference)
     values = {name: value for metric in metrics for name, value in metric(reference).items()}
-    yield Row("DDIM", reference_steps, guidance_scale, values, seconds, reference.first_pictures(shown), True)
+    yield EvaluatedRow("DDIM", reference_steps, guidance_scale, values, seconds, reference.first_pictures(shown), True)
     for name, sampler in undistilled.items():
         pipeline.scheduler = sampler
         for count in steps:
@@ -148,7 +206,7 @@ def evaluate(
                 yield judge(student.name, count, scale)
 
 
-def tables(rows: Sequence[Row], titles: dict[str, str], steps: Sequence[int]) -> str:
+def tables(rows: Sequence[EvaluatedRow], titles: dict[str, str], steps: Sequence[int]) -> str:
     """A Markdown table for each metric: a line for each model, a column for each number of steps."""
     found = {(row.model, row.steps): row.values for row in rows if not row.is_reference}
     parts = []
@@ -175,7 +233,7 @@ def number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
-def real_pictures(shards: str, count: int, resolution: int) -> tuple[list[Image.Image], list[str]]:
+def read_real_pictures(shards: str, count: int, resolution: int) -> tuple[list[Image.Image], list[str]]:
     """The first `count` pictures of `shards`, resized and cropped in the middle, and their captions."""
     # Here, since only this needs what the stream needs.
     from lcm_distill.data.preparation import Preparation, prepare_sample
@@ -197,52 +255,6 @@ def real_pictures(shards: str, count: int, resolution: int) -> tuple[list[Image.
     raise UsageError(f"--real {shards} has {len(pictures)} usable pictures; --num_pictures asks for {count}.")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = flags.CommandParser(
-        "python -m lcm_distill.evaluate",
-        __doc__,
-        "%(prog)s --pretrained_teacher_model TEACHER --student STUDENT … --prompts PROMPT … [flags]",
-    )
-    flags.add_model_flags(parser)
-    group = parser.add_argument_group("what to evaluate")
-    add = group.add_argument
-    add("--student", nargs="*", default=[], help="output folders of distillations, Hub ids, or LoRA files")
-    add("--prompts", nargs="+", metavar="PROMPT", help="prompts, or .txt files with a prompt on each line")
-    add("--real", metavar="SHARDS", help="shards of real pictures, for cmmd and fid; their captions, unless --prompts")
-    add(
-        "--num_pictures",
-        type=flags.positive_int,
-        help="pictures in each row; prompts are repeated, with other noise (default: the prompts, or 64 of --real)",
-    )
-    add("--steps", type=flags.positive_int, nargs="+", default=[1, 2, 4, 8], help="(default: 1 2 4 8)")
-    add("--samplers", nargs="*", default=list(SAMPLERS), choices=SAMPLERS, help="of the teacher's rows (default: both)")
-    add("--reference_steps", type=flags.positive_int, default=50, help="DDIM steps of the reference")
-    add("--guidance_scale", type=flags.non_negative, default=8.0, help="w + 1, of teacher, control and full students")
-    add(
-        "--lora_guidance_scale",
-        type=flags.non_negative,
-        default=1.0,
-        help="of LoRAs, and of LCMs without a guidance embedding",
-    )
-    add("--resolution", type=flags.positive_int, help="pixels (default: what the teacher's U-Net is made for)")
-    add("--seed", type=flags.count, default=0, help="picture i starts from the noise of seed + i")
-    group = parser.add_argument_group("metrics")
-    add = group.add_argument
-    add("--metrics", nargs="+", default=["latents"], choices=METRICS, help="as explained above (default: latents)")
-    add("--clip_model", default="openai/clip-vit-base-patch16", help="folder or Hub id of the CLIP of clip")
-    add("--cmmd_model", default="openai/clip-vit-large-patch14-336", help="folder or Hub id of the CLIP of cmmd")
-    group = parser.add_argument_group("output")
-    add = group.add_argument
-    add("--output_dir", required=True, help="where the tables and the grid go")
-    add("--shown", type=flags.positive_int, default=8, help="pictures of each row in evaluation.png")
-    add("--batch_size", type=flags.positive_int, default=16, help="pictures drawn at once")
-    flags.add_device_flags(parser)
-    args = parser.parse_args(argv)
-    if not args.prompts and not args.real:
-        parser.error("give --prompts, or --real shards with captions")
-    return args
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     quiet_libraries()
@@ -250,32 +262,24 @@ def main(argv: list[str] | None = None) -> None:
     prompts = read_prompts(args.prompts, "--prompts")
     students = find_students(args.student, args.cache_dir)
     check_writable(args.output_dir)
-    teacher = Teacher(
-        args.pretrained_teacher_model,
-        revision=args.teacher_revision,
-        variant=args.variant,
-        config=args.teacher_config,
-        vae=args.pretrained_vae_model_name_or_path,
-        vae_revision=args.revision,
-        cache_dir=args.cache_dir,
-    )
+    teacher = Teacher.from_flags(flags.take(flags.TeacherFlags, args))
     pipeline = load_teacher(teacher, device=device, dtype=dtype, resolution=args.resolution)
     resolution = args.resolution or natural_resolution(pipeline)
     count = args.num_pictures or (len(prompts) if prompts else 64)
-    real, captions = real_pictures(args.real, count, resolution) if args.real else (None, [])
+    real, captions = read_real_pictures(args.real, count, resolution) if args.real else (None, [])
     prompts = list(itertools.islice(itertools.cycle(prompts or captions), count))
 
-    def prepare(name: str) -> Callable[[Drawn], Metric]:
+    def load_metric(name: str) -> Callable[[Drawn], Metric]:
         """Loads what a metric needs; what it returns makes the metric, given the reference."""
         if name == "latents":
             return LatentDistances
         if name in ("cmmd", "fid"):
             compared = Fid(device) if name == "fid" else Cmmd(args.cmmd_model, device, args.cache_dir)
             return lambda reference: compared.against(real or reference.pictures)
-        metric = Toy(prompts, args.seed) if name == "toy" else ClipScore(args.clip_model, device, args.cache_dir)
+        metric = ClipScore(args.clip_model, device, args.cache_dir)
         return lambda reference: metric
 
-    prepared = [prepare(name) for name in dict.fromkeys(args.metrics)]
+    prepared = [load_metric(name) for name in dict.fromkeys(args.metrics)]
 
     def make_metrics(reference: Drawn) -> list[Metric]:
         made = [make(reference) for make in prepared]
@@ -283,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
         return made
 
     titles: dict[str, str] = {}
-    rows: list[Row] = []
+    rows: list[EvaluatedRow] = []
     steps = list(dict.fromkeys(args.steps))
     total = 1 + len(steps) * (len(args.samplers) + 1 + len(students))
     drawing = evaluate(
@@ -326,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def write(
-    rows: Sequence[Row],
+    rows: Sequence[EvaluatedRow],
     titles: dict[str, str],
     steps: Sequence[int],
     settings: dict[str, Any],

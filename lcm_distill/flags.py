@@ -1,20 +1,43 @@
-"""The command-line flags that programs and commands share, in groups, with their ranges and their help.
+"""The command-line flags of programs and commands: typed groups, each a frozen dataclass whose fields are its flags.
 
-A training program's `parse_args` adds the groups it wants, then flags of its own, and ends in `Parser.parse`. Names
-and defaults are those of Diffusers' consistency-distillation examples, so that their command lines run unchanged. The
-commands that draw with finished models have a `CommandParser`, `add_model_flags` and `add_device_flags`.
+    args = parse(__doc__, argv, family=SDXL, student=FullStudentFlags)        # a training program
+    args.optimization.adam_beta1                                             # the value of --adam_beta1
+    args.flat()                                                              # all flags by name, to write down
+
+A part of the package takes the group that belongs to it. A flag is declared once, where its name, type, range, default
+and help stand, so that it cannot be wired to another. Names and defaults are those of Diffusers'
+consistency-distillation examples, so that their command lines run unchanged. Commands have a `CommandParser`, to which
+`add_group` adds a group and from whose result `take` builds it.
+
+Nothing heavy is imported here: --help, --version and a mistyped flag are answered at once.
 """
 
 import argparse
+import dataclasses
 import re
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass
+from typing import Any, Generic, NoReturn, TypeVar
 
-from diffusers.optimization import SchedulerType
+from lcm_distill import __version__
 
-from lcm_distill.data.preparation import INTERPOLATIONS
-from lcm_distill.distributed.compiling import MODES
+# Flags that messages name, for the parts of the package that explain what is wrong with their values.
+SHARDS_FLAG = "--train_shards_path_or_url"
+TEACHER_FLAG = "--pretrained_teacher_model"
+VAE_FLAG = "--pretrained_vae_model_name_or_path"
+
+# What libraries offer, by name: tests compare these with Pillow and Diffusers.
+INTERPOLATIONS = ("bilinear", "bicubic", "box", "hamming", "lanczos", "nearest", "nearest_exact")
+LR_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+COMPILE_MODES = ("regional", "whole")
+SAMPLERS = ("DDIM", "DPM-Solver++")  # of undistilled models, by the names in the LCM paper's tables
+DTYPES = ("fp16", "bf16", "fp32")
+
+Group = TypeVar("Group")
+
+
+# ------------------------------------------------------------------------------------------------------ the parser
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -32,36 +55,14 @@ class CommandParser(argparse.ArgumentParser):
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
+        self.add_argument("--version", action="version", version=f"lcm_distill {__version__}")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n(--help lists every flag)\n")
 
 
-class Parser(CommandParser):
-    """The parser of a training program."""
-
-    def __init__(self, description: str):
-        super().__init__(
-            None, description, "%(prog)s --pretrained_teacher_model TEACHER --train_shards_path_or_url SHARDS [flags]"
-        )
-
-    def parse(self, argv: list[str] | None) -> argparse.Namespace:
-        """Parses `argv` (None: the shell's) and checks what no single flag can."""
-        args = self.parse_args(argv)
-        if argv is None and args.hub_token:  # trackers write sys.argv down
-            sys.argv = [word.replace(args.hub_token, "***") for word in sys.argv]
-        if args.w_min > args.w_max:
-            self.error(f"argument --w_min: {args.w_min:g} is above --w_max {args.w_max:g}; give w_min <= w_max")
-        for flag in ("validation_teacher_steps", "num_validation_images"):
-            if args.keep_best and not vars(args)[flag]:
-                self.error(
-                    f"argument --keep_best: it goes by the distance to the teacher, which --{flag} 0 does not measure"
-                )
-        return args
-
-
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Adds the default to a flag's help, unless that says it or there is none."""
+    """Adds the default to a flag's help, unless the help names it or there is none."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -112,416 +113,452 @@ def duration(text: str) -> float:
     return float(seconds)
 
 
-def _switch(group: Any, name: str, help: str, default: bool = False) -> None:
-    group.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=help)
+# ---------------------------------------------------------------------------------------- a group and its flags
 
 
-def add_model_flags(parser: CommandParser) -> None:
-    group = parser.add_argument_group("models")
-    group.add_argument(
-        "--pretrained_teacher_model",
-        type=str,
-        required=True,
-        help="the teacher: a Diffusers pipeline folder, a Hub id, or a single .safetensors checkpoint",
-    )
-    group.add_argument(
-        "--teacher_config",
-        type=str,
-        default=None,
-        help="for a single-file teacher: the Diffusers folder or Hub id with its configs (default: told from the file)",
-    )
-    group.add_argument(
-        "--pretrained_vae_model_name_or_path",
-        type=str,
-        default=None,
-        help="another autoencoder than the teacher's own: a folder with its config.json, or a Hub id",
-    )
-    group.add_argument("--teacher_revision", type=str, default=None, help="branch, tag or commit of a Hub teacher")
-    group.add_argument(
-        "--revision",
-        type=str,
-        default=None,
-        help="branch, tag or commit of the separate autoencoder (--pretrained_vae_model_name_or_path)",
-    )
-    group.add_argument("--variant", type=str, default=None, help="file variant of the teacher's weights, such as fp16")
-    group.add_argument("--cache_dir", type=str, default=None, help="where models from the Hub are kept")
+def flag(default: Any, help: str, *, type: Callable[[str], Any] = str, title: str | None = None, **options: Any) -> Any:
+    """A field of a group that is a flag, with argparse's `type`, `help` and further `options` (choices, nargs, …).
 
-
-def add_device_flags(parser: CommandParser, *, dtype: str | None = None) -> None:
-    """Where, and in what precision, finished models draw; `runtime.drawing_device` makes of it what torch needs.
-
-    `dtype` is the default of --dtype; None for what is fastest.
+    A `default` of `MISSING`: the flag has to be given. `title` begins another heading of the help, for this flag and
+    those after it.
     """
-    group = parser.add_argument_group("device")
-    group.add_argument(
-        "--device",
-        type=str,
-        default=None,
-        help="cuda, cuda:1, mps or cpu (default: the first of cuda, mps and cpu that is there)",
+    metadata = {"help": help, "title": title, "options": {"type": type} | options}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def switch(default: bool, help: str, *, title: str | None = None) -> Any:
+    """A field of a group that is a flag without a value: `--name` or `--no-name`."""
+    options = {"action": argparse.BooleanOptionalAction}
+    return dataclasses.field(default=default, metadata={"help": help, "title": title, "options": options})
+
+
+def add_group(parser: CommandParser, group: type, defaults: Mapping[str, Any] | None = None) -> None:
+    """Adds the flags of a `group`, a dataclass; `defaults` replace its own where there are any, by name."""
+    heading = parser.add_argument_group((group.__doc__ or "").partition("\n")[0].rstrip("."))
+    for field in dataclasses.fields(group):
+        if "help" not in field.metadata:
+            continue  # set by code, not by a flag
+        if field.metadata["title"]:
+            heading = parser.add_argument_group(field.metadata["title"])
+        options = dict(field.metadata["options"])
+        own = field.default_factory() if field.default_factory is not MISSING else field.default
+        default = (defaults or {}).get(field.name, own)
+        options |= {"required": True} if default is MISSING else {"default": default}
+        heading.add_argument(f"--{field.name}", help=field.metadata["help"], **options)
+
+
+def take(group: type[Group], parsed: argparse.Namespace) -> Group:
+    """The `group` with the values that a parser with its flags found."""
+    names = {field.name for field in dataclasses.fields(group) if "help" in field.metadata}  # type: ignore[arg-type]
+    return group(**{name: value for name, value in vars(parsed).items() if name in names})
+
+
+# ---------------------------------------------------------------------------------------------------- the groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherFlags:
+    """models"""
+
+    pretrained_teacher_model: str = flag(
+        MISSING, "the teacher: a Diffusers pipeline folder, a Hub id, or a single .safetensors checkpoint"
     )
-    group.add_argument(
-        "--dtype",
-        type=str,
-        default=dtype,
-        choices=["fp16", "bf16", "fp32"],
-        help="precision of the networks; SDXL's VAE stays in fp32 unless its config says that half is safe for it "
-        f"(default: {dtype or 'fp16 on a GPU, fp32 on a CPU'})",
+    teacher_config: str | None = flag(
+        None,
+        "for a single-file teacher: the Diffusers folder or Hub id with its configs (default: guessed from the file)",
+    )
+    pretrained_vae_model_name_or_path: str | None = flag(
+        None, "another autoencoder than the teacher's own: a folder with its config.json, or a Hub id"
+    )
+    teacher_revision: str | None = flag(None, "branch, tag or commit of a Hub teacher")
+    revision: str | None = flag(
+        None, "branch, tag or commit of the separate autoencoder (--pretrained_vae_model_name_or_path)"
+    )
+    variant: str | None = flag(None, "file variant of the teacher's weights, such as fp16")
+    cache_dir: str | None = flag(None, "where models from the Hub are kept")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceFlags:
+    """device"""
+
+    device: str | None = flag(None, "cuda, cuda:1, mps or cpu (default: the first of cuda, mps and cpu that is there)")
+    dtype: str | None = flag(
+        None,
+        "precision of the networks; SDXL's VAE stays in fp32 unless its config marks half precision as safe "
+        "(default: fp16 on a GPU, fp32 on a CPU)",
+        choices=list(DTYPES),
     )
 
 
-def add_preparation_flags(parser: CommandParser, *, resolution: int | None) -> None:
-    """How a sample becomes pixels and words. Without a default `resolution` that must be given."""
-    group = parser.add_argument_group("pictures and captions")
-    group.add_argument(
-        "--caption_column",
-        type=str,
-        default=None,
-        help="where the captions are: the extension of a file in the samples (txt, blip.txt) or a key of their JSON "
+@dataclass(frozen=True, kw_only=True)
+class EncodingDeviceFlags(DeviceFlags):
+    """device"""
+
+    dtype: str | None = flag(
+        "fp32",
+        "precision of the networks; SDXL's VAE stays in fp32 unless its config marks half precision as safe",
+        choices=list(DTYPES),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamingFlags:
+    """data"""
+
+    train_shards_path_or_url: str | None = flag(
+        None,
+        "WebDataset shards: a tar, a folder of tars, a pattern such as data/{00000..00099}.tar, a .txt file with "
+        "one of these on each line, a URL (https, s3, hf, …) or 'pipe:COMMAND'; several are joined by '::'",
+    )
+    max_bad_fraction: float = flag(
+        0.5,
+        "stop when more than this share of the samples (of at least 500) cannot be used; filters do not count",
+        type=fraction,
+    )
+    shuffle_window: int = flag(
+        1000,
+        "samples that each worker shuffles among themselves (at most 256 MiB); shards are shuffled in any case",
+        type=positive_int,
+    )
+    resampled_shards: bool = switch(False, "draw shards with replacement, instead of each once an epoch")
+    dataloader_num_workers: int = flag(0, "processes that load data; 0 loads in the main one", type=count)
+    train_batch_size: int = flag(16, "pictures per device and batch", type=positive_int)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparationFlags:
+    """pictures and captions"""
+
+    caption_column: str | None = flag(
+        None,
+        "where the captions are: the extension of a file in the samples (txt, blip.txt) or a key of their JSON "
         "(top_caption, meta.caption); a list there holds several captions, of which each epoch draws one "
         "(default: .txt, .text or .caption, else the JSON's caption or text)",
     )
-    group.add_argument(
-        "--resolution",
+    resolution: int = flag(
+        MISSING,
+        "pictures are resized (shorter side) and cropped to this many pixels; a multiple of the VAE's factor, 8",
         type=positive_int,
-        default=resolution,
-        required=resolution is None,
-        help="pictures are resized (shorter side) and cropped to this many pixels; a multiple of the VAE's factor, 8",
     )
-    group.add_argument(
-        "--interpolation_type",
-        type=str,
-        default="bilinear",
-        choices=sorted(INTERPOLATIONS),
-        help="filter of the resize",
+    interpolation_type: str = flag("bilinear", "filter of the resize", choices=sorted(INTERPOLATIONS))
+    center_crop: bool = switch(False, "crop the middle instead of a random place")
+    random_flip: bool = switch(False, "mirror half of the pictures left to right")
+    min_image_size: int = flag(
+        0, "leave out pictures whose shorter side is shorter than this (default: 0, none)", type=count, metavar="PIXELS"
     )
-    _switch(group, "--center_crop", "crop the middle instead of a random place")
-    _switch(group, "--random_flip", "mirror half of the pictures left to right")
-    group.add_argument(
-        "--min_image_size",
-        type=count,
-        default=0,
-        metavar="PIXELS",
-        help="leave out pictures whose shorter side is shorter than this (default: 0, none)",
+    max_pwatermark: float | None = flag(
+        None, "leave out pictures whose JSON gives a higher pwatermark; a missing key never rejects", type=number(float)
     )
-    group.add_argument(
-        "--max_pwatermark",
+    min_aesthetic: float | None = flag(
+        None,
+        "leave out pictures whose JSON gives a lower aesthetic (or aesthetic_score, AESTHETIC_SCORE)",
         type=number(float),
-        default=None,
-        help="leave out pictures whose JSON gives a higher pwatermark; a missing key never rejects",
     )
-    group.add_argument(
-        "--min_aesthetic",
-        type=number(float),
-        default=None,
-        help="leave out pictures whose JSON gives a lower aesthetic (or aesthetic_score, AESTHETIC_SCORE)",
-    )
-    group.add_argument(
-        "--filter",
-        type=str,
-        nargs="+",
-        default=None,
-        metavar="CONDITION",
-        help="leave out pictures whose JSON does not satisfy this: a key, one of >= <= > < = !=, and a number or a "
+    filter: list[str] | None = flag(
+        None,
+        "leave out pictures whose JSON does not satisfy this: a key, one of >= <= > < = !=, and a number or a "
         "word, in quotes, such as 'punsafe<0.2' 'meta.language=en'",
+        nargs="+",
+        metavar="CONDITION",
+    )
+    proportion_empty_prompts: float = 0.0  # a flag of the training programs,
+    use_fix_crop_and_size: bool = False  # and of SDXL's alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPreparationFlags(PreparationFlags):
+    """pictures and captions"""
+
+    proportion_empty_prompts: float = flag(0, "share of the captions that are replaced by the empty one", type=fraction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SDXLPreparationFlags(TrainingPreparationFlags):
+    """pictures and captions"""
+
+    use_fix_crop_and_size: bool = switch(
+        False,
+        "condition the networks on --resolution as every picture's original size and on no crop, instead of on its "
+        "true size and crop",
+        title="SDXL's size conditioning",
     )
 
 
-def add_data_flags(parser: Parser, *, resolution: int) -> None:
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--train_shards_path_or_url",
-        type=str,
-        default=None,
-        help="WebDataset shards: a tar, a folder of tars, a pattern such as data/{00000..00099}.tar, a .txt file with "
-        "one of these on each line, a URL (https, s3, hf, …) or 'pipe:COMMAND'; several are joined by '::'",
+@dataclass(frozen=True, kw_only=True)
+class LengthFlags:
+    """length of the training"""
+
+    num_train_epochs: int = flag(100, "epochs to train, unless --max_train_steps is given", type=positive_int)
+    max_train_steps: int | None = flag(None, "optimizer steps to train", type=positive_int)
+    max_train_samples: int | None = flag(
+        None, "pictures that count as one epoch (default: all; local shards are counted)", type=positive_int
     )
-    group.add_argument(
-        "--proportion_empty_prompts", type=fraction, default=0, help="share of the captions replaced by the empty one"
-    )
-    group.add_argument(
-        "--max_bad_fraction",
-        type=fraction,
-        default=0.5,
-        help="stop when more than this share of the samples (of at least 500) cannot be used; filters do not count",
-    )
-    group.add_argument(
-        "--shuffle_window",
-        type=positive_int,
-        default=1000,
-        help="samples that each worker shuffles among themselves (at most 256 MiB); shards are shuffled in any case",
-    )
-    _switch(group, "--resampled_shards", "draw shards with replacement, instead of each once an epoch")
-    group.add_argument(
-        "--dataloader_num_workers", type=count, default=0, help="processes that load data; 0 loads in the main one"
-    )
-    group.add_argument("--train_batch_size", type=positive_int, default=16, help="pictures per device and batch")
-    group.add_argument(
-        "--max_train_samples",
-        type=positive_int,
-        default=None,
-        help="pictures that count as one epoch (default: all; local shards are counted)",
-    )
-    add_preparation_flags(parser, resolution=resolution)
 
 
-def add_training_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("training")
-    group.add_argument(
-        "--seed",
-        type=number(int, 0, 2**32 - 1),
-        default=None,
-        help="seed of every random draw (default: drawn, and printed)",
+@dataclass(frozen=True, kw_only=True)
+class OptimizationFlags:
+    """optimizer and learning rate"""
+
+    learning_rate: float = flag(1e-4, "peak learning rate", type=non_negative)
+    scale_lr: bool = switch(
+        False, "multiply the learning rate by devices × --train_batch_size × --gradient_accumulation_steps"
     )
-    group.add_argument(
-        "--num_train_epochs", type=positive_int, default=100, help="epochs to train, unless --max_train_steps is given"
+    lr_scheduler: str = flag("constant", "schedule of the learning rate", choices=list(LR_SCHEDULES))
+    lr_warmup_steps: int = flag(
+        500, "optimizer steps of rising learning rate, in the schedules that warm up ('constant' does not)", type=count
     )
-    group.add_argument("--max_train_steps", type=positive_int, default=None, help="optimizer steps to train")
-    group.add_argument("--learning_rate", type=non_negative, default=1e-4, help="peak learning rate")
-    _switch(
-        group,
-        "--scale_lr",
-        "multiply the learning rate by devices × --train_batch_size × --gradient_accumulation_steps",
-    )
-    group.add_argument(
-        "--lr_scheduler",
-        type=str,
-        default="constant",
-        help="course of the learning rate",
-        choices=[s.value for s in SchedulerType if s not in (SchedulerType.PIECEWISE_CONSTANT,)],
-    )
-    group.add_argument(
-        "--lr_warmup_steps",
-        type=count,
-        default=500,
-        help="optimizer steps of rising learning rate, in the courses that warm up ('constant' does not)",
-    )
-    group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="batches per optimizer step")
-    _switch(group, "--use_8bit_adam", "AdamW with 8-bit state (bitsandbytes)")
-    group.add_argument("--adam_beta1", type=below_one, default=0.9, help="AdamW's β1")
-    group.add_argument("--adam_beta2", type=below_one, default=0.999, help="AdamW's β2")
-    group.add_argument("--adam_weight_decay", type=non_negative, default=1e-2, help="AdamW's weight decay")
-    group.add_argument("--adam_epsilon", type=positive, default=1e-8, help="AdamW's ε")
-    group.add_argument("--max_grad_norm", type=positive, default=1.0, help="gradients are clipped to this norm")
+    use_8bit_adam: bool = switch(False, "AdamW with 8-bit state (bitsandbytes)")
+    adam_beta1: float = flag(0.9, "AdamW's β1", type=below_one)
+    adam_beta2: float = flag(0.999, "AdamW's β2", type=below_one)
+    adam_weight_decay: float = flag(1e-2, "AdamW's weight decay", type=non_negative)
+    adam_epsilon: float = flag(1e-8, "AdamW's ε", type=positive)
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", type=positive)
 
 
-def add_distillation_flags(parser: Parser, *, w_min: float, vae_encode_batch_size: int) -> None:
-    group = parser.add_argument_group("distillation")
-    group.add_argument(
-        "--w_min",
-        type=non_negative,
-        default=w_min,
-        help="least guidance w trained; w is the LCM paper's, cond + w·(cond − uncond), "
+@dataclass(frozen=True, kw_only=True)
+class DistillationFlags:
+    """distillation"""
+
+    w_min: float = flag(
+        MISSING,
+        "least guidance w trained; w is the LCM paper's, cond + w·(cond − uncond), "
         "so the pipelines' guidance_scale is w + 1",
+        type=non_negative,
     )
-    group.add_argument("--w_max", type=non_negative, default=15.0, help="greatest guidance w trained")
-    group.add_argument(
-        "--num_ddim_timesteps",
-        type=positive_int,
-        default=50,
-        help="points of the solver's grid; the paper's skipping step k is 1000 / this",
+    w_max: float = flag(15.0, "greatest guidance w trained", type=non_negative)
+    num_ddim_timesteps: int = flag(
+        50, "points of the solver's grid; the paper's skipping step k is 1000 / this", type=positive_int
     )
-    group.add_argument("--loss_type", type=str, default="l2", choices=["l2", "huber"], help="l2, or pseudo-Huber")
-    group.add_argument("--huber_c", type=positive, default=0.001, help="c of the pseudo-Huber loss √(d²+c²) − c")
-    group.add_argument(
-        "--timestep_scaling_factor",
+    loss_type: str = flag("l2", "l2, or pseudo-Huber", choices=["l2", "huber"])
+    huber_c: float = flag(0.001, "c of the pseudo-Huber loss √(d²+c²) − c", type=positive)
+    timestep_scaling_factor: float = flag(
+        10.0,
+        "scales the timestep in the boundary scalings c_skip and c_out; goes into the saved scheduler",
         type=positive,
-        default=10.0,
-        help="scales the timestep in the boundary scalings c_skip and c_out; goes into the saved scheduler",
-    )
-    group.add_argument(
-        "--vae_encode_batch_size",
-        type=positive_int,
-        default=vae_encode_batch_size,
-        help="pictures that the VAE encodes at once; less saves memory",
     )
 
 
-def add_full_student_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("student and target")
-    group.add_argument(
-        "--unet_time_cond_proj_dim", type=number(int, 4), default=256, help="width of the guidance embedding"
-    )
-    group.add_argument(
-        "--ema_decay",
-        type=fraction,
-        default=0.95,
-        help="decay μ of the target network, θ⁻ ← μ·θ⁻ + (1−μ)·θ: 0 copies the student at every step",
+@dataclass(frozen=True, kw_only=True)
+class FullStudentFlags:
+    """student and target"""
+
+    unet_time_cond_proj_dim: int = flag(256, "width of the guidance embedding", type=number(int, 4))
+    ema_decay: float = flag(
+        0.95, "decay μ of the target network, θ⁻ ← μ·θ⁻ + (1−μ)·θ: 0 copies the student at every step", type=fraction
     )
 
 
-def add_lora_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("student and target")
-    group.add_argument("--lora_rank", type=positive_int, default=64, help="rank of the adapter")
-    group.add_argument(
-        "--lora_alpha", type=positive_int, default=64, help="the adapter's change is scaled by this / --lora_rank"
-    )
-    group.add_argument(
-        "--lora_dropout", type=below_one, default=0.0, help="dropout in front of the adapter, in the student's pass"
-    )
-    group.add_argument(
-        "--lora_target_modules",
-        type=str,
-        default=None,
-        help="modules that get an adapter, joined by commas (default: LCM-LoRA's fourteen kinds: "
+@dataclass(frozen=True, kw_only=True)
+class LoraFlags:
+    """student and target"""
+
+    lora_rank: int = flag(64, "rank of the adapter", type=positive_int)
+    lora_alpha: int = flag(64, "the adapter's change is scaled by this / --lora_rank", type=positive_int)
+    lora_dropout: float = flag(0.0, "dropout in front of the adapter, in the student's pass", type=below_one)
+    lora_target_modules: str | None = flag(
+        None,
+        "modules that get an adapter, joined by commas (default: LCM-LoRA's fourteen kinds: "
         "attention, feed-forward, convolutions and time embeddings)",
     )
-    group.add_argument(
-        "--ema_decay",
+    ema_decay: float = flag(
+        0.0,
+        "decay μ of a target adapter, θ⁻ ← μ·θ⁻ + (1−μ)·θ; 0: the target is the student itself, as LCM-LoRA's",
         type=fraction,
-        default=0.0,
-        help="decay μ of a target adapter, θ⁻ ← μ·θ⁻ + (1−μ)·θ; 0: the target is the student itself, as LCM-LoRA's",
     )
 
 
-def add_sdxl_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("SDXL's size conditioning")
-    _switch(
-        group,
-        "--use_fix_crop_and_size",
-        "tell the networks that every picture is --resolution pixels large and uncropped, not its true size and crop",
-    )
+@dataclass(frozen=True, kw_only=True)
+class SpeedFlags:
+    """speed and memory"""
 
-
-def add_speed_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("precision, speed and memory")
-    group.add_argument(
-        "--mixed_precision",
-        type=str,
-        default=None,
-        choices=["no", "fp16", "bf16"],
-        help="precision of the networks' arithmetic (default: as `accelerate config` says); what trains, the "
-        "schedule, the solver and the loss stay float32",
+    cast_teacher_unet: bool = switch(
+        True, "keep the teacher's U-Net, which is also what is under a LoRA, in the mixed precision instead of float32"
     )
-    _switch(group, "--allow_tf32", "TF32 matrix products and convolutions where float32 is asked for (Ampere or newer)")
-    _switch(
-        group,
-        "--cast_teacher_unet",
-        "keep the teacher's U-Net, which is also what is under a LoRA, in the mixed precision instead of float32",
-        default=True,
-    )
-    group.add_argument(
-        "--teacher_batch_size",
-        type=positive_int,
-        default=None,
-        help="rows that the teacher sees at once, of 2 × --train_batch_size (with guidance and without); less saves "
+    teacher_batch_size: int | None = flag(
+        None,
+        "rows that the teacher sees at once, of 2 × --train_batch_size (with guidance and without); less saves "
         "memory (default: all)",
+        type=positive_int,
     )
-    group.add_argument(
-        "--compile",
-        type=str,
+    vae_encode_batch_size: int = flag(
+        MISSING, "pictures that the VAE encodes at once; less saves memory", type=positive_int
+    )
+    compile: str | None = flag(
+        None,
+        "compile the U-Nets: their repeated blocks (regional, what --compile alone means), or each in one piece "
+        "(whole: slower to begin); the first steps take minutes, in later runs much less",
         nargs="?",
         const="regional",
-        default=None,
-        choices=MODES,
-        help="compile the U-Nets: their repeated blocks (regional, what --compile alone means), or each in one piece "
-        "(whole: slower to begin); the first steps take minutes, in later runs much less",
+        choices=list(COMPILE_MODES),
     )
-    _switch(
-        group,
-        "--enable_xformers_memory_efficient_attention",
-        "xformers' attention where it works; PyTorch's own, as fast on today's GPUs, otherwise",
+    enable_xformers_memory_efficient_attention: bool = switch(
+        False, "xformers' attention where it works; PyTorch's own, as fast on today's GPUs, otherwise"
     )
-    _switch(group, "--gradient_checkpointing", "recompute activations in the backward pass: less memory, slower")
-    group.add_argument(
-        "--local_rank", type=int, default=-1, help="this process's device, for launchers that do not set LOCAL_RANK"
-    )
+    gradient_checkpointing: bool = switch(False, "recompute activations in the backward pass: less memory, slower")
 
 
-def add_run_flags(parser: Parser, *, guidance_default: str) -> None:
-    """`guidance_default` says in words what --validation_guidance_scale is when it is not given."""
-    group = parser.add_argument_group("output, checkpoints and logging")
-    group.add_argument("--output_dir", type=str, default="lcm-xl-distilled", help="everything the run writes goes here")
-    group.add_argument("--logging_dir", type=str, default="logs", help="the trackers' folder, inside --output_dir")
-    group.add_argument(
-        "--report_to",
-        type=str,
-        default="tensorboard",
-        help="trackers, joined by commas: tensorboard, wandb, comet_ml, …; 'all' installed ones, or 'none'",
+@dataclass(frozen=True, kw_only=True)
+class LaunchFlags:
+    """launch"""
+
+    seed: int | None = flag(
+        None, "seed of every random draw (default: drawn, and logged)", type=number(int, 0, 2**32 - 1)
     )
-    group.add_argument(
-        "--tracker_project_name", type=str, default="text2image-fine-tune", help="the project's name in the trackers"
+    mixed_precision: str | None = flag(
+        None,
+        "precision of the networks' arithmetic (default: as `accelerate config` says); what trains, the "
+        "schedule, the solver and the loss stay float32",
+        choices=["no", "fp16", "bf16"],
     )
-    group.add_argument(
-        "--logging_steps", type=positive_int, default=10, help="optimizer steps between two logged values"
+    allow_tf32: bool = switch(
+        False, "TF32 matrix products and convolutions where float32 is asked for (Ampere or newer)"
     )
-    group.add_argument(
-        "--checkpointing_steps",
+    gradient_accumulation_steps: int = flag(1, "batches per optimizer step", type=positive_int)
+    local_rank: int = flag(-1, "this process's device, for launchers that do not set LOCAL_RANK", type=int)
+    dry_run: bool = switch(
+        False, "check shards, models and memory with one training step and one picture, then stop; writes nothing"
+    )
+
+    output_dir: str = flag(
+        "lcm-xl-distilled", "everything the run writes goes here", title="output, checkpoints and logging"
+    )
+    logging_dir: str = flag("logs", "the trackers' folder, inside --output_dir")
+    report_to: str = flag(
+        "tensorboard", "trackers, joined by commas: tensorboard, wandb, comet_ml, …; 'all' installed ones, or 'none'"
+    )
+    tracker_project_name: str = flag("text2image-fine-tune", "the project's name in the trackers")
+    logging_steps: int = flag(10, "optimizer steps between two logged values", type=positive_int)
+    checkpointing_steps: int = flag(
+        500, "optimizer steps between two checkpoints; one is always saved at the end", type=positive_int
+    )
+    checkpoints_total_limit: int | None = flag(
+        None,
+        "how many checkpoints to keep; older ones go after a new one is complete (default: keep all)",
         type=positive_int,
-        default=500,
-        help="optimizer steps between two checkpoints; one is always saved at the end",
     )
-    group.add_argument(
-        "--checkpoints_total_limit",
-        type=positive_int,
-        default=None,
-        help="how many checkpoints to keep; older ones go after a new one is complete (default: keep all)",
-    )
-    _switch(
-        group,
-        "--keep_best",
+    keep_best: bool = switch(
+        False,
         "also keep the checkpoint that came closest to the teacher by the distance that validation measures: one is "
         "saved whenever that is less than ever before, and goes when the next one is",
     )
-    group.add_argument(
-        "--max_train_time",
+    max_train_time: float | None = flag(
+        None,
+        "save a checkpoint and stop when training has taken this long: 11.5h, 90m, 11:30:00 (default: no limit)",
         type=duration,
-        default=None,
         metavar="TIME",
-        help="save a checkpoint and end when training has taken this long: 11.5h, 90m, 11:30:00 (default: no limit)",
     )
-    group.add_argument(
-        "--resume_from_checkpoint",
-        type=str,
-        default=None,
-        help="'latest', 'best' (with --keep_best), or the folder of a checkpoint: the run continues exactly there",
+    resume_from_checkpoint: str | None = flag(
+        None, "'latest', 'best' (with --keep_best), or the folder of a checkpoint: the run continues exactly there"
     )
-    _switch(
-        group,
-        "--dry_run",
-        "check shards, models and memory with one training step and one picture, then stop; writes nothing",
-    )
-    group = parser.add_argument_group("validation pictures")
-    group.add_argument(
-        "--validation_steps", type=positive_int, default=200, help="optimizer steps between two drawings"
-    )
-    group.add_argument(
-        "--validation_prompts",
-        type=str,
+
+    push_to_hub: bool = switch(False, "upload the finished model to the Hub", title="Hub")
+    hub_token: str | None = flag(None, "Hub token (default: HF_TOKEN, or that of `hf auth login`)")
+    hub_model_id: str | None = flag(None, "Hub repository (default: the output folder's name)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationFlags:
+    """validation pictures"""
+
+    validation_steps: int = flag(200, "optimizer steps between two validations", type=positive_int)
+    validation_prompts: list[str] | None = flag(
+        None,
+        "what to draw: prompts, or .txt files with a prompt on each line (default: four captions of the first shard)",
         nargs="+",
-        default=None,
         metavar="PROMPT",
-        help="what to draw: prompts, or .txt files with a prompt on each line (default: four captions of the first "
-        "shard)",
     )
-    group.add_argument("--num_validation_images", type=count, default=4, help="pictures per prompt; 0: draw none")
-    group.add_argument(
-        "--validation_inference_steps",
+    num_validation_images: int = flag(4, "pictures per prompt; 0: draw none", type=count)
+    validation_inference_steps: list[int] = flag(
+        [4],
+        "sampling steps of the pictures; with several numbers, such as 1 2 4, a row of pictures for each (default: 4)",
         type=positive_int,
         nargs="+",
-        default=[4],
         metavar="STEPS",
-        help="sampling steps of the pictures; with several numbers, such as 1 2 4, a row of pictures for each "
-        "(default: 4)",
     )
-    group.add_argument(
-        "--validation_guidance_scale",
+    validation_guidance_scale: float | None = flag(
+        None,
+        "the pipelines' guidance_scale of the pictures (default: 8, brought into the trained range of w + 1; for a "
+        "LoRA, whose guidance is in its weights, 1)",
         type=non_negative,
-        default=None,
-        help=f"the pipelines' guidance_scale of the pictures (default: {guidance_default})",
     )
-    group.add_argument(
-        "--validation_teacher_steps",
-        type=count,
-        default=50,
-        metavar="STEPS",
-        help="DDIM steps of the teacher's row, drawn once; the distance between its pictures and the student's in one "
+    validation_teacher_steps: int = flag(
+        50,
+        "DDIM steps of the teacher's row, drawn once; the distance between its pictures and the student's in one "
         "step, in latents, is logged as distance/student; 0: neither",
+        type=count,
+        metavar="STEPS",
     )
-    group = parser.add_argument_group("Hub")
-    _switch(group, "--push_to_hub", "upload the finished model to the Hub")
-    group.add_argument(
-        "--hub_token", type=str, default=None, help="Hub token (default: HF_TOKEN, or that of `hf auth login`)"
-    )
-    group.add_argument(
-        "--hub_model_id", type=str, default=None, help="Hub repository (default: the output folder's name)"
-    )
+
+
+# -------------------------------------------------------------------------------------------- a training program
+
+Student = TypeVar("Student", FullStudentFlags, LoraFlags)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramFlags(Generic[Student]):
+    """The groups of a training program; `student` are those of its kind of student."""
+
+    teacher: TeacherFlags
+    streaming: StreamingFlags
+    preparation: PreparationFlags
+    length: LengthFlags
+    optimization: OptimizationFlags
+    distillation: DistillationFlags
+    student: Student
+    speed: SpeedFlags
+    launch: LaunchFlags
+    validation: ValidationFlags
+
+    def flat(self) -> dict[str, Any]:
+        """Every flag by its name."""
+        groups = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return {
+            field.name: getattr(group, field.name)
+            for group in groups
+            for field in dataclasses.fields(group)
+            if "help" in field.metadata
+        }
+
+
+@dataclass(frozen=True)
+class FamilyDefaults:
+    """In what the programs of two families differ: a group, and the defaults of these flags."""
+
+    preparation: type[PreparationFlags]
+    resolution: int
+    w_min: float
+    vae_encode_batch_size: int
+
+
+SD = FamilyDefaults(TrainingPreparationFlags, resolution=512, w_min=5.0, vae_encode_batch_size=32)
+SDXL = FamilyDefaults(SDXLPreparationFlags, resolution=1024, w_min=3.0, vae_encode_batch_size=8)
+
+
+def parse(
+    description: str | None, argv: list[str] | None, *, family: FamilyDefaults, student: type[Student]
+) -> ProgramFlags[Student]:
+    """Parses the command line of a training program (`argv` None: the shell's) and checks what no single flag can.
+
+    `student` is the group of its kind of student.
+    """
+    usage = f"%(prog)s {TEACHER_FLAG} TEACHER {SHARDS_FLAG} SHARDS [flags]"
+    parser = CommandParser(None, description, usage)
+    kinds: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(ProgramFlags)}
+    kinds |= {"student": student, "preparation": family.preparation}
+    for group in kinds.values():
+        add_group(parser, group, vars(family))
+    parsed = parser.parse_args(argv)
+    if argv is None and parsed.hub_token:  # trackers write sys.argv down
+        sys.argv = [word.replace(parsed.hub_token, "***") for word in sys.argv]
+    if parsed.w_min > parsed.w_max:
+        parser.error(f"argument --w_min: {parsed.w_min:g} is above --w_max {parsed.w_max:g}; give w_min <= w_max")
+    for name in ("validation_teacher_steps", "num_validation_images"):
+        if parsed.keep_best and not vars(parsed)[name]:
+            parser.error(
+                f"argument --keep_best: it goes by the distance to the teacher, which --{name} 0 does not measure"
+            )
+    return ProgramFlags(**{name: take(group, parsed) for name, group in kinds.items()})

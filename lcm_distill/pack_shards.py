@@ -24,19 +24,14 @@ import shlex
 import sys
 from pathlib import Path
 
+from lcm_distill import flags
 from lcm_distill.data.packing import KEPT, MANIFEST, Settings, describe_skipped, pack_shards
-from lcm_distill.data.shards import FLAG
 from lcm_distill.errors import run_program
+from lcm_distill.flags import SHARDS_FLAG
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m lcm_distill.pack_shards",
-        usage="%(prog)s IMAGES OUT [flags]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = flags.CommandParser("python -m lcm_distill.pack_shards", __doc__, "%(prog)s IMAGES OUT [flags]")
     add = parser.add_argument
     add("images", metavar="IMAGES", help="folder with the pictures and their captions")
     add("out", metavar="OUT", help="folder for the shards: a new or empty one, or one to go on with")
@@ -47,18 +42,18 @@ def _parser() -> argparse.ArgumentParser:
         help="shrink pictures whose shorter side has more pixels to this many: JPEG and WebP to JPEG of quality 95, "
         "others to PNG; the JSON tells the original size",
     )
-    add("--samples_per_shard", type=int, default=1000, help="at most; shards are even (default %(default)s)")
-    add("--max_shard_mb", type=int, default=2000, help="about the most megabytes in a shard (default %(default)s)")
-    add("--seed", type=int, default=0, help="of the order, in which all pictures are mixed (default %(default)s)")
+    add("--samples_per_shard", type=int, default=1000, help="at most; shards are even")
+    add("--max_shard_mb", type=int, default=2000, help="about the most megabytes in a shard")
+    add("--seed", type=int, default=0, help="of the order, in which all pictures are mixed")
     add("--num_workers", type=int, help="processes, each of which writes a shard at a time (default: one for each CPU)")
-    return parser
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = vars(_parser().parse_args(argv))
-    images, out, num_workers = (flags.pop(name) for name in ("images", "out", "num_workers"))
+    settings = vars(parse_args(argv))
+    images, out, num_workers = (settings.pop(name) for name in ("images", "out", "num_workers"))
     try:
-        packed = pack_shards(images, out, Settings(**flags), num_workers)
+        packed = pack_shards(images, out, Settings(**settings), num_workers)
     except KeyboardInterrupt:
         print(f"interrupted. {KEPT}", file=sys.stderr)
         sys.exit(130)
@@ -66,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"skipped, all named in {Path(out, MANIFEST)}:\n{describe_skipped(packed.skipped)}")
     print(
         f"{packed.shards} shard{'s' * (packed.shards != 1)}, {packed.samples} samples, {packed.bytes / 10**6:.1f} MB: "
-        f"train with {FLAG} {shlex.quote(out)}"
+        f"train with {SHARDS_FLAG} {shlex.quote(out)}"
     )
 
 

@@ -7,20 +7,13 @@ do at every validation. It can be done at any time, also while the run trains, a
 The file needs no network and nothing beside it: open it in a browser, or send it to someone.
 """
 
-import argparse
-
 from lcm_distill.errors import UsageError, run_program
+from lcm_distill.flags import CommandParser
 from lcm_distill.run.report import build_report
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lcm_distill.report",
-        usage="%(prog)s OUTPUT_DIR",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser("python -m lcm_distill.report", __doc__, "%(prog)s OUTPUT_DIR")
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="the run's --output_dir")
     output_dir = parser.parse_args(argv).output_dir
     try:

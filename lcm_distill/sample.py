@@ -20,168 +20,21 @@ samples.json, the same for all pictures. Each picture is what a Diffusers pipeli
 """
 
 import argparse
-import contextlib
-import dataclasses
-import itertools
-import json
-import math
-import re
-import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
-
-from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
 
 from lcm_distill import flags
-from lcm_distill.data.decode import decode_picture
-from lcm_distill.data.raw import BadSample
-from lcm_distill.environment import check_writable, drawing_device, memory_errors, quiet_libraries
 from lcm_distill.errors import UsageError, run_program
-from lcm_distill.models.teacher import Teacher
-from lcm_distill.models.vae import decode_latents
-from lcm_distill.sampling.finished import (
-    Student,
-    WeightedLora,
-    find_students,
-    load_teacher,
-    natural_resolution,
-    with_loras,
-)
-from lcm_distill.sampling.generate import (
-    SAMPLERS,
-    check_steps,
-    draw_latents,
-    read_prompts,
-    redraw_latents,
-    teacher_sampler,
-)
-from lcm_distill.sampling.grid import labelled_grid, shown
 
 STUDENT_STEPS, TEACHER_STEPS = [1, 2, 4, 8], [25]
 SWEEP_STUDENT_STEPS, SWEEP_TEACHER_STEPS = list(range(1, 9)), [1, 4, 8, 15, 20, 25, 30, 50]
-CELL = 256  # pixels of a picture in the grid, at most
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of the grid: a model and how it draws. `student` is None for the teacher."""
-
-    student: Student | None
-    steps: int
-    guidance_scale: float
-    negative_prompt: str | None
-
-    @property
-    def model(self) -> str:
-        return self.student.name if self.student else "teacher"
-
-
-def plan_rows(
-    students: Sequence[Student],
-    *,
-    steps: Sequence[int],
-    teacher_steps: Sequence[int],
-    guidance_scales: Sequence[float],
-    lora_guidance_scales: Sequence[float],
-    negative_prompt: str | None,
-) -> list[Row]:
-    """The rows of the grid, the teacher's first; what is given twice is drawn once, and 0 steps not at all.
-
-    The negative prompt is that of the rows where it counts, those with a second pass to guide by.
-    """
-    rows = []
-    for student in (None, *students):
-        told = student is not None and student.is_told_the_guidance
-        scales = guidance_scales if told or student is None else lora_guidance_scales
-        for scale in dict.fromkeys(scales):
-            negative = negative_prompt if scale > 1 and not told else None
-            for number in dict.fromkeys(teacher_steps if student is None else steps):
-                if number:
-                    rows.append(Row(student, number, scale, negative))
-    return rows
-
-
-def row_labels(rows: Sequence[Row], teacher_sampler_name: str) -> list[str]:
-    """A label for each row; it tells the guidance where a model draws with several."""
-    scales: dict[str, set[float]] = {}
-    for row in rows:
-        scales.setdefault(row.model, set()).add(row.guidance_scale)
-    labels = []
-    for row in rows:
-        model = row.model if row.student else f"{row.model}, {teacher_sampler_name}"
-        guidance = f", guidance {row.guidance_scale:g}" if len(scales[row.model]) > 1 else ""
-        labels.append(f"{model}, {row.steps} step{'s' * (row.steps != 1)}{guidance}")
-    return labels
-
-
-class Album:
-    """The `pictures/` of `folder`: each under a name of its own, with its settings in it, and listed."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._names: set[str] = set()
-        self.listed: list[dict[str, Any]] = []
-        (folder / "pictures").mkdir(parents=True, exist_ok=True)
-
-    def add(self, picture: Image.Image, number: int, settings: dict[str, Any]) -> None:
-        """Writes the picture of the `number`-th prompt; `settings` tells model, steps, guidance, prompt, seed, …"""
-        words = (
-            _plain(settings["model"], 60),
-            f"{settings['steps']}-step{'s' * (settings['steps'] != 1)}",
-            f"guidance-{settings['guidance_scale']:g}",
-            f"{number:03d}-{_plain(settings['prompt'], 40)}",
-            f"seed-{settings['seed']}",
-        )
-        name = stem = "_".join(words)
-        count = 1
-        while name.lower() in self._names:  # on some systems a file has both
-            count += 1
-            name = f"{stem}_{count}"
-        self._names.add(name.lower())
-        info = PngInfo()
-        for key, value in settings.items():
-            if value is not None:
-                info.add_text(key, value if isinstance(value, str) else json.dumps(value))
-        file = f"pictures/{name}.png"
-        picture.save(self._folder / file, pnginfo=info)
-        self.listed.append({"file": file} | settings)
-
-
-def _plain(text: str, most: int) -> str:
-    """`text` as a part of a file's name: letters, digits, dots and dashes."""
-    return re.sub(r"[^\w.-]+|_+", "-", text)[:most].strip("-.") or "x"
-
-
-def parse_lora(text: str, cache_dir: str | None = None) -> WeightedLora:
-    """`NAME=WEIGHT`, or `NAME` at 1; a name may have = in it, if what follows is no number."""
-    name, _, last = text.rpartition("=")
-    weight = 1.0
-    with contextlib.suppress(ValueError):
-        text, weight = (name, float(last)) if name else (text, weight)
-    if not math.isfinite(weight):
-        raise UsageError(f"--lora {text}={weight}: a weight is a finite number.")
-    return WeightedLora(text, weight, cache_dir=cache_dir)
-
-
-def read_init_image(name: str) -> Image.Image:
-    """An upright RGB picture; `UsageError` if the file of `--init_image` is none."""
-    try:
-        return decode_picture(Path(name).expanduser().read_bytes())[0]
-    except OSError as error:
-        raise UsageError(f"--init_image {name} cannot be read ({error.strerror}); correct its path.") from None
-    except BadSample as error:
-        raise UsageError(f"--init_image {name}: {error}; give another one.") from None
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = flags.CommandParser(
         "python -m lcm_distill.sample",
         __doc__,
         "%(prog)s --pretrained_teacher_model TEACHER [--student A B …] --prompts PROMPT … [flags]",
     )
-    flags.add_model_flags(parser)
+    flags.add_group(parser, flags.TeacherFlags)
     group = parser.add_argument_group("students and LoRAs")
     group.add_argument(
         "--student",
@@ -278,10 +131,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="of LCM-LoRAs, and of LCMs without a guidance embedding; 1 to 2 is right (default: 1)",
     )
     group.add_argument(
-        "--teacher_sampler", default="DDIM", choices=list(SAMPLERS), help="sampler of the teacher's rows"
+        "--teacher_sampler", default="DDIM", choices=flags.SAMPLERS, help="sampler of the teacher's rows"
     )
     group.add_argument("--batch_size", type=flags.positive_int, default=4, help="pictures drawn at once")
-    flags.add_device_flags(parser)
+    flags.add_group(parser, flags.DeviceFlags)
     parser.add_argument(
         "--output_dir", default="drawn", metavar="OUT", help="folder for grid, pictures and samples.json"
     )
@@ -297,8 +150,155 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes are answered here, before the seconds that the imports below take
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import re
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+from lcm_distill.data.decode import decode_picture
+from lcm_distill.data.raw import BadSample
+from lcm_distill.environment import check_writable, drawing_device, memory_errors, quiet_libraries
+from lcm_distill.models.teacher import Teacher
+from lcm_distill.models.vae import decode_latents
+from lcm_distill.sampling.finished import (
+    Student,
+    WeightedLora,
+    find_students,
+    load_teacher,
+    natural_resolution,
+    with_loras,
+)
+from lcm_distill.sampling.generate import check_steps, draw_latents, read_prompts, redraw_latents, teacher_sampler
+from lcm_distill.sampling.grid import labelled_grid, shown
+
+CELL = 256  # pixels of a picture in the grid, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class GridRow:
+    """One line of the grid: a model and how it draws. `student` is None for the teacher."""
+
+    student: Student | None
+    steps: int
+    guidance_scale: float
+    negative_prompt: str | None
+
+    @property
+    def model(self) -> str:
+        return self.student.name if self.student else "teacher"
+
+
+def plan_rows(
+    students: Sequence[Student],
+    *,
+    steps: Sequence[int],
+    teacher_steps: Sequence[int],
+    guidance_scales: Sequence[float],
+    lora_guidance_scales: Sequence[float],
+    negative_prompt: str | None,
+) -> list[GridRow]:
+    """The rows of the grid, the teacher's first; what is given twice is drawn once, and 0 steps not at all.
+
+    The negative prompt is that of the rows where it counts, those with a second pass to guide by.
+    """
+    rows = []
+    for student in (None, *students):
+        told = student is not None and student.is_told_the_guidance
+        scales = guidance_scales if told or student is None else lora_guidance_scales
+        for scale in dict.fromkeys(scales):
+            negative = negative_prompt if scale > 1 and not told else None
+            for number in dict.fromkeys(teacher_steps if student is None else steps):
+                if number:
+                    rows.append(GridRow(student, number, scale, negative))
+    return rows
+
+
+def row_labels(rows: Sequence[GridRow], teacher_sampler_name: str) -> list[str]:
+    """A label for each row; it tells the guidance where a model draws with several."""
+    scales: dict[str, set[float]] = {}
+    for row in rows:
+        scales.setdefault(row.model, set()).add(row.guidance_scale)
+    labels = []
+    for row in rows:
+        model = row.model if row.student else f"{row.model}, {teacher_sampler_name}"
+        guidance = f", guidance {row.guidance_scale:g}" if len(scales[row.model]) > 1 else ""
+        labels.append(f"{model}, {row.steps} step{'s' * (row.steps != 1)}{guidance}")
+    return labels
+
+
+class Album:
+    """The `pictures/` of `folder`: each under a name of its own, with its settings in it, and listed."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._names: set[str] = set()
+        self.listed: list[dict[str, Any]] = []
+        (folder / "pictures").mkdir(parents=True, exist_ok=True)
+
+    def add(self, picture: Image.Image, number: int, settings: dict[str, Any]) -> None:
+        """Writes the picture of the `number`-th prompt; `settings` tells model, steps, guidance, prompt, seed, …"""
+        words = (
+            _plain(settings["model"], 60),
+            f"{settings['steps']}-step{'s' * (settings['steps'] != 1)}",
+            f"guidance-{settings['guidance_scale']:g}",
+            f"{number:03d}-{_plain(settings['prompt'], 40)}",
+            f"seed-{settings['seed']}",
+        )
+        name = stem = "_".join(words)
+        count = 1
+        while name.lower() in self._names:  # on some systems a file has both
+            count += 1
+            name = f"{stem}_{count}"
+        self._names.add(name.lower())
+        info = PngInfo()
+        for key, value in settings.items():
+            if value is not None:
+                info.add_text(key, value if isinstance(value, str) else json.dumps(value))
+        file = f"pictures/{name}.png"
+        picture.save(self._folder / file, pnginfo=info)
+        self.listed.append({"file": file} | settings)
+
+
+def _plain(text: str, most: int) -> str:
+    """`text` as a part of a file's name: letters, digits, dots and dashes."""
+    return re.sub(r"[^\w.-]+|_+", "-", text)[:most].strip("-.") or "x"
+
+
+def parse_lora(text: str, cache_dir: str | None = None) -> WeightedLora:
+    """`NAME=WEIGHT`, or `NAME` at 1; a name may have = in it, if what follows is no number."""
+    name, _, last = text.rpartition("=")
+    weight = 1.0
+    with contextlib.suppress(ValueError):
+        text, weight = (name, float(last)) if name else (text, weight)
+    if not math.isfinite(weight):
+        raise UsageError(f"--lora {text}={weight}: a weight is a finite number.")
+    return WeightedLora(text, weight, cache_dir=cache_dir)
+
+
+def read_init_image(name: str) -> Image.Image:
+    """An upright RGB picture; `UsageError` if the file of `--init_image` is none."""
+    try:
+        return decode_picture(Path(name).expanduser().read_bytes())[0]
+    except OSError as error:
+        raise UsageError(f"--init_image {name} cannot be read ({error.strerror}); correct its path.") from None
+    except BadSample as error:
+        raise UsageError(f"--init_image {name}: {error}; give another one.") from None
+
+
 def main(argv: list[str] | None = None) -> None:
-    args = _parse(argv)
+    args = parse_args(argv)
     quiet_libraries()
 
     # What can be wrong with the flags is said here, before anything is loaded.
@@ -317,15 +317,7 @@ def main(argv: list[str] | None = None) -> None:
         negative_prompt=args.negative_prompt,
     )
     check_writable(args.output_dir)
-    teacher = Teacher(
-        args.pretrained_teacher_model,
-        revision=args.teacher_revision,
-        variant=args.variant,
-        config=args.teacher_config,
-        vae=args.pretrained_vae_model_name_or_path,
-        vae_revision=args.revision,
-        cache_dir=args.cache_dir,
-    )
+    teacher = Teacher.from_flags(flags.take(flags.TeacherFlags, args))
     pipeline = load_teacher(teacher, device=device, dtype=dtype, resolution=args.resolution)
     pipeline.scheduler = teacher_sampler(pipeline.scheduler.config, args.teacher_sampler)
     resolution = args.resolution or natural_resolution(pipeline)
@@ -384,7 +376,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def draw_rows(
     pipeline: Any,
-    rows: Sequence[Row],
+    rows: Sequence[GridRow],
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
@@ -394,7 +386,7 @@ def draw_rows(
     batch_size: int,
     lcm_lora_scale: float = 1.0,
     loras: Sequence[WeightedLora] = (),
-) -> Iterator[tuple[Row, list[Image.Image], float]]:
+) -> Iterator[tuple[GridRow, list[Image.Image], float]]:
     """Each row with its pictures, one for each prompt and its seed, and the seconds that they took.
 
     `pipeline` is the teacher's, and has its sampler. With `init_image`, of the size to draw, it is img2img.

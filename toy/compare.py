@@ -18,31 +18,55 @@ from safetensors import safe_open
 
 from lcm_distill import evaluate
 from lcm_distill.environment import quiet_libraries
-from lcm_distill.evaluate import CONTROL, Row
+from lcm_distill.evaluate import CONTROL, EvaluatedRow
+from lcm_distill.flags import SAMPLERS
 from lcm_distill.models.families import family_of
 from lcm_distill.models.teacher import Teacher
 from lcm_distill.sampling.finished import Student, find_students, load_teacher
-from lcm_distill.sampling.metrics import LatentDistances, Toy
-from toy.score import RESOLUTION, real_pictures
+from lcm_distill.sampling.metrics import Drawn, LatentDistances
+from toy.score import RESOLUTION, Scorer, caption_accuracy, frechet_distance, real_pictures
 
 TEACHERS = {family: Path(__file__).parent / "teachers" / family for family in ("sd", "sdxl")}
 NAMES = {"sd": "SD", "sdxl": "SDXL"}
 KINDS = {"full": "LCM", "lora": "LCM-LoRA"}  # a student's name where it is the only one of its kind
-TITLES = Toy.titles | LatentDistances.titles
 STEPS = (1, 2, 4, 8)
+
+
+class ToyMetric:
+    """Caption accuracy, and Fréchet distance to drawn pictures of the same captions: a metric of `evaluate`."""
+
+    titles = {
+        "caption_accuracy": "Caption accuracy (higher is better)",
+        "frechet_distance": "Fréchet distance to drawn pictures of the captions (lower is better)",
+    }
+
+    def __init__(self, captions: Sequence[str], seed: int):
+        self._scorer = Scorer.load()
+        drawn, _ = real_pictures(len(captions), seed, captions)
+        self._real = self._scorer.features(drawn)
+
+    def __call__(self, drawn: Drawn) -> dict[str, float]:
+        features = self._scorer.features(drawn.pictures)
+        return {
+            "caption_accuracy": caption_accuracy(drawn.pictures, drawn.prompts, self._scorer),
+            "frechet_distance": frechet_distance(features, self._real),
+        }
+
+
+TITLES = ToyMetric.titles | LatentDistances.titles
 
 
 def family(student: Student) -> str:
     """ "sd" or "sdxl", by what the student's files say."""
     if student.kind == "full":
-        return family_of(UNet2DConditionModel.load_config(student.source))
+        return family_of(UNet2DConditionModel.load_config(student.source)).NAME
     with safe_open(Path(student.source) / "kohya_lora_weights.safetensors", "pt") as file:
         return "sdxl" if file.metadata()["ss_base_model_version"].startswith("sdxl") else "sd"
 
 
 def compare(
     sources: Sequence[str], *, count: int, guidance_scale: float = 4.0, seed: int = 0, batch: int = 64
-) -> list[Row]:
+) -> list[EvaluatedRow]:
     """The rows of the comparison, each of `count` pictures, teacher by teacher; prints each as it is done."""
     quiet_libraries()
     captions = real_pictures(count, seed)[1]
@@ -56,7 +80,7 @@ def compare(
             load_teacher(Teacher(str(TEACHERS[name])), device="cpu", dtype=torch.float32),
             own,
             prompts=captions,
-            make_metrics=lambda reference: [Toy(captions, seed), LatentDistances(reference)],
+            make_metrics=lambda reference: [ToyMetric(captions, seed), LatentDistances(reference)],
             steps=STEPS,
             guidance_scale=guidance_scale,
             resolution=RESOLUTION,
@@ -71,13 +95,13 @@ def compare(
     return rows
 
 
-def verdict(rows: Sequence[Row]) -> list[str]:
+def verdict(rows: Sequence[EvaluatedRow]) -> list[str]:
     """What the students gain on teacher and control, line by line: the caption errors at 2 and 4 steps."""
     error = {(row.model, row.steps): 1 - row.values["caption_accuracy"] for row in rows}
     lines = []
     for model in dict.fromkeys(row.model for row in rows):
         teacher = model.split()[0]
-        if model.removeprefix(f"{teacher} ") in (CONTROL, *evaluate.SAMPLERS):
+        if model.removeprefix(f"{teacher} ") in (CONTROL, *SAMPLERS):
             continue
         for steps in (2, 4):
             lines.append(
@@ -88,7 +112,7 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def main(argv: list[str] | None = None) -> list[Row]:
+def main(argv: list[str] | None = None) -> list[EvaluatedRow]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", nargs="+", required=True, help="output folders of distillations of toy teachers")
     parser.add_argument("--output_dir", type=Path, required=True)

@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 import safetensors
 import safetensors.numpy
-import torch
 
 from lcm_distill.data.raw import printable
 from lcm_distill.data.shards import MAX_FILE_BYTES
@@ -105,12 +104,6 @@ class Encoding:
         """The file of a sample with these arrays, without the tag among them."""
         whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}  # what strides say would be lost
         return safetensors.numpy.save(whole | {"encoding": np.frombuffer(self.tag, np.uint8)})
-
-
-def empty_batch(encoding: Encoding | None) -> dict[str, Any]:
-    """A batch of the empty caption alone, with its embeddings if the shards have them: the unconditional one."""
-    stored = {} if encoding is None else encoding.empty_caption
-    return {"captions": [""]} | {name: torch.from_numpy(array)[None] for name, array in stored.items()}
 
 
 def read_encoding(shard: str) -> Encoding | None:

@@ -11,8 +11,9 @@ from lcm_distill.data.encoded import Encoding, read_encoding
 from lcm_distill.data.filters import is_filtered
 from lcm_distill.data.preparation import MixedShards, Preparation, prepare_sample
 from lcm_distill.data.raw import UNREADABLE_SHARD, BadSample, RawSample, list_counts, printable
-from lcm_distill.data.shards import FLAG, SHARD_NEEDS, read_shard
+from lcm_distill.data.shards import SHARD_NEEDS, read_shard
 from lcm_distill.errors import UsageError
+from lcm_distill.flags import SHARDS_FLAG
 
 
 @dataclass
@@ -112,8 +113,8 @@ def inspect_shards(
     filtered = sum(count for reason, count in report.dropped.items() if is_filtered(reason))
     if filtered:
         raise UsageError(
-            f"{FLAG} gives nothing to train on{so_far}, and {filtered} of {report.seen} samples are filtered out: "
-            f"give milder filters. {report}"
+            f"{SHARDS_FLAG} gives nothing to train on{so_far}, and {filtered} of {report.seen} samples are filtered "
+            f"out: give milder filters. {report}"
         )
     without = sum(report.dropped[reason] for reason in caption_reasons(column))
     if column is not None and without:
@@ -121,7 +122,7 @@ def inspect_shards(
             f"--caption_column {column} gives nothing to train on{so_far}. Name one of the file extensions or "
             f"JSON keys that there are, or leave the flag out to look in the usual places: {report}"
         )
-    raise UsageError(f"{FLAG} gives nothing to train on{so_far}: {report}\n{SHARD_NEEDS}")
+    raise UsageError(f"{SHARDS_FLAG} gives nothing to train on{so_far}: {report}\n{SHARD_NEEDS}")
 
 
 def _as_encoded(preparation: Preparation, encoding: Encoding | None) -> Preparation:
@@ -131,25 +132,28 @@ def _as_encoded(preparation: Preparation, encoding: Encoding | None) -> Preparat
     again = "or encode the pictures again"
     if preparation.resolution != encoding.resolution:
         raise UsageError(
-            f"--resolution {preparation.resolution}: the latents in {FLAG} are of {encoding.resolution} pixels; give "
-            f"--resolution {encoding.resolution}, {again}."
+            f"--resolution {preparation.resolution}: the latents in {SHARDS_FLAG} are of {encoding.resolution} "
+            f"pixels; give --resolution {encoding.resolution}, {again}."
         )
     if preparation.center_crop and not encoding.center_crop:
-        raise UsageError(f"--center_crop: the latents in {FLAG} are of random crops; leave it out, {again} with it.")
+        raise UsageError(
+            f"--center_crop: the latents in {SHARDS_FLAG} are of random crops; leave it out, {again} with it."
+        )
     if preparation.random_flip and not encoding.random_flip:
         raise UsageError(
-            f"--random_flip: no mirrored pictures are among the latents in {FLAG}; leave it out, {again} with it."
+            f"--random_flip: no mirrored pictures are among the latents in {SHARDS_FLAG}; leave it out, {again} with "
+            "it."
         )
     if preparation.interpolation not in (Preparation.interpolation, encoding.interpolation):
         raise UsageError(
-            f"--interpolation_type {preparation.interpolation}: the pictures in {FLAG} were resized with "
+            f"--interpolation_type {preparation.interpolation}: the pictures in {SHARDS_FLAG} were resized with "
             f"{encoding.interpolation}; leave it out, {again} with it."
         )
     if encoding.text and preparation.caption_column not in (None, encoding.caption_column):
         told = "the usual places" if encoding.caption_column is None else encoding.caption_column
         raise UsageError(
-            f"--caption_column {preparation.caption_column}: the embeddings in {FLAG} are of the captions from {told}; "
-            f"leave it out, {again} with it."
+            f"--caption_column {preparation.caption_column}: the embeddings in {SHARDS_FLAG} are of the captions from "
+            f"{told}; leave it out, {again} with it."
         )
     return replace(
         preparation,

@@ -15,7 +15,7 @@ from PIL import Image
 from lcm_distill.data.captions import check_caption_column, read_captions, read_json
 from lcm_distill.data.decode import check_size, decode_picture
 from lcm_distill.data.encoded import Encoding, OtherEncoding, unpack
-from lcm_distill.data.filters import Filter
+from lcm_distill.data.filters import Filter, parse_filters
 from lcm_distill.data.raw import (
     DAMAGED_LATENTS,
     DUPLICATE_NAME,
@@ -28,11 +28,11 @@ from lcm_distill.data.raw import (
     RawSample,
     printable,
 )
-from lcm_distill.data.shards import FLAG
 from lcm_distill.errors import UsageError
+from lcm_distill.flags import INTERPOLATIONS, SHARDS_FLAG, PreparationFlags
 
-INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic", "lanczos", "box", "hamming")}
-INTERPOLATIONS |= {"nearest": Image.Resampling.NEAREST, "nearest_exact": Image.Resampling.NEAREST}
+# Pillow's filter by its name; torchvision, whose names these are, has two kinds of nearest, Pillow one.
+_FILTERS = {name: Image.Resampling[name.removesuffix("_exact").upper()] for name in INTERPOLATIONS}
 with warnings.catch_warnings():  # torch says once in a process that an array is read-only: this is that once
     warnings.simplefilter("ignore")
     torch.from_numpy(np.frombuffer(bytes(1), np.uint8))
@@ -44,8 +44,8 @@ class MixedShards(UsageError):
 
     def __init__(self, raw: RawSample, what: str):
         super().__init__(
-            f"{FLAG}: the sample {printable(raw.key)} {what}. Train on shards of pictures, or on encoded ones that "
-            "were all made with the same teacher and flags (python -m lcm_distill.encode_shards)."
+            f"{SHARDS_FLAG}: the sample {printable(raw.key)} {what}. Train on shards of pictures, or on encoded ones "
+            "that were all made with the same teacher and flags (python -m lcm_distill.encode_shards)."
         )
 
 
@@ -54,7 +54,7 @@ class Preparation:
     """What becomes of a sample on the way to pixels and words; `UsageError` for a value that cannot be.
 
     resolution: side of the square pictures, pixels.
-    interpolation: one of `INTERPOLATIONS` (Pillow's, all antialiased).
+    interpolation: one of `flags.INTERPOLATIONS` (Pillow's, all antialiased).
     center_crop: crop the middle, not a random part.
     random_flip: mirror every other picture.
     proportion_empty_prompts: of the captions, 0 to 1.
@@ -63,6 +63,7 @@ class Preparation:
     min_image_size: pictures whose shorter side is shorter than this many pixels are left out.
     filters: what a sample's JSON must satisfy, by `parse_filters`.
     encoding: of the shards, if they are encoded; the resolution, the interpolation and the crop are then its own.
+    fixed_size: condition on `resolution` as every picture's original size and on no crop, not on its own.
     """
 
     resolution: int
@@ -74,6 +75,22 @@ class Preparation:
     min_image_size: int = 0
     filters: Sequence[Filter] = ()
     encoding: Encoding | None = None
+    fixed_size: bool = False
+
+    @classmethod
+    def from_flags(cls, flags: PreparationFlags) -> "Preparation":
+        """As the flags say; `UsageError` for a filter or a caption column that cannot be."""
+        return cls(
+            resolution=flags.resolution,
+            interpolation=flags.interpolation_type,
+            center_crop=flags.center_crop,
+            random_flip=flags.random_flip,
+            proportion_empty_prompts=flags.proportion_empty_prompts,
+            caption_column=flags.caption_column,
+            min_image_size=flags.min_image_size,
+            filters=parse_filters(flags.filter, max_pwatermark=flags.max_pwatermark, min_aesthetic=flags.min_aesthetic),
+            fixed_size=flags.use_fix_crop_and_size,
+        )
 
     def __post_init__(self) -> None:
         for flag, value, least in (("--resolution", self.resolution, 1), ("--min_image_size", self.min_image_size, 0)):
@@ -181,6 +198,8 @@ def prepare_sample(raw: RawSample, preparation: Preparation, *, draws: np.ndarra
         sample = _decoded(content, preparation, top, left, flipped)
         sample.original_size = _size_in_json(meta) or sample.original_size
     sample.caption = "" if number is None else captions[number]
+    if preparation.fixed_size:
+        sample.original_size, sample.crop_top_left = (preparation.resolution, preparation.resolution), (0, 0)
     return sample
 
 
@@ -210,7 +229,7 @@ def _decoded(content: bytes, preparation: Preparation, top: float, left: float, 
         image,
         true_size=true_size,
         resolution=resolution,
-        resample=INTERPOLATIONS[preparation.interpolation],
+        resample=_FILTERS[preparation.interpolation],
         top=top,
         left=left,
     )

@@ -22,10 +22,10 @@ from lcm_distill.data.raw import LATENTS, PICTURES, RawSample, list_counts
 from lcm_distill.data.sources import expand_url, local_path, open_shard, why_not
 from lcm_distill.data.tar import TarReader
 from lcm_distill.errors import UsageError
+from lcm_distill.flags import SHARDS_FLAG
 
 logger = logging.getLogger(__name__)
 
-FLAG = "--train_shards_path_or_url"
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 LIST_SUFFIXES = (".txt", ".list", ".lst")
 
@@ -58,7 +58,7 @@ def expand_shards(spec: str | None) -> list[str]:
     parts = [part.strip() for part in (spec or "").split("::") if part.strip()]
     if not parts:
         raise UsageError(
-            f"{FLAG} is missing. Give it tar shards: a file, a pattern such as 'data/{{000..010}}.tar', "
+            f"{SHARDS_FLAG} is missing. Give it tar shards: a file, a pattern such as 'data/{{000..010}}.tar', "
             "a folder of tars, a URL, or a 'pipe:' command."
         )
     return [shard for part in parts for shard in _expand_one(part)]
@@ -68,7 +68,7 @@ def _expand_one(spec: str) -> list[str]:
     try:
         names = [spec] if os.path.exists(spec) else list(braceexpand(spec))
     except ValueError as error:
-        raise UsageError(f"{FLAG}: the braces of {spec!r} do not match ({error}); write {{000..010}}.") from None
+        raise UsageError(f"{SHARDS_FLAG}: the braces of {spec!r} do not match ({error}); write {{000..010}}.") from None
     found, missing = [], []
     for name in names:
         path = local_path(name)
@@ -88,7 +88,8 @@ def _expand_one(spec: str) -> list[str]:
                 missing.append(path)
     if missing:
         raise UsageError(
-            f"{FLAG}: {len(missing)} of the {len(names)} paths of {spec!r} not found, the first is {missing[0]}. "
+            f"{SHARDS_FLAG}: {len(missing)} of the {len(names)} paths of {spec!r} not found, the first is "
+            f"{missing[0]}. "
             f"{_describe_folder(os.path.dirname(missing[0]))} Correct the path; relative ones start at {os.getcwd()}."
         )
     return found
@@ -97,13 +98,13 @@ def _expand_one(spec: str) -> list[str]:
 def _remote(url: str) -> list[str]:
     problem = why_not(url)
     if problem:
-        raise UsageError(f"{FLAG}: {problem}")
+        raise UsageError(f"{SHARDS_FLAG}: {problem}")
     try:
         found = expand_url(url, TAR_SUFFIXES)
     except Exception as error:  # noqa: BLE001 - each file system has errors of its own
-        raise UsageError(f"{FLAG}: {url} cannot be listed: {error}") from None
+        raise UsageError(f"{SHARDS_FLAG}: {url} cannot be listed: {error}") from None
     if not found:
-        raise UsageError(f"{FLAG}: {url} matches no .tar, .tar.gz or .tgz.")
+        raise UsageError(f"{SHARDS_FLAG}: {url} matches no .tar, .tar.gz or .tgz.")
     return found
 
 
@@ -113,14 +114,16 @@ def _listed_in(path: str) -> list[str]:
         with open(path, encoding="utf-8-sig") as file:
             lines = [line.strip() for line in file]
     except UnicodeDecodeError:
-        raise UsageError(f"{FLAG}: {path} should be a list of shards, one on each line, but is not text.") from None
+        raise UsageError(
+            f"{SHARDS_FLAG}: {path} should be a list of shards, one on each line, but is not text."
+        ) from None
     entries = [line for line in lines if line and not line.startswith("#")]
     if not entries:
-        raise UsageError(f"{FLAG}: the list {path} is empty.")
+        raise UsageError(f"{SHARDS_FLAG}: the list {path} is empty.")
     found = []
     for entry in entries:
         if entry.lower().endswith(LIST_SUFFIXES):
-            raise UsageError(f"{FLAG}: the list {path} names another list, {entry}; name its shards instead.")
+            raise UsageError(f"{SHARDS_FLAG}: the list {path} names another list, {entry}; name its shards instead.")
         local = local_path(entry)
         found += _expand_one(entry if local is None else os.path.join(os.path.dirname(path), local))
     return found
@@ -135,7 +138,9 @@ def _tars_in(folder: str) -> list[str]:
     if not found:
         found = sorted(path for where, _, names in os.walk(folder) for path in tars(where, names))
     if not found:
-        raise UsageError(f"{FLAG}: no .tar, .tar.gz or .tgz in {folder}. {_describe_folder(folder)} {SHARD_NEEDS}")
+        raise UsageError(
+            f"{SHARDS_FLAG}: no .tar, .tar.gz or .tgz in {folder}. {_describe_folder(folder)} {SHARD_NEEDS}"
+        )
     return found
 
 

@@ -6,7 +6,6 @@ a path, file:            the operating system
 http:, https:            requests, from any byte on (Range)
 pipe:COMMAND             the shell; the command may be run again
 s3:, gs:, hf:, az:, ...  fsspec, with the file system's own package (s3fs, gcsfs, huggingface_hub, ...)
-what is left             webdataset's openers, which call other programs (sftp, scp, ais, ...)
 """
 
 import contextlib
@@ -25,7 +24,6 @@ import fsspec
 import requests
 from fsspec.core import url_to_fs
 from urllib3.exceptions import HTTPError as TransportError
-from webdataset.gopen import gopen, gopen_schemes
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +63,9 @@ def why_not(url: str) -> str | None:
         fsspec.get_filesystem_class(scheme)
         return None
     except ImportError as error:  # known, but its package is not installed
-        return None if scheme in gopen_schemes else f"{url}: {error}. {instead}, or install that package."
+        return f"{url}: {error}. {instead}, or install that package."
     except ValueError:
-        return None if scheme in gopen_schemes else f"nothing here opens {scheme}: addresses ({url}). {instead}."
+        return f"nothing here opens {scheme}: addresses ({url}). {instead}."
 
 
 def expand_url(url: str, suffixes: tuple[str, ...]) -> list[str]:
@@ -153,12 +151,7 @@ class _RetryingFile(io.RawIOBase):
             return source
         if scheme == "pipe":
             return _skip(_Command(self._shard.removeprefix("pipe:")), self._position)
-        try:
-            file = fsspec.open(self._shard, "rb", block_size=BLOCK).open()
-        except (ImportError, ValueError):
-            if scheme not in gopen_schemes:
-                raise
-            return _skip(_WebDataset(self._shard), self._position)
+        file = fsspec.open(self._shard, "rb", block_size=BLOCK).open()
         file.seek(self._position)
         return cast(_Source, file)
 
@@ -239,7 +232,7 @@ class _Http:
 
 
 class _Command:
-    """A shell command's output. webdataset's own would wait two hours for a command that does not end."""
+    """A shell command's output, whose silence ends after `PIPE_TIMEOUT` and whose children end with it."""
 
     def __init__(self, command: str):
         self._command = command
@@ -264,17 +257,3 @@ class _Command:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-
-
-class _WebDataset:
-    def __init__(self, url: str):
-        self._pipe = gopen(url)
-
-    def readinto(self, buffer: memoryview, /) -> int:
-        content = self._pipe.read(len(buffer))
-        buffer[: len(content)] = content
-        return len(content)
-
-    def close(self) -> None:
-        self._pipe.proc.kill()
-        self._pipe.close()

@@ -33,6 +33,7 @@ from itertools import islice
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -40,8 +41,9 @@ from lcm_distill.data.filters import is_filtered
 from lcm_distill.data.preflight import inspect_shards
 from lcm_distill.data.preparation import MixedShards, Preparation, Sample, prepare_sample
 from lcm_distill.data.raw import UNREADABLE_SHARD, BadSample, RawSample, list_counts
-from lcm_distill.data.shards import FLAG, read_shard
+from lcm_distill.data.shards import read_shard
 from lcm_distill.errors import UsageError
+from lcm_distill.flags import SHARDS_FLAG, StreamingFlags
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +120,7 @@ class ShardStream(IterableDataset):
             its height and width, else of the picture itself, in pixels
         crop_top_lefts: int64 [batch_size, 2], (top, left) of the crop in pixels of the resized picture, mirrored
             with it if it was flipped
+        target_sizes: int64 [batch_size, 2], (height, width) of the pixels, or of what the latents decode to
         dropped: dict of reason to count: what this worker has dropped since the run began; see `DropCounter`
         worker: int, the worker that made the batch
     All batches are full: the last samples of an epoch share a batch with the first of the next. All draws come
@@ -155,7 +158,7 @@ class ShardStream(IterableDataset):
     ):
         assert 0 <= rank < world_size, (rank, world_size)
         if not shards:
-            raise UsageError(f"{FLAG} names no shard.")
+            raise UsageError(f"{SHARDS_FLAG} names no shard.")
         for flag, value, least in (
             ("--train_batch_size", batch_size, 1),
             ("--seed", seed, 0),
@@ -264,6 +267,7 @@ class StreamIterator:
             "captions": [sample.caption for sample in samples],
             "original_sizes": torch.tensor([sample.original_size for sample in samples]),
             "crop_top_lefts": torch.tensor([sample.crop_top_left for sample in samples]),
+            "target_sizes": torch.full((len(samples), 2), self.stream.preparation.resolution),
             "dropped": dict(self.dropped),
             "worker": self.worker,
         }
@@ -441,6 +445,24 @@ def _places(state: object) -> Iterator[dict]:
         else:
             for value in state.values():
                 yield from _places(value)
+
+
+def open_loader(
+    flags: StreamingFlags, shards: list[str], preparation: Preparation, seed: int, accelerator: Accelerator
+) -> ShardLoader:
+    """`make_loader` over the `ShardStream` that the flags ask for, this process's share of it."""
+    stream = ShardStream(
+        shards=shards,
+        preparation=preparation,
+        batch_size=flags.train_batch_size,
+        seed=seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        max_bad_fraction=flags.max_bad_fraction,
+        shuffle_window=flags.shuffle_window,
+        resampled=flags.resampled_shards,
+    )
+    return make_loader(stream, flags.dataloader_num_workers)
 
 
 def make_loader(stream: ShardStream, num_workers: int) -> ShardLoader:

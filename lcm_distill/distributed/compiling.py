@@ -12,7 +12,6 @@ import torch
 
 from lcm_distill.errors import UsageError
 
-MODES = ("regional", "whole")
 BACKEND = "inductor"
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # what U-Nets are made of, over and over
 

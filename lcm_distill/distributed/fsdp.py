@@ -1,6 +1,6 @@
 """Networks split over the ranks (FSDP2), and the same calls for what leaves them whole: one process, DDP, ZeRO-2.
 
-A sharded network's parameters are DTensors: each rank holds a slice of every one. `fully_shard` gathers a unit's
+A split network's parameters are DTensors: each rank holds a slice of every one. `fully_shard` gathers a unit's
 parameters just before its forward or backward pass and frees them right after, so that a rank needs memory for its
 slices and for one unit; gradients, optimizer state and the moving average exist as slices only. On the disk everything
 is whole: a checkpoint can be resumed on another number of ranks, and with or without FSDP.
@@ -22,24 +22,24 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lcm_distill.distributed.compiling import BLOCKS
-from lcm_distill.distributed.zero import ZeroAccelerator, ZeroOptimizerPart, check_zero, prepare_zero
+from lcm_distill.distributed.zero import ZeroAccelerator, ZeroOptimizer, check_zero, prepare_zero
 from lcm_distill.errors import UsageError
 
 
-def settle_engine(accelerator: Accelerator, *, can_shard: bool) -> None:
+def settle_engine(accelerator: Accelerator, *, can_split: bool) -> None:
     """Readies Accelerate's engine; `UsageError` for one that the program does not run on.
 
-    `can_shard` says whether the program can split what it trains over the ranks.
+    `can_split` says whether the program can split what it trains over the ranks.
     """
     if _asks_for_fsdp() and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # Accelerate passes over FSDP on CPUs without a word, although PyTorch does it there too.
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
     if isinstance(accelerator, ZeroAccelerator):
-        check_zero(accelerator, can_shard=can_shard)
+        check_zero(accelerator, can_split=can_split)
     if not is_split(accelerator):
         return
-    if not can_shard:
+    if not can_split:
         raise UsageError(
             "`accelerate config` asks for FSDP, which only the full students need: the LoRA programs train too few "
             "weights to split; launch with --multi_gpu."
@@ -55,7 +55,7 @@ def settle_engine(accelerator: Accelerator, *, can_shard: bool) -> None:
             raise UsageError(f"`accelerate config` sets {name} to what this program does not do: {remedy}.")
     if accelerator.mixed_precision == "fp16":
         raise UsageError("--mixed_precision fp16 does not go with FSDP; take bf16.")
-    # With it, Transformers would load the text encoders, which are not sharded, as empty on all ranks but one.
+    # With it, Transformers would load the text encoders, which are not split, as empty on all ranks but one.
     disable_fsdp_ram_efficient_loading()
 
 
@@ -74,11 +74,11 @@ def saves_together(accelerator: Accelerator) -> bool:
 
 
 def whole_device(accelerator: Accelerator) -> torch.device:
-    """Where to hold whole networks: on the run's device, or in the CPU's memory when `shard` splits them next."""
+    """Where to hold whole networks: on the run's device, or in the CPU's memory when `split` splits them next."""
     return torch.device("cpu") if is_split(accelerator) else accelerator.device
 
 
-def shard(accelerator: Accelerator, *networks: UNet2DConditionModel) -> None:
+def split(accelerator: Accelerator, *networks: UNet2DConditionModel) -> None:
     """Splits each network over the ranks, in place, if the run shards at all; before an optimizer is built.
 
     In mixed precision units are gathered in it, which halves the traffic; slices, their gradients and the sums of
@@ -102,10 +102,10 @@ def shard(accelerator: Accelerator, *networks: UNet2DConditionModel) -> None:
             fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
 
 
-def prepare(
+def prepare_for_training(
     accelerator: Accelerator, network: UNet2DConditionModel, optimizer: torch.optim.Optimizer
 ) -> tuple[Any, AcceleratedOptimizer]:
-    """`accelerator.prepare(network, optimizer)`, for a network that `shard` may have split, or for ZeRO.
+    """`accelerator.prepare(network, optimizer)`, for a network that `split` may have split, or for ZeRO.
 
     Accelerate itself would split the network by its own rules, and write it into each checkpoint a second time.
     """
@@ -131,12 +131,12 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def save_whole(network: UNet2DConditionModel, *folders: Path) -> None:
-    """Saves a network in one piece, as Diffusers does, from the main process. Every rank calls it if it is sharded.
+    """Saves a network in one piece, as Diffusers does, from the main process. Every rank calls it if it is split.
 
     The main process then holds the whole network in the CPU's memory, and each rank one whole weight at a time.
     """
     is_main = PartialState().is_main_process
-    if _is_sharded(network):
+    if _is_split_over_ranks(network):
         state = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if is_main:
             with torch.device("meta"):
@@ -148,16 +148,16 @@ def save_whole(network: UNet2DConditionModel, *folders: Path) -> None:
 
 
 def load_whole(network: UNet2DConditionModel, folder: Path) -> None:
-    """Loads weights that `save_whole` saved, whether or not the network is sharded now or was then."""
+    """Loads weights that `save_whole` saved, whether or not the network is split now or was then."""
     state = UNet2DConditionModel.from_pretrained(folder).state_dict()
-    if _is_sharded(network):
+    if _is_split_over_ranks(network):
         own = network.state_dict()
         state = {name: _split_like(tensor, own[name]) for name, tensor in state.items()}
     network.load_state_dict(state)
 
 
-class OptimizerPart:
-    """The state of a sharded network's optimizer as a part of a checkpoint: the file that Accelerate writes otherwise.
+class SplitOptimizer:
+    """The state of a split network's optimizer as a part of a checkpoint: the file that Accelerate writes otherwise.
 
     Every rank calls its methods. The main process holds the whole state in the CPU's memory while it saves.
     """
@@ -194,11 +194,11 @@ class OptimizerPart:
 def optimizer_parts(accelerator: Accelerator, optimizer: AcceleratedOptimizer) -> dict[str, Any]:
     """What a checkpoint must hold beside the networks: nothing where Accelerate saves the optimizer itself."""
     if isinstance(accelerator, ZeroAccelerator):
-        return {"optimizer.bin": ZeroOptimizerPart(optimizer)}
-    return {"optimizer.bin": OptimizerPart(optimizer)} if is_split(accelerator) else {}
+        return {"optimizer.bin": ZeroOptimizer(optimizer)}
+    return {"optimizer.bin": SplitOptimizer(optimizer)} if is_split(accelerator) else {}
 
 
-def _is_sharded(network: torch.nn.Module) -> bool:
+def _is_split_over_ranks(network: torch.nn.Module) -> bool:
     return isinstance(network, FSDPModule)
 
 

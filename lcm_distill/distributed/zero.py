@@ -62,9 +62,9 @@ class ZeroAccelerator(Accelerator):
         return torch.as_tensor(self.zero_engine.get_global_grad_norm(), device=self.device)
 
 
-def check_zero(accelerator: ZeroAccelerator, *, can_shard: bool) -> None:
+def check_zero(accelerator: ZeroAccelerator, *, can_split: bool) -> None:
     """`UsageError` unless program, precision and DeepSpeed's settings are those that ZeRO-2 is done for."""
-    if not can_shard:
+    if not can_split:
         raise UsageError(
             "`accelerate config` asks for DeepSpeed, which only the full students need: the LoRA programs train too "
             "few weights to split; launch with --multi_gpu."
@@ -119,7 +119,7 @@ def prepare_zero(
     return accelerator.zero_engine, DeepSpeedOptimizerWrapper(accelerator.zero_engine.optimizer)
 
 
-class ZeroOptimizerPart:
+class ZeroOptimizer:
     """The state of an optimizer that `prepare_zero` split, as a part of a checkpoint: the file of a whole AdamW.
 
     Every rank calls its methods. The main process holds the whole state in the CPU's memory while it saves.

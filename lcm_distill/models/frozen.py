@@ -10,10 +10,10 @@ from diffusers import AutoencoderKL
 
 from lcm_distill.data.encoded import Encoding
 from lcm_distill.data.raw import printable
-from lcm_distill.data.shards import FLAG
 from lcm_distill.errors import UsageError
+from lcm_distill.flags import SHARDS_FLAG, VAE_FLAG
 from lcm_distill.models.student import to_channels_last
-from lcm_distill.models.teacher import VAE_FLAG, Teacher
+from lcm_distill.models.teacher import Teacher
 from lcm_distill.models.vae import encode_pixels, sample_moments, scale_and_shift
 
 
@@ -96,12 +96,12 @@ def check_encoding(encoding: Encoding | None, teacher: Teacher, text_fingerprint
     scale = {"scaling_factor": encoding.scaling_factor, "shift_factor": encoding.shift_factor}
     if (teacher.fingerprint("vae", AutoencoderKL), scale_and_shift(teacher.read_vae_config())) != (encoding.vae, scale):
         raise UsageError(
-            f"{FLAG}: the latents were made with another VAE, {printable(encoding.vae_name)}. Name that as {VAE_FLAG}, "
-            "or encode the pictures again with this one (python -m lcm_distill.encode_shards)."
+            f"{SHARDS_FLAG}: the latents were made with another VAE, {printable(encoding.vae_name)}. Name that as "
+            f"{VAE_FLAG}, or encode the pictures again with this one (python -m lcm_distill.encode_shards)."
         )
     if encoding.text and encoding.text != text_fingerprint(teacher):
         raise UsageError(
-            f"{FLAG}: the captions were encoded with other text encoders than the teacher's, those of "
+            f"{SHARDS_FLAG}: the captions were encoded with other text encoders than the teacher's, those of "
             f"{printable(encoding.text_name)}. Encode the pictures again with this teacher, or without --captions."
         )
 
@@ -117,3 +117,9 @@ def batch_latents(
         return encode_pixels(frozen.vae, batch["pixels"], batch_size, generator)
     moments = batch["moments"].to(frozen.device, non_blocking=True)
     return sample_moments(moments, generator, **frozen.scale_and_shift)
+
+
+def empty_batch(encoding: Encoding | None) -> dict[str, Any]:
+    """A batch of the empty caption alone, with its embeddings if the shards have them: the unconditional one."""
+    stored = {} if encoding is None else encoding.empty_caption
+    return {"captions": [""]} | {name: torch.from_numpy(array)[None] for name, array in stored.items()}

@@ -23,6 +23,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from lcm_distill.errors import UsageError
+from lcm_distill.flags import LoraFlags
 
 # LCM-LoRA's: attention, feed-forward, convolutions and the time embeddings of the residual blocks.
 TARGET_MODULES = (
@@ -64,6 +65,16 @@ class AdapterShape:
     alpha: int
     target_modules: list[str]
     average: bool  # whether the target is an adapter of its own
+
+    @classmethod
+    def from_flags(cls, flags: LoraFlags, unet_config: Mapping[str, Any]) -> "AdapterShape":
+        """`UsageError` for --lora_target_modules that a U-Net of `unet_config` does not have."""
+        return cls(
+            rank=flags.lora_rank,
+            alpha=flags.lora_alpha,
+            target_modules=parse_target_modules(flags.lora_target_modules, unet_config),
+            average=flags.ema_decay > 0,
+        )
 
     def architecture(self) -> dict[str, Any]:
         """The shape under the names by which checkpoints hold it."""

@@ -1,5 +1,6 @@
 """The Stable Diffusion 1.x / 2.x family: load the frozen parts, encode captions, build the sampling pipeline."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,10 +8,11 @@ import torch
 from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from lcm_distill.data.encoded import Encoding, empty_batch
-from lcm_distill.models.frozen import FrozenParts
+from lcm_distill.data.encoded import Encoding
+from lcm_distill.models.frozen import FrozenParts, empty_batch
 from lcm_distill.models.teacher import Teacher
 
+NAME = "sd"
 PIPELINE = StableDiffusionPipeline
 TAGS = ["stable-diffusion"]  # of the model card
 
@@ -38,6 +40,11 @@ class Frozen(FrozenParts):
         super().__init__(
             teacher, device=device, kinds=kinds | networks, dtypes=dtypes, text=tuple(kinds), encoding=encoding
         )
+
+    @functools.cached_property
+    def empty_conditioning(self) -> dict[str, torch.Tensor]:
+        """The conditioning of the unconditional branch, `[1, tokens, dim]`: that of the empty caption."""
+        return _text_conditioning(self, empty_batch(self.encoding))
 
 
 def load_frozen(
@@ -87,16 +94,18 @@ def encode_captions(frozen: Frozen, captions: list[str]) -> dict[str, torch.Tens
     return {"encoder_hidden_states": output.last_hidden_state}
 
 
-def batch_conditioning(frozen: Frozen, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The conditioning of a batch of the stream: its captions' embeddings, or else its captions, encoded."""
+def batch_conditioning(
+    frozen: Frozen, batch: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The conditioning of a batch of the stream, `[B, tokens, dim]`, and the empty caption's, `[1, tokens, dim]`."""
+    return _text_conditioning(frozen, batch), frozen.empty_conditioning
+
+
+def _text_conditioning(frozen: Frozen, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """A batch's stored embeddings, or else its captions, encoded."""
     if "encoder_hidden_states" not in batch:
         return encode_captions(frozen, batch["captions"])
     return {"encoder_hidden_states": frozen.embedding(batch["encoder_hidden_states"])}
-
-
-def empty_conditioning(frozen: Frozen) -> dict[str, torch.Tensor]:
-    """The conditioning of the unconditional branch, `[1, tokens, dim]`: that of the empty caption."""
-    return batch_conditioning(frozen, empty_batch(frozen.encoding))
 
 
 def build_pipeline(frozen: Frozen, unet: UNet2DConditionModel, scheduler: LCMScheduler) -> StableDiffusionPipeline:

@@ -1,5 +1,6 @@
 """The Stable Diffusion XL family (SSD-1B too): load the frozen parts, encode captions and sizes, build the pipeline."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,10 +8,11 @@ import torch
 from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from lcm_distill.data.encoded import Encoding, empty_batch
-from lcm_distill.models.frozen import FrozenParts
+from lcm_distill.data.encoded import Encoding
+from lcm_distill.models.frozen import FrozenParts, empty_batch
 from lcm_distill.models.teacher import Teacher
 
+NAME = "sdxl"
 PIPELINE = StableDiffusionXLPipeline
 TAGS = ["stable-diffusion-xl"]  # of the model card
 
@@ -46,6 +48,11 @@ class Frozen(FrozenParts):
             teacher, device=device, kinds=kinds | networks, dtypes=dtypes, text=tuple(kinds), encoding=encoding
         )
         self.force_zeros_for_empty_prompt: bool = forces_zeros(teacher)
+
+    @functools.cached_property
+    def empty_conditioning(self) -> dict[str, Any]:
+        """The text part of the unconditional branch's conditioning, with a batch of 1: that of the empty caption."""
+        return _text_conditioning(self, empty_batch(self.encoding))
 
 
 def text_fingerprint(teacher: Teacher) -> str:
@@ -86,7 +93,7 @@ def base_model_version(unet_config: Mapping[str, Any]) -> str:
 
 @torch.no_grad()
 def encode_captions(frozen: Frozen, captions: list[str]) -> dict[str, Any]:
-    """The text part of the U-Net's conditioning; `with_time_ids` adds the sizes.
+    """The text part of the U-Net's conditioning; `batch_conditioning` adds the sizes.
 
     `encoder_hidden_states` `[B, tokens, dim]` are the last but one hidden states of both text encoders side by side,
     `text_embeds` `[B, dim]`, among `added_cond_kwargs`, the pooled embedding of the second.
@@ -110,38 +117,33 @@ def encode_captions(frozen: Frozen, captions: list[str]) -> dict[str, Any]:
     return {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": pooled}}
 
 
-def batch_conditioning(frozen: Frozen, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The text part of a batch of the stream: its captions' embeddings, or else its captions, encoded."""
+def batch_conditioning(frozen: Frozen, batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The conditioning of a batch of the stream, and that of the empty caption (its text part with a batch of 1).
+
+    Both have the time ids of the batch's pictures: the pipeline, too, gives the unconditional branch the same sizes.
+    """
+    ids = time_ids(batch)
+    return _with_time_ids(_text_conditioning(frozen, batch), ids), _with_time_ids(frozen.empty_conditioning, ids)
+
+
+def _text_conditioning(frozen: Frozen, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch's stored embeddings, or else its captions, encoded."""
     if "encoder_hidden_states" not in batch:
         return encode_captions(frozen, batch["captions"])
     states, pooled = (frozen.embedding(batch[name]) for name in ("encoder_hidden_states", "text_embeds"))
     return {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": pooled}}
 
 
-def empty_conditioning(frozen: Frozen) -> dict[str, Any]:
-    """The text part of the unconditional branch's conditioning, with a batch of 1: that of the empty caption."""
-    return batch_conditioning(frozen, empty_batch(frozen.encoding))
-
-
-def time_ids(
-    original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, resolution: int, *, fixed: bool = False
-) -> torch.Tensor:
+def time_ids(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """SDXL's micro-conditioning, int64 `[B, 6]`: original height and width, crop top and left, target height and width.
 
-    `original_sizes` are (height, width) and `crop_top_lefts` (top, left), int64 `[B, 2]`, in pixels; `fixed` puts
-    the target's size and no crop in their place.
+    Of a batch of the stream: its `original_sizes`, `crop_top_lefts` and `target_sizes`, `[B, 2]` each, in pixels.
     """
-    target = torch.full_like(original_sizes, resolution)
-    if fixed:
-        original_sizes, crop_top_lefts = target, torch.zeros_like(crop_top_lefts)
-    return torch.cat([original_sizes, crop_top_lefts, target], dim=1)
+    return torch.cat([batch["original_sizes"], batch["crop_top_lefts"], batch["target_sizes"]], dim=1)
 
 
-def with_time_ids(conditioning: dict[str, Any], ids: torch.Tensor) -> dict[str, Any]:
-    """`conditioning` of `encode_captions` with the time ids, int64 `[B, 6]`, on its device.
-
-    The unconditional branch takes those of the picture too, as the pipeline does.
-    """
+def _with_time_ids(conditioning: dict[str, Any], ids: torch.Tensor) -> dict[str, Any]:
+    """`conditioning` with the time ids, int64 `[B, 6]`, on its device."""
     added = conditioning["added_cond_kwargs"]
     on_device = ids.to(added["text_embeds"].device, non_blocking=True)
     return conditioning | {"added_cond_kwargs": added | {"time_ids": on_device}}

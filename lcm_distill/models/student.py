@@ -1,4 +1,4 @@
-"""The U-Nets of a full distillation: a student that starts as its teacher, and its slow copy, the target."""
+"""The U-Nets of a distillation: a full student that starts as its teacher, its slow copy, the target; how they run."""
 
 import copy
 import logging
@@ -11,10 +11,17 @@ from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from diffusers.utils import is_xformers_available
 
+from lcm_distill.distributed.compiling import compile_networks
 from lcm_distill.distributed.fsdp import load_whole, save_whole
 from lcm_distill.errors import UsageError
+from lcm_distill.flags import FullStudentFlags, SpeedFlags
 
 logger = logging.getLogger(__name__)
+
+
+def full_student_architecture(teacher_config: Mapping[str, Any], flags: FullStudentFlags) -> dict[str, Any]:
+    """What a checkpoint of a full student must have in common with a run for its weights to fit."""
+    return architecture({**teacher_config, "time_cond_proj_dim": flags.unet_time_cond_proj_dim})
 
 
 def student_from_teacher(teacher: UNet2DConditionModel, time_cond_proj_dim: int) -> UNet2DConditionModel:
@@ -57,7 +64,7 @@ def to_channels_last(*networks: torch.nn.Module) -> None:
 
 
 class UNetPart:
-    """A U-Net as a part of a checkpoint, as Diffusers saves it, in one piece even where it is sharded."""
+    """A U-Net as a `CheckpointPart`, as Diffusers saves it, in one piece even where it is sharded."""
 
     def __init__(self, unet: UNet2DConditionModel):
         self._unet = unet
@@ -76,6 +83,15 @@ def architecture(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if not key.startswith("_") and key != "sample_size"
     }
+
+
+def apply_speed_flags(flags: SpeedFlags, trained: UNet2DConditionModel, *others: UNet2DConditionModel) -> None:
+    """Attention, gradient checkpointing (of what trains alone) and compiling as the flags say, in place."""
+    if flags.enable_xformers_memory_efficient_attention:
+        enable_xformers(trained, *others)
+    if flags.gradient_checkpointing:
+        trained.enable_gradient_checkpointing()
+    compile_networks(flags.compile, trained, *others)
 
 
 def enable_xformers(*unets: UNet2DConditionModel) -> None:

@@ -19,12 +19,11 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from lcm_distill.errors import UsageError, brief
+from lcm_distill.flags import TEACHER_FLAG, VAE_FLAG, TeacherFlags
 from lcm_distill.models.student import check_teacher_config
 from lcm_distill.models.vae import vae_factor
 from lcm_distill.objective.schedule import NoiseSchedule
 
-FLAG = "--pretrained_teacher_model"
-VAE_FLAG = "--pretrained_vae_model_name_or_path"
 _SD2_NAME = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # Where the original programs' layout keeps each part. The optimizer's average, "model_ema.", is not read.
@@ -63,6 +62,18 @@ class Teacher:
     vae_revision: str | None = None
     cache_dir: str | None = None
 
+    @classmethod
+    def from_flags(cls, flags: TeacherFlags) -> "Teacher":
+        return cls(
+            flags.pretrained_teacher_model,
+            revision=flags.teacher_revision,
+            variant=flags.variant,
+            config=flags.teacher_config,
+            vae=flags.pretrained_vae_model_name_or_path,
+            vae_revision=flags.revision,
+            cache_dir=flags.cache_dir,
+        )
+
     @property
     def is_single_file(self) -> bool:
         return self.model.endswith(".safetensors")
@@ -94,33 +105,37 @@ class Teacher:
         """The folder or Hub id that holds the configs. `UsageError` if a single file cannot be read."""
         if self.model.endswith(_PICKLES):
             raise UsageError(
-                f"{FLAG} {self.model}: only .safetensors files are read, since a pickled one can run any program; "
-                "look for the model as .safetensors, or convert it."
+                f"{TEACHER_FLAG} {self.model}: only .safetensors files are read, since a pickled one can run any "
+                "program; look for the model as .safetensors, or convert it."
             )
         if not self.is_single_file:
             if self.config:
-                raise UsageError(f"--teacher_config is for a single-file teacher; {FLAG} {self.model} has its own.")
+                raise UsageError(
+                    f"--teacher_config is for a single-file teacher; {TEACHER_FLAG} {self.model} has its own."
+                )
             return self.model
         if not Path(self.model).is_file():
-            raise UsageError(f"{FLAG} {self.model}: no such file.")
+            raise UsageError(f"{TEACHER_FLAG} {self.model}: no such file.")
         if self.variant or self.revision:
-            raise UsageError(f"{FLAG} {self.model} is a single file: leave out --variant and --teacher_revision.")
+            raise UsageError(
+                f"{TEACHER_FLAG} {self.model} is a single file: leave out --variant and --teacher_revision."
+            )
         try:
             with safe_open(self.model, "pt") as file:
                 shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
         except (OSError, SafetensorError) as error:
-            raise UsageError(f"{FLAG} {self.model}: not a whole .safetensors file. ({brief(error)})") from None
+            raise UsageError(f"{TEACHER_FLAG} {self.model}: not a whole .safetensors file. ({brief(error)})") from None
         if self.config:
             return self.config
         if "v_pred" in shapes:  # the mark that such fine-tunes carry; no model on the Hub has their configs
             raise UsageError(
-                f"{FLAG} {self.model} predicts v{' and ends at zero SNR' if 'ztsnr' in shapes else ''}: name a "
+                f"{TEACHER_FLAG} {self.model} predicts v{' and ends at zero SNR' if 'ztsnr' in shapes else ''}: name a "
                 "Diffusers folder or Hub id whose scheduler config says so as --teacher_config."
             )
         if shapes.get(_SD2_NAME, [0])[-1] == 1024:  # some predict ε and some v, and the file does not tell
             raise UsageError(
-                f"{FLAG} {self.model} is a Stable Diffusion 2 model, of which some predict noise and some v: name a "
-                "Diffusers folder or Hub id whose scheduler config says which as --teacher_config."
+                f"{TEACHER_FLAG} {self.model} is a Stable Diffusion 2 model, of which some predict noise and some v: "
+                "name a Diffusers folder or Hub id whose scheduler config says which as --teacher_config."
             )
         # Diffusers tells models apart by a few names and shapes: no weights need to be read.
         outline = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
@@ -133,7 +148,7 @@ class Teacher:
             return _config(
                 kind,
                 source,
-                "--teacher_config" if self.config else FLAG,
+                "--teacher_config" if self.config else TEACHER_FLAG,
                 subfolder=subfolder,
                 revision=self.revision,
                 cache_dir=self.cache_dir,
@@ -142,8 +157,8 @@ class Teacher:
             if not self.is_single_file or self.config:
                 raise
             raise UsageError(
-                f"{FLAG} {self.model} is a single file, which has no configs, and those of {source}, the model that "
-                f"it looks like, could not be had. Name a Diffusers folder or Hub id that has them as "
+                f"{TEACHER_FLAG} {self.model} is a single file, which has no configs, and those of {source}, the "
+                "model that it looks like, could not be had. Name a Diffusers folder or Hub id that has them as "
                 f"--teacher_config. ({error})"
             ) from None
 
@@ -184,7 +199,7 @@ class Teacher:
                     loaded[name] = _from_folder(kind, self.model, dtypes[name], **where)
         except (OSError, ValueError, RuntimeError) as error:
             raise UsageError(
-                f"{FLAG} {self.model}: its weights cannot be loaded"
+                f"{TEACHER_FLAG} {self.model}: its weights cannot be loaded"
                 f"{'' if self.variant is None else f' in the variant {self.variant}'}; where a model has only "
                 "half-precision files, pass --variant fp16, where it has none, leave --variant out. "
                 f"({brief(error)})"
@@ -206,14 +221,14 @@ class Teacher:
                     weights = {key: file.get_tensor(key) for key in file.keys() if key.startswith(_ORIGINAL[name])}
                     if not weights:
                         remedy = f"name one as {VAE_FLAG}" if name == "vae" else "look for a file with all parts"
-                        raise UsageError(f"{FLAG} {self.model}: there is no {name} in it; {remedy}.")
+                        raise UsageError(f"{TEACHER_FLAG} {self.model}: there is no {name} in it; {remedy}.")
                     loaded[name] = _from_original_layout(kind, weights, configs, name, dtypes[name])
         except UsageError:
             raise
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
             raise UsageError(
-                f"{FLAG} {self.model}: its weights are not those of a model with the configs of {source}; name a "
-                f"Diffusers folder or Hub id that has its own configs as --teacher_config. ({brief(error)})"
+                f"{TEACHER_FLAG} {self.model}: its weights are not those of a model with the configs of {source}; "
+                f"name a Diffusers folder or Hub id that has its own configs as --teacher_config. ({brief(error)})"
             ) from None
         return loaded
 

@@ -19,39 +19,31 @@ from lcm_distill.distributed.fsdp import settle_engine
 from lcm_distill.distributed.zero import ZeroAccelerator, asks_for_deepspeed
 from lcm_distill.environment import check_writable
 from lcm_distill.errors import UsageError
+from lcm_distill.flags import LaunchFlags
 
 # Ranks wait that long for one another. The main process draws and writes alone, which takes more than the ten minutes
 # after which NCCL would give the run up; a rank that has died ends it at once, by the launcher.
 _PATIENCE = timedelta(hours=1)
 
 
-def start_accelerator(
-    *,
-    output_dir: str,
-    logging_dir: str,
-    trackers: list[str],
-    mixed_precision: str | None,
-    gradient_accumulation_steps: int,
-    allow_tf32: bool,
-    local_rank: int = -1,
-    dry_run: bool = False,
-    can_shard: bool = False,
-) -> Accelerator:
-    """Accelerate's engine as the run's flags want it, and a logger that speaks on the main process only.
+def start_accelerator(launch: LaunchFlags, trackers: list[str], *, can_split: bool = False) -> Accelerator:
+    """Accelerate's engine as the flags want it, and a logger that speaks on the main process only.
 
-    A `dry_run` has no trackers and writes nothing; for others `output_dir` is made. `can_shard`: the program can split
-    what it trains over the ranks (FSDP, ZeRO). `UsageError` for a precision that the device does not have, an engine
-    that is not supported, a folder that cannot be written to.
+    A dry run has no trackers and writes nothing; for others the output folder is made. `can_split`: the program can
+    split what it trains over the ranks (FSDP, ZeRO). `UsageError` for a precision that the device does not have, an
+    engine that is not supported, a folder that cannot be written to.
     """
-    if local_rank != -1:
-        os.environ.setdefault("LOCAL_RANK", str(local_rank))  # from launchers that pass it as a flag alone
+    if launch.local_rank != -1:
+        os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # from launchers that pass it as a flag alone
     disable_progress_bar()  # transformers draws one for every network that it loads
     engine = ZeroAccelerator if asks_for_deepspeed() else Accelerator
     accelerator = engine(
-        mixed_precision=mixed_precision,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        log_with=None if dry_run or not trackers else trackers,
-        project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=str(Path(output_dir) / logging_dir)),
+        mixed_precision=launch.mixed_precision,
+        gradient_accumulation_steps=launch.gradient_accumulation_steps,
+        log_with=None if launch.dry_run or not trackers else trackers,
+        project_config=ProjectConfiguration(
+            project_dir=launch.output_dir, logging_dir=str(Path(launch.output_dir) / launch.logging_dir)
+        ),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
     )
     # From here on the precision may also come from `accelerate config`.
@@ -59,13 +51,13 @@ def start_accelerator(
         raise UsageError("--mixed_precision fp16 needs a GPU; on the CPU take bf16 or no.")
     if accelerator.mixed_precision == "fp8":
         raise UsageError("--mixed_precision: fp8 (from `accelerate config`) is not for this program; pass bf16.")
-    settle_engine(accelerator, can_shard=can_shard)
+    settle_engine(accelerator, can_split=can_split)
     if torch.cuda.is_available():  # said either way: PyTorch's own default is off for products, on for convolutions
-        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = launch.allow_tf32
         # In mixed precision the convolutions left are those of a VAE that is in float32 for its range, which TF32 has.
-        torch.backends.cudnn.allow_tf32 = allow_tf32 or accelerator.mixed_precision != "no"
-    if accelerator.is_main_process and not dry_run:
-        check_writable(output_dir)
+        torch.backends.cudnn.allow_tf32 = launch.allow_tf32 or accelerator.mixed_precision != "no"
+    if accelerator.is_main_process and not launch.dry_run:
+        check_writable(launch.output_dir)
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", handlers=[_AroundProgressBar()]
     )

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-class Part(Protocol):
+class CheckpointPart(Protocol):
     """Something trained that a checkpoint holds, in a folder of its own."""
 
     def save(self, folder: Path) -> None: ...
@@ -55,7 +55,7 @@ class Checkpoints:
         self,
         accelerator: Accelerator,
         output_dir: str,
-        parts: Mapping[str, Part],
+        parts: Mapping[str, CheckpointPart],
         limit: int | None,
         *,
         dry_run: bool = False,
@@ -108,15 +108,15 @@ class Checkpoints:
 
         if problem := next(filter(None, map(self._problem, (begin, write, finish))), None):
             kept = list_checkpoints(self._output_dir)
-            told = (
+            message = (
                 f"checkpoint-{global_step} could not be written ({problem}); the last whole one is "
                 f"{kept[-1] if kept else 'none'}. Make room in {self._output_dir}"
             )
             if accelerator.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)
             if must:
-                raise SaveError(f"{told}, then go on from there with --resume_from_checkpoint latest.")
-            logger.error("%s: the run goes on, and tries again at its next checkpoint.", told)
+                raise SaveError(f"{message}, then resume from there with --resume_from_checkpoint latest.")
+            logger.error("%s: the run goes on, and tries again at its next checkpoint.", message)
             return None
         if accelerator.is_main_process:
             logger.info("saved %s", final)
@@ -175,9 +175,9 @@ class Checkpoints:
     def load(self, path: Path) -> dict[str, Any]:
         """Restores networks, optimizer, learning rate and scaler; returns this rank's stream state.
 
-        {} for a rank that the checkpoint's run did not have. Checkpoints of later steps belong to a course that is
-        given up: they are set aside as `abandoned-checkpoint-N`, but not in a dry run. `UsageError` if a part is
-        missing or damaged.
+        {} for a rank that the checkpoint's run did not have. Checkpoints of later steps are not of this run any more:
+        they are renamed to `abandoned-checkpoint-N`, but not in a dry run. `UsageError` if a part is missing or
+        damaged.
         """
         rank = self._accelerator.process_index
         try:
@@ -197,7 +197,7 @@ class Checkpoints:
                     if aside.exists():
                         shutil.rmtree(aside)
                     later.rename(aside)
-                    logger.warning("%s is of a course that is given up: renamed to %s", later, aside.name)
+                    logger.warning("%s is later than the resumed checkpoint: renamed to %s", later, aside.name)
         return state
 
     def _save_parts(self, models: list[Any], weights: list[Any], output_dir: str) -> None:
@@ -296,7 +296,7 @@ def find_run(
     if not inside and not dry_run and (earlier := list_checkpoints(output_dir)):
         # A second run among them would make `latest` a lottery.
         raise UsageError(
-            f"--output_dir {output_dir} holds an earlier run ({earlier[-1].name}): go on with it by "
+            f"--output_dir {output_dir} holds an earlier run ({earlier[-1].name}): resume it with "
             "--resume_from_checkpoint latest, give another folder, or remove that run's checkpoints."
         )
     if path is None:

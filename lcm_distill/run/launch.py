@@ -18,10 +18,10 @@ _LINE = 100  # characters of a line of the command, unless one flag has more
 def describe_launch(
     accelerator: Accelerator, run: Mapping[str, Any], *, steps: int, argv: Sequence[str] | None
 ) -> dict[str, Any]:
-    """What a launch is remembered by: `run` with its program, seed and public flags, and the steps that it is to have.
+    """What the journal records of a launch: `run`'s program, seed and public flags, and the steps it is to take.
 
-    `argv` is what the program's `main` was given, None for the shell's command line. With it come the command to go on
-    with, the folder that it belongs in, the versions and the machine.
+    `argv` is what the program's `main` was given, None for the shell's command line. With it come the command that
+    resumes it, the folder to run that in, the versions and the machine.
     """
     words = sys.argv if argv is None else [f"{run['program']}.py", *argv]
     return {

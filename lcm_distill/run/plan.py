@@ -1,4 +1,4 @@
-"""How long a run is and how fast it learns, worked out from the flags and said aloud."""
+"""How long a run is and how fast it learns, worked out from the flags and logged."""
 
 import dataclasses
 import logging
@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from lcm_distill.errors import UsageError
+from lcm_distill.flags import LengthFlags, OptimizationFlags
 from lcm_distill.run.checkpoint import changed_flags
 
 logger = logging.getLogger(__name__)
@@ -32,40 +33,41 @@ class TrainingPlan:
 
 def plan_training(
     accelerator: Accelerator,
+    length: LengthFlags,
+    optimization: OptimizationFlags,
     *,
-    max_steps: int | None,
-    epochs: int,
-    samples: Callable[[], int | None],
     batch_size: int,
-    learning_rate: float,
-    scale_lr: bool,
+    count_samples: Callable[[], int | None],
+    last_step: int | None = None,
 ) -> TrainingPlan:
-    """The run's length: `max_steps`, or else the steps of `epochs` times `samples()` pictures.
+    """The run's length: `last_step`, --max_train_steps, or else the steps of so many epochs of the samples.
 
-    The accelerator tells how many batches make an optimizer step: ACCELERATE_GRADIENT_ACCUMULATION_STEPS, where it is
-    set, overrides the flag. `scale_lr` multiplies the learning rate by the pictures of a step. `UsageError` if the
-    length is not known (None samples).
+    The samples of an epoch are --max_train_samples, or what `count_samples` finds. The accelerator says how many
+    batches make an optimizer step: ACCELERATE_GRADIENT_ACCUMULATION_STEPS, where it is set, overrides the flag.
+    --scale_lr multiplies the learning rate by the pictures of a step. `UsageError` if the length is not known (None
+    samples).
     """
     accumulation, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
     pictures = batch_size * accumulation * processes
-    if max_steps is None:
-        counted = samples()
+    steps = last_step or length.max_train_steps
+    if steps is None:
+        counted = length.max_train_samples or count_samples()
         if counted is None:
             raise UsageError(
                 "--max_train_steps: the length of the run is not known, since only local shards can be counted; "
                 "give --max_train_steps, or --max_train_samples with --num_train_epochs."
             )
-        max_steps = epochs * -(-counted // pictures)
+        steps = length.num_train_epochs * -(-counted // pictures)
     return TrainingPlan(
-        steps=max_steps,
-        learning_rate=learning_rate * (pictures if scale_lr else 1),
+        steps=steps,
+        learning_rate=optimization.learning_rate * (pictures if optimization.scale_lr else 1),
         batch_size=batch_size,
         accumulation=accumulation,
         processes=processes,
     )
 
 
-def announce(
+def log_plan(
     plan: TrainingPlan,
     accelerator: Accelerator,
     trained: torch.nn.Module,
@@ -74,14 +76,14 @@ def announce(
     checkpoint: Path | None,
     resumed: Mapping[str, Any],
 ) -> None:
-    """Says what the run is about to do, and what has changed since the checkpoint that it resumes."""
+    """Logs what the run is about to do, and what has changed since the checkpoint that it resumes."""
     first = resumed.get("global_step", 0)
     if checkpoint:
         logger.info("resumed from %s at step %d", checkpoint, first)
         for change in changed_flags(resumed, run["flags"]):
             logger.info("changed since then: %s", change)
     elif run["flags"].get("resume_from_checkpoint"):
-        logger.info("no checkpoint in %s yet: a new run", run["flags"]["output_dir"])
+        logger.info("no checkpoint in %s yet: starting a new run", run["flags"]["output_dir"])
     logger.info(
         "steps %d to %d, each of %d pictures (%d per device × %d accumulated × %d devices), learning rate %.3g",
         first,

@@ -49,7 +49,7 @@ class Progress:
             disable=not accelerator.is_main_process,
         )
         self._dropped = DropCounter()
-        self._told = 0
+        self._warned_at = 0
         self._loader: ShardLoader | None = None
         self._loss = torch.zeros((), device=accelerator.device)
         self._grad_norm = torch.zeros((), device=accelerator.device)
@@ -126,8 +126,8 @@ class Progress:
         log_values(self._accelerator, values, global_step)
         self._journal.log(values, global_step)
         dropped = sum(self._dropped.total().values())
-        if dropped and dropped >= 2 * self._told:  # at ever longer intervals
-            self._told = dropped
+        if dropped and dropped >= 2 * self._warned_at:  # at ever longer intervals
+            self._warned_at = dropped
             logger.warning("samples dropped so far%s: %d (%s)", self._of_ranks(), dropped, self._dropped)
         return values
 
@@ -163,7 +163,7 @@ class Progress:
     def close(self, global_step: int, reason: str | None) -> None:
         """Ends bar, journal, report and data loader, and says how many samples all ranks dropped, and why.
 
-        The run is at `global_step`, before its last one for a `reason`, which is told with how to go on.
+        The run is at `global_step`; if that is not its last, the `reason` is logged, with how to resume.
         """
         self._bar.close()
         self._journal.end(global_step, reason)
@@ -175,7 +175,7 @@ class Progress:
             reasons = ", ".join(f"{count} × {reason}" for reason, count in total.most_common())
             logger.warning("samples dropped: %d (%s)", total.total(), reasons)
         if global_step < self._total:
-            logger.info("%s: ended behind step %d; --resume_from_checkpoint latest goes on", reason, global_step)
+            logger.info("%s: stopped after step %d; resume with --resume_from_checkpoint latest", reason, global_step)
 
 
 def start_progress(

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 
-class BatchRandom:
+class BatchGenerators:
     """Random generators of one rank, one for each batch that it trains on.
 
     A batch's draws depend on nothing that happened before it: not on the batches skipped by a resume, nor on

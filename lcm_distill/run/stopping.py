@@ -1,7 +1,7 @@
-"""When a run ends before its last step: by a signal, or by the clock. Every rank ends behind the same step.
+"""When a run stops before its last step: on a signal, or by the clock. Every rank stops after the same step.
 
 SIGTERM, SIGINT (Ctrl-C) and SIGUSR1, which clusters send before they take a machine back, let the step finish; the
-program saves a checkpoint and ends. A second one ends it at once.
+program saves a checkpoint and exits. A second signal ends it at once.
 """
 
 import logging
@@ -23,8 +23,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _ECHO = 2.0  # seconds: a Ctrl-C comes from the terminal and again from the launcher, which is not a second one
 
 
-class Ending:
-    """Listens for reasons to end from its making until `close`; every rank makes one before its first step.
+class Stopping:
+    """Listens for reasons to stop until `close`; every rank makes one before its first step.
 
     `max_seconds` from then on are a reason too; None for no limit.
     """
@@ -33,31 +33,31 @@ class Ending:
         self.reason: str | None = None
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self._limit = max_seconds
-        self._noted = 0.0
+        self._signalled = 0.0
         # The launcher's death would leave an orphan that holds the GPU; without a launcher, parents may come and go.
         launched = any(name.startswith(("ACCELERATE_", "TORCHELASTIC_")) for name in os.environ)
         self._parent = os.getppid() if launched else None
-        self._before: dict[signal.Signals, Any] = {}
+        self._previous_handlers: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         # Ranks hear of a signal at different moments. They agree on the processors, without the devices: what one
         # knows at a step, all act on at the next.
         self._group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
         self._pending: tuple[Any, torch.Tensor] | None = None
 
-    def asked(self) -> bool:
-        """Whether to end behind this step. Every rank calls it once after each step; all get the same answer."""
+    def requested(self) -> bool:
+        """Whether to stop after this step. Every rank calls it once after each step; all get the same answer."""
         if self._deadline is not None and time.monotonic() >= self._deadline and self.reason is None:
             self.reason = f"--max_train_time {timedelta(seconds=round(self._limit or 0))} is over"
         if self._parent is not None and os.getppid() != self._parent and self.reason is None:
-            self.reason = "the launcher is gone"
+            self.reason = "the launcher has died"
         if self._group is None:
             return self.reason is not None
         answer = self._settle()
         votes = torch.tensor([float(self.reason is not None)])
         self._pending = (torch.distributed.all_reduce(votes, group=self._group, async_op=True), votes)
         if answer and self.reason is None:
-            self.reason = "another process was asked to end"
+            self.reason = "another process was asked to stop"
         return answer
 
     def _settle(self) -> bool:
@@ -68,25 +68,25 @@ class Ending:
         self._pending = None
         return bool(votes > 0)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now, name = time.monotonic(), signal.Signals(number).name
-        if self._noted and now - self._noted < _ECHO:
+        if self._signalled and now - self._signalled < _ECHO:
             return
-        if self._noted:
+        if self._signalled:
             self._restore()
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             os.kill(os.getpid(), number)
             return
-        self._noted, self.reason = now, name
-        logger.warning("%s: finishing the step, then saving a checkpoint; a second one ends at once", name)
+        self._signalled, self.reason = now, name
+        logger.warning("%s: finishing the step, then saving a checkpoint; a second signal ends the run at once", name)
 
     def _restore(self) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        self._before = {}
+        self._previous_handlers = {}
 
     def close(self) -> None:
-        """No more listening; every rank calls it behind its last step."""
+        """Stops listening; every rank calls it after its last step."""
         self._settle()
         self._restore()

@@ -5,80 +5,91 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from lcm_distill.distributed.fsdp import is_split, release
+from lcm_distill.flags import DistillationFlags, ValidationFlags
 from lcm_distill.models.vae import decode_latents
 from lcm_distill.run.trackers import log_pictures
-from lcm_distill.sampling.generate import draw_latents
+from lcm_distill.sampling.generate import check_steps, draw_latents, read_prompts
 from lcm_distill.sampling.grid import labelled_grid
 from lcm_distill.sampling.metrics import relative_distance
+
+if TYPE_CHECKING:
+    from lcm_distill.run.run import Run
 
 logger = logging.getLogger(__name__)
 
 
-def validation_guidance_scale(chosen: float | None, w_min: float, w_max: float) -> float:
-    """`chosen`, or else the pipelines' guidance_scale 8 brought into the trained range [w_min + 1, w_max + 1]."""
-    return min(max(8.0, w_min + 1), w_max + 1) if chosen is None else chosen
+def check_validation(flags: ValidationFlags, student_sampler: Any, teacher_sampler: Any) -> list[str] | None:
+    """The prompts that the flags name, None for none; `UsageError` for these, or for more steps than a sampler has."""
+    check_steps("--validation_inference_steps", max(flags.validation_inference_steps), student_sampler)
+    check_steps("--validation_teacher_steps", flags.validation_teacher_steps, teacher_sampler)
+    return read_prompts(flags.validation_prompts)
+
+
+def validation_guidance_scale(flags: ValidationFlags, distillation: DistillationFlags) -> float:
+    """The flag's, or else the pipelines' guidance_scale 8 brought into the trained range [w_min + 1, w_max + 1]."""
+    chosen = flags.validation_guidance_scale
+    return min(max(8.0, distillation.w_min + 1), distillation.w_max + 1) if chosen is None else chosen
 
 
 class Validation:
     """Draws the prompts with every pipeline, and measures how far the students are from their teacher.
 
-    `pipelines` and `teacher` are functions that build a pipeline, called for each drawing, inside the context `at_hand`
-    (`FrozenParts.complete`): what only drawing needs is there only then. Without prompts or pictures nothing is drawn.
+    `pipelines` and `teacher` are functions that build a pipeline. They are called for each drawing, inside the context
+    `all_loaded` (`FrozenParts.complete`): what only drawing needs is loaded only then. Without prompts or pictures
+    nothing is drawn.
 
-    A grid has a row for each pipeline and each of `inference_steps`, "student, 4 steps", all from the same noise; a
-    number given twice is drawn once. The first row is the `teacher`'s, drawn once, in `teacher_steps` of DDIM at
-    `teacher_guidance_scale`: each of its pictures is the end of the trajectory that a student is to jump to in one
-    step, and how far off that jump lands is the distance (`measures.relative_distance`). With `teacher_steps` 0 there
-    is neither. At most `batch_size` pictures are drawn at once, as many as are trained on: it needs no more of a GPU's
-    memory than the guided teacher of the training. Grids go to `validation/step-N.png` in `output_dir` and to every
-    tracker; without an `output_dir` nowhere, and the teacher takes one step (a dry run). `within` has, by a pipeline's
-    label, a context to draw in.
+    A grid has a row for each pipeline and each of --validation_inference_steps, "student, 4 steps", all from the same
+    noise; a number given twice is drawn once. The first row is the `teacher`'s, drawn once, in
+    --validation_teacher_steps of DDIM at `teacher_guidance_scale`: each of its pictures is the end of the trajectory
+    that a student is to jump to in one step, and how far off that jump lands is the distance
+    (`metrics.relative_distance`). With 0 teacher steps there is neither. At most `batch_size` pictures are drawn at
+    once, as many as are trained on: it needs no more of a GPU's memory than the guided teacher of the training. Grids
+    go to `validation/step-N.png` in `output_dir` and to every tracker; without an `output_dir` nowhere, and the teacher
+    takes one step (a dry run). Folder, seed and accelerator are the `run`'s. `contexts` has, by a pipeline's label, a
+    context to draw in.
 
-    Every rank makes one and calls it; the main process draws while the others wait. With sharded networks all draw,
-    the same: the main process's `prompts`.
+    Every rank makes one and calls it; the main process draws while the others wait. With networks that are split over
+    the ranks all of them draw, the same: the main process's `prompts`.
     """
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        run: "Run",
+        flags: ValidationFlags,
         pipelines: Mapping[str, Callable[[], Any]],
         teacher: Callable[[], Any],
         *,
         prompts: Sequence[str],
-        images_per_prompt: int,
         batch_size: int,
-        inference_steps: Sequence[int],
         guidance_scale: float,
-        teacher_steps: int,
         teacher_guidance_scale: float,
         resolution: int,
-        seed: int,
-        output_dir: str | None,
-        at_hand: Callable[[], AbstractContextManager] = contextlib.nullcontext,
-        within: Mapping[str, Callable[[], AbstractContextManager]] | None = None,
+        all_loaded: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+        contexts: Mapping[str, Callable[[], AbstractContextManager]] | None = None,
     ):
-        self._accelerator = accelerator
+        images_per_prompt, teacher_steps = flags.num_validation_images, flags.validation_teacher_steps
+        self.every = flags.validation_steps
+        self._accelerator, output_dir = run.accelerator, run.output_dir
         self._pipelines = dict(pipelines)
         self._teacher = teacher
-        self._inference_steps = list(dict.fromkeys(inference_steps))
+        self._inference_steps = list(dict.fromkeys(flags.validation_inference_steps))
         self._guidance_scale = guidance_scale
         self._teacher_steps = teacher_steps if output_dir else min(teacher_steps, 1)
         self._teacher_guidance_scale = teacher_guidance_scale
         self._resolution = resolution
         self._output_dir = output_dir
-        self._at_hand = at_hand
-        self._within = dict(within or {})
+        self._all_loaded = all_loaded
+        self._contexts = dict(contexts or {})
         prompts = broadcast_object_list([list(prompts)])[0]
         self._prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-        self._seeds = [seed + number for number in range(len(self._prompts))]
+        self._seeds = [run.seed + number for number in range(len(self._prompts))]
         self._columns = [text for prompt in prompts for text in [prompt, *[""] * (images_per_prompt - 1)]]
         self._batch_size = min(batch_size, images_per_prompt)
         self._teacher_row: dict[str, list[Image.Image]] = {}
@@ -91,7 +102,7 @@ class Validation:
         if not self._prompts:
             return distances
         if self._accelerator.is_main_process or is_split(self._accelerator):
-            with self._at_hand():
+            with self._all_loaded():
                 fresh = self._draw(distances)
             if self._output_dir is not None and self._accelerator.is_main_process:
                 self._write(self._teacher_row | fresh, global_step)
@@ -116,7 +127,7 @@ class Validation:
         if self._teacher_steps and not self._teacher_row:
             pipeline = self._teacher()
             self._ends = self._latents("teacher", pipeline, self._teacher_steps, self._teacher_guidance_scale)
-            fresh[f"teacher, {_in_words(self._teacher_steps)}"] = self._decode(pipeline, self._ends)
+            fresh[f"teacher, {_steps_in_words(self._teacher_steps)}"] = self._decode(pipeline, self._ends)
             self._teacher_row = dict(fresh)
         measured = [1] if self._teacher_steps else []
         for label, build in self._pipelines.items():
@@ -124,7 +135,7 @@ class Validation:
             for steps in dict.fromkeys([*self._inference_steps, *measured]):
                 latents = self._latents(label, pipeline, steps, self._guidance_scale)
                 if steps in self._inference_steps:
-                    fresh[f"{label}, {_in_words(steps)}"] = self._decode(pipeline, latents)
+                    fresh[f"{label}, {_steps_in_words(steps)}"] = self._decode(pipeline, latents)
                 if steps in measured:
                     distances[f"distance/{label}"] = relative_distance(latents, self._ends)
         return fresh
@@ -132,7 +143,7 @@ class Validation:
     def _latents(self, label: str, pipeline: Any, steps: int, guidance_scale: float) -> torch.Tensor:
         # Compiled networks draw uncompiled: their other batch size and resolution would be compiled too.
         eager = torch.compiler.set_stance("force_eager")
-        with eager, self._accelerator.autocast(), self._within.get(label, contextlib.nullcontext)():
+        with eager, self._accelerator.autocast(), self._contexts.get(label, contextlib.nullcontext)():
             latents = draw_latents(
                 pipeline,
                 self._prompts,
@@ -158,5 +169,5 @@ class Validation:
             logger.error("%s could not be written (%s); the run goes on", path, error)
 
 
-def _in_words(steps: int) -> str:
+def _steps_in_words(steps: int) -> str:
     return f"{steps} step{'' if steps == 1 else 's'}"

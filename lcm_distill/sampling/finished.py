@@ -15,7 +15,7 @@ from huggingface_hub import file_exists, snapshot_download, try_to_load_from_cac
 from huggingface_hub.errors import HFValidationError
 
 from lcm_distill.errors import UsageError, brief
-from lcm_distill.models.families import FAMILIES, family_of
+from lcm_distill.models.families import family_of
 from lcm_distill.models.student import architecture
 from lcm_distill.models.teacher import Teacher, read_configs
 from lcm_distill.sampling.generate import teacher_sampler
@@ -34,9 +34,9 @@ def load_teacher(
     it cannot draw.
     """
     family = family_of(teacher.read_config(UNet2DConditionModel, "unet"))
-    configs = read_configs(teacher, family=family, resolution=resolution or 0, num_ddim_timesteps=1)
-    frozen = FAMILIES[family].load_frozen(teacher, device=device, dtype=dtype, unet_dtype=dtype)
-    return FAMILIES[family].build_pipeline(frozen, frozen.unet, teacher_sampler(configs.scheduler))
+    configs = read_configs(teacher, family=family.NAME, resolution=resolution or 0, num_ddim_timesteps=1)
+    frozen = family.load_frozen(teacher, device=device, dtype=dtype, unet_dtype=dtype)
+    return family.build_pipeline(frozen, frozen.unet, teacher_sampler(configs.scheduler))
 
 
 def natural_resolution(pipeline: Any) -> int:

@@ -11,12 +11,12 @@ from PIL import Image
 
 from lcm_distill.errors import UsageError
 
-# The samplers of undistilled models, by the names that the LCM paper's tables give them.
-SAMPLERS = {"DDIM": DDIMScheduler, "DPM-Solver++": DPMSolverMultistepScheduler}
+# `flags.SAMPLERS`.
+_SCHEDULERS = {"DDIM": DDIMScheduler, "DPM-Solver++": DPMSolverMultistepScheduler}
 
 
 def teacher_sampler(scheduler_config: Mapping[str, Any], name: str = "DDIM") -> Any:
-    """One of `SAMPLERS` for a teacher of any Diffusers scheduler config, starting at the top timestep (trailing).
+    """One of `flags.SAMPLERS` for a teacher of any Diffusers scheduler config, starting at the top timestep (trailing).
 
     DDIM ends at timestep 0, as the solver of the training does: with as many steps as that solver's grid has points,
     what it draws is the end of the trajectory that a student is to jump to.
@@ -24,7 +24,7 @@ def teacher_sampler(scheduler_config: Mapping[str, Any], name: str = "DDIM") -> 
     options: dict[str, Any] = {"timestep_spacing": "trailing"}
     if name == "DDIM":
         options |= {"clip_sample": False, "set_alpha_to_one": False}
-    return SAMPLERS[name].from_config(dict(scheduler_config), **options)
+    return _SCHEDULERS[name].from_config(dict(scheduler_config), **options)
 
 
 def check_steps(flag: str, steps: int, sampler: Any, strength: float = 1.0) -> None:

@@ -4,7 +4,6 @@
     clip       CLIP score: how well picture and prompt agree; transformers' CLIP
     cmmd       CMMD to the reference pictures (arXiv 2401.09603); transformers' CLIP
     fid        FID to the reference pictures; needs torch-fidelity (pip install torch-fidelity)
-    toy        caption accuracy and Fréchet distance in the toy world (toy.score); prompts must be its captions
 
 What a metric needs it loads when it is made, before anything is drawn. The reference of cmmd and fid, which `against`
 gives them, are real pictures if there are any, else the teacher's. Both are biased upwards for few pictures: compare
@@ -170,35 +169,6 @@ class _Pictures(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return torch.from_numpy(np.array(self._pictures[index].convert("RGB"))).permute(2, 0, 1)
-
-
-class Toy:
-    """Caption accuracy, and Fréchet distance to drawn pictures of the same captions, in the toy world."""
-
-    titles = {
-        "caption_accuracy": "Caption accuracy (higher is better)",
-        "frechet_distance": "Fréchet distance to drawn pictures of the captions (lower is better)",
-    }
-
-    def __init__(self, prompts: Sequence[str], seed: int):
-        try:
-            from toy import score
-        except ImportError:
-            raise UsageError("--metrics toy: run it from the repository's folder, where toy/ is.") from None
-        self._score = score
-        self._scorer = score.Scorer.load()
-        try:
-            real, _ = score.real_pictures(len(prompts), seed, prompts)
-        except ValueError as error:
-            raise UsageError(f"--metrics toy: {error}; its prompts are captions of the toy world.") from None
-        self._real = self._scorer.features(real)
-
-    def __call__(self, drawn: Drawn) -> dict[str, float]:
-        features = self._scorer.features(drawn.pictures)
-        return {
-            "caption_accuracy": self._score.caption_accuracy(drawn.pictures, drawn.prompts, self._scorer),
-            "frechet_distance": self._score.frechet_distance(features, self._real),
-        }
 
 
 def _load_clip(

@@ -1,0 +1,248 @@
+"""One launch of a training program, and everything around its loop: `Run`.
+
+    run = Run(PROGRAM, args.launch, architecture, args.flat(), argv=argv)
+    plan = run.plan(...)                                      # length and learning rate; Hub and trackers are open
+    run.start(parts, loader, optimizer, lr_scheduler, student, validation)
+    batches = run.batches()
+    while not run.finished:
+        batch, generator = next(batches)
+        ...                                                   # the training step is the program's
+        if run.skipped():                                     # no optimizer step: accumulating, or an fp16 overflow
+            continue
+        due = run.step(grad_norm)
+        if due.log: run.log()
+        if due.save: run.save()
+        if due.validate: run.validate()
+    if run.finish(): ...                                      # the export
+    run.end()
+
+It counts steps and batches, and has no training of its own: networks, objective and loop are the program's.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+
+from lcm_distill.data.preflight import ShardReport, inspect_shards
+from lcm_distill.data.preparation import Preparation
+from lcm_distill.data.stream import ShardLoader
+from lcm_distill.export.hub import HubUpload, open_hub
+from lcm_distill.flags import LaunchFlags, LengthFlags, OptimizationFlags
+from lcm_distill.redaction import public_flags
+from lcm_distill.run.accelerator import settle_seed, start_accelerator
+from lcm_distill.run.checkpoint import CheckpointPart, Checkpoints, find_run
+from lcm_distill.run.optim import keeping_hyperparameters
+from lcm_distill.run.plan import TrainingPlan, log_plan, plan_training
+from lcm_distill.run.progress import start_progress
+from lcm_distill.run.randomness import BatchGenerators
+from lcm_distill.run.stopping import Stopping
+from lcm_distill.run.trackers import end_training, parse_trackers, start_trackers
+from lcm_distill.run.validation import Validation
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Due:
+    """What is to be done after an optimizer step."""
+
+    log: bool
+    save: bool
+    validate: bool
+
+
+class Run:
+    """A launch of `program`; every rank makes one and calls every method.
+
+    `launch` are its own flags, `flags` all flags by name, to be recorded. `architecture` is what a checkpoint must
+    have in common with this run for its weights to fit. `argv` is what the
+    program's `main` was given (None: the shell's command line). `can_split`: the program can split what it trains over
+    the ranks (FSDP, ZeRO).
+
+    Attributes:
+        accelerator: Accelerate's.
+        seed: the run's, of the checkpoint if one is resumed.
+        flags: all flags as they may be written down.
+        global_step: optimizer steps done.
+        output_dir: None in a dry run, which writes nothing.
+
+    Raises:
+        UsageError: trackers that are not there; a checkpoint that is not this program's, this architecture's or this
+            seed's; a folder with another run in it; what `start_accelerator` refuses.
+    """
+
+    def __init__(
+        self,
+        program: str,
+        launch: LaunchFlags,
+        architecture: Mapping[str, Any],
+        flags: Mapping[str, Any],
+        *,
+        argv: Sequence[str] | None = None,
+        can_split: bool = False,
+    ):
+        trackers = parse_trackers(launch.report_to)
+        self._checkpoint, self._resumed = find_run(
+            launch.resume_from_checkpoint,
+            launch.output_dir,
+            program,
+            architecture,
+            seed=launch.seed,
+            dry_run=launch.dry_run,
+        )
+        self.accelerator = start_accelerator(launch, trackers, can_split=can_split)
+        self.seed = settle_seed(self._resumed.get("seed", launch.seed))
+        self.flags = public_flags(flags)
+        self.output_dir = None if launch.dry_run else launch.output_dir
+        self.global_step: int = self._resumed.get("global_step", 0)
+        self._batches: int = self._resumed.get("batches", 0)
+        self._launch, self._argv = launch, argv
+        self._record = dict(program=program, architecture=architecture, seed=self.seed, flags=self.flags)
+        self._stop = False
+        self.hub: HubUpload | None = None
+
+    def inspect(self, shards: list[str], preparation: Preparation) -> ShardReport:
+        """`inspect_shards`, and logs what it found."""
+        report = inspect_shards(shards, preparation)
+        logger.info("%s", report)
+        return report
+
+    def plan(
+        self,
+        length: LengthFlags,
+        optimization: OptimizationFlags,
+        batch_size: int,
+        count_samples: Callable[[], int | None],
+    ) -> TrainingPlan:
+        """Works out the run's length and learning rate, then opens Hub and trackers, before any weights are loaded.
+
+        `batch_size` is that of one process. `count_samples` counts the samples of the shards, None if it cannot; it is
+        called only if the flags do not give the length. A dry run takes one step. `UsageError` for a length that is not
+        known, a Hub that refuses, a tracker that does not start.
+        """
+        launch = self._launch
+        self._plan = plan_training(
+            self.accelerator,
+            length,
+            optimization,
+            batch_size=batch_size,
+            count_samples=count_samples,
+            last_step=self.global_step + 1 if launch.dry_run else None,
+        )
+        if launch.push_to_hub and not launch.dry_run:
+            self.hub = open_hub(self.accelerator, launch.hub_model_id, launch.hub_token, launch.output_dir)
+        self._record["trackers"] = start_trackers(
+            self.accelerator, launch.tracker_project_name, self.flags, resumed=self._resumed
+        )
+        return self._plan
+
+    def start(
+        self,
+        parts: Mapping[str, CheckpointPart],
+        loader: ShardLoader,
+        optimizer: AcceleratedOptimizer,
+        lr_scheduler: torch.optim.lr_scheduler.LambdaLR,
+        student: torch.nn.Module,
+        validation: Validation,
+    ) -> None:
+        """Loads the checkpoint that is resumed, if any, and logs what is about to happen.
+
+        `parts` are what a checkpoint holds, by folder name; `student` is what trains.
+        """
+        launch, accelerator = self._launch, self.accelerator
+        accelerator.register_for_checkpointing(lr_scheduler)
+        self._loader, self._lr_scheduler, self._validation = loader, lr_scheduler, validation
+        self._checkpoints = Checkpoints(
+            accelerator, launch.output_dir, parts, launch.checkpoints_total_limit, dry_run=launch.dry_run
+        )
+        if self._checkpoint:
+            with keeping_hyperparameters(optimizer, lr_scheduler):
+                loader.load_state_dict(self._checkpoints.load(self._checkpoint))
+        log_plan(self._plan, accelerator, student, self._record, checkpoint=self._checkpoint, resumed=self._resumed)
+        self._progress = start_progress(
+            accelerator,
+            launch.output_dir,
+            self._record,
+            steps=self._plan.steps,
+            global_step=self.global_step,
+            argv=self._argv,
+            dry_run=launch.dry_run,
+        )
+        self._stopping = Stopping(accelerator, launch.max_train_time)
+
+    def batches(self) -> Iterator[tuple[dict[str, Any], torch.Generator]]:
+        """Endless: the loader's batches, each with the generator of its random draws."""
+        generators = BatchGenerators(self.seed, self.accelerator.process_index, self.accelerator.device)
+        for batch in self._progress.batches(self._loader):
+            generator = generators.at(self._batches)
+            self._batches += 1
+            yield batch, generator
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done, or the run was asked to stop."""
+        return self._stop or self.global_step >= self._plan.steps
+
+    def add_loss(self, loss: torch.Tensor, pictures: int) -> None:
+        """Counts one batch: its loss (a scalar on the device) and its number of pictures."""
+        self._progress.add(loss, pictures)
+
+    def skipped(self) -> bool:
+        """Whether this batch ended without an optimizer step: one of several to accumulate, or an overflow in fp16."""
+        if not self.accelerator.sync_gradients:
+            return True
+        if self.accelerator.optimizer_step_was_skipped:
+            self._progress.skip(self.global_step)
+            return True
+        return False
+
+    def step(self, grad_norm: torch.Tensor) -> Due:
+        """Counts one optimizer step, whose gradients had this norm before they were clipped; what is due after it."""
+        self.global_step += 1
+        self._progress.step(grad_norm)
+        step, launch = self.global_step, self._launch
+        last = step == self._plan.steps
+        self._stop = self._stopping.requested() and not last
+        save = last or self._stop or step % launch.checkpointing_steps == 0
+        return Due(
+            log=save or step % launch.logging_steps == 0,
+            save=save,
+            validate=not self._stop and (last or step % self._validation.every == 0),
+        )
+
+    def log(self) -> None:
+        """Logs the values since the last time; `DivergenceError` if loss or gradients are not finite."""
+        self._progress.log(self.global_step, self._lr_scheduler)
+
+    def save(self) -> None:
+        """Writes a checkpoint. `SaveError` if it cannot be written and the run is about to stop with it."""
+        with self._progress.paused():
+            self._checkpoints.save(self.global_step, self._run_json(), self._loader.state_dict(), must=self._stop)
+
+    def validate(self) -> None:
+        """Draws and measures, logs the distances, and with --keep_best keeps a checkpoint that is closer than any."""
+        with self._progress.paused():
+            distances = self._validation(self.global_step)
+            self._progress.record(distances, self.global_step)
+            if self._launch.keep_best:
+                distance = distances["distance/student"]
+                self._checkpoints.keep_if_best(distance, self.global_step, self._run_json(), self._loader.state_dict())
+
+    def _run_json(self) -> dict[str, Any]:
+        return {**self._record, "batches": self._batches}
+
+    def finish(self) -> bool:
+        """Ends the progress bar, the journal and the data loader; whether there is a result to export."""
+        self._progress.close(self.global_step, self._stopping.reason)
+        self._stopping.close()
+        if self._launch.dry_run:
+            logger.info("dry run: shards, models, a training step and validation all work; nothing was written")
+        return self.global_step >= self._plan.steps and not self._launch.dry_run
+
+    def end(self) -> None:
+        """Closes the trackers and the process group, then uploads what was exported; every rank calls it last."""
+        end_training(self.accelerator, self.hub)
