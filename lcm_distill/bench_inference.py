@@ -99,11 +99,11 @@ from typing import Any
 import torch
 
 from lcm_distill.distributed.compiling import compile_networks
-from lcm_distill.environment import check_writable, device_name, drawing_device, memory_errors, quiet_libraries
+from lcm_distill.environment import check_writable, device_name, choose_device, memory_errors, quiet_libraries
 from lcm_distill.models.teacher import Teacher
 from lcm_distill.models.vae import decode_latents
 from lcm_distill.sampling.finished import Student, find_students, load_teacher, natural_resolution
-from lcm_distill.sampling.generate import check_steps, draw_latents
+from lcm_distill.sampling.generate import check_steps, generate_latents
 
 
 @dataclasses.dataclass
@@ -151,10 +151,10 @@ def enter(
         Contender("teacher", pipeline.unet, pipeline.scheduler, teacher_steps, guidance_scale, guidance_scale > 1)
     ]
     for student in students:
-        told = student.is_told_the_guidance
+        told = student.has_guidance_embedding
         scale = guidance_scale if told else lora_guidance_scale
         check_steps("--steps", steps, student.sampler(pipeline.scheduler.config))
-        with student.drawing_in(pipeline, fuse=True):
+        with student.installed_in(pipeline, fuse=True):
             unet = pipeline.unet.to("cpu")
             contenders.append(Contender(student.name, unet, pipeline.scheduler, steps, scale, scale > 1 and not told))
     return contenders
@@ -211,7 +211,7 @@ def _time(pipeline: Any, contender: Contender, prompts: list[str], resolution: i
         torch.cuda.reset_peak_memory_stats(device)
     _finish(device)
     start = time.perf_counter()
-    latents = draw_latents(
+    latents = generate_latents(
         pipeline,
         prompts,
         range(len(prompts)),
@@ -266,7 +266,7 @@ def describe_machine(device: torch.device) -> dict[str, str]:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     quiet_libraries()
-    device, dtype = drawing_device(args.device, args.dtype)
+    device, dtype = choose_device(args.device, args.dtype)
     students = find_students(args.student, args.cache_dir)
     if args.output_dir is not None:
         check_writable(args.output_dir)

@@ -90,7 +90,7 @@ from lcm_distill.data.raw import (
 from lcm_distill.data.shards import expand_shards, read_shard
 from lcm_distill.data.sources import local_path
 from lcm_distill.data.tar import PARTIAL, TarWriter, whole_tar
-from lcm_distill.environment import drawing_device, quiet_libraries
+from lcm_distill.environment import choose_device, quiet_libraries
 from lcm_distill.models.families import Family, family_of
 from lcm_distill.models.teacher import Teacher, read_configs
 from lcm_distill.models.vae import encode_moments, scale_and_shift, vae_factor
@@ -368,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     rank, world_size = _rank()
     local = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ and torch.cuda.is_available() else None
-    device, dtype = drawing_device(args.device or local, args.dtype)
+    device, dtype = choose_device(args.device or local, args.dtype)
     teacher = Teacher.from_flags(flags.take(flags.TeacherFlags, args))
     preparation = Preparation.from_flags(flags.take(flags.PreparationFlags, args))
     try:

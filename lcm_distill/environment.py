@@ -37,7 +37,7 @@ def check_writable(output_dir: str) -> None:
         raise UsageError(f"--output_dir {output_dir} cannot be written to ({error}); give another folder.") from None
 
 
-def drawing_device(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
+def choose_device(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
     """Where finished models draw, and in what: `--device` and `--dtype`, or for None the best that is there.
 
     That is CUDA, else MPS, else the CPU; "fp16" on a GPU, "fp32" on a CPU. `UsageError` for what this machine lacks.

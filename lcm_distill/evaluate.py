@@ -98,19 +98,12 @@ import numpy as np
 from diffusers import LCMScheduler
 from PIL import Image
 
-from lcm_distill.environment import (
-    check_writable,
-    device_name,
-    drawing_device,
-    memory_errors,
-    quiet_libraries,
-    versions,
-)
+from lcm_distill.environment import check_writable, device_name, choose_device, memory_errors, quiet_libraries, versions
 from lcm_distill.models.teacher import Teacher
 from lcm_distill.sampling.finished import Student, find_students, load_teacher, natural_resolution
-from lcm_distill.sampling.generate import check_steps, draw_latents, read_prompts, teacher_sampler
+from lcm_distill.sampling.generate import check_steps, generate_latents, read_prompts, teacher_sampler
 from lcm_distill.sampling.grid import labelled_grid
-from lcm_distill.sampling.metrics import ClipScore, Cmmd, Drawn, Fid, LatentDistances, Metric
+from lcm_distill.sampling.metrics import ClipScore, Cmmd, Generated, Fid, LatentDistances, Metric
 
 CONTROL = "untrained control"
 
@@ -137,7 +130,7 @@ def evaluate(
     students: Sequence[Student],
     *,
     prompts: Sequence[str],
-    make_metrics: Callable[[Drawn], Sequence[Metric]],
+    make_metrics: Callable[[Generated], Sequence[Metric]],
     steps: Sequence[int] = (1, 2, 4, 8),
     samplers: Sequence[str] = ("DDIM", "DPM-Solver++"),
     control: bool = True,
@@ -163,13 +156,13 @@ def evaluate(
         check_steps("--steps", max(steps), sampler)
     check_steps("--reference_steps", reference_steps, teacher_sampler(scheduler_config))
     for student in students:
-        with student.drawing_in(pipeline):
+        with student.installed_in(pipeline):
             pass
     seeds = range(seed, seed + len(prompts))
 
-    def draw(count: int, scale: float) -> tuple[Drawn, float]:
+    def draw(count: int, scale: float) -> tuple[Generated, float]:
         start = time.perf_counter()
-        latents = draw_latents(
+        latents = generate_latents(
             pipeline,
             prompts,
             seeds,
@@ -178,7 +171,7 @@ def evaluate(
             resolution=resolution,
             batch_size=batch_size,
         ).cpu()
-        return Drawn(prompts, latents, count, pipeline.vae), (time.perf_counter() - start) / len(prompts)
+        return Generated(prompts, latents, count, pipeline.vae), (time.perf_counter() - start) / len(prompts)
 
     def judge(model: str, count: int, scale: float) -> EvaluatedRow:
         drawn, seconds = draw(count, scale)
@@ -200,8 +193,8 @@ def evaluate(
             yield judge(CONTROL, count, guidance_scale)
     pipeline.scheduler = teacher_sampler(scheduler_config)
     for student in students:
-        scale = guidance_scale if student.is_told_the_guidance else lora_guidance_scale
-        with student.drawing_in(pipeline):
+        scale = guidance_scale if student.has_guidance_embedding else lora_guidance_scale
+        with student.installed_in(pipeline):
             for count in steps:
                 yield judge(student.name, count, scale)
 
@@ -258,7 +251,7 @@ def read_real_pictures(shards: str, count: int, resolution: int) -> tuple[list[I
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     quiet_libraries()
-    device, dtype = drawing_device(args.device, args.dtype)
+    device, dtype = choose_device(args.device, args.dtype)
     prompts = read_prompts(args.prompts, "--prompts")
     students = find_students(args.student, args.cache_dir)
     check_writable(args.output_dir)
@@ -269,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     real, captions = read_real_pictures(args.real, count, resolution) if args.real else (None, [])
     prompts = list(itertools.islice(itertools.cycle(prompts or captions), count))
 
-    def load_metric(name: str) -> Callable[[Drawn], Metric]:
+    def load_metric(name: str) -> Callable[[Generated], Metric]:
         """Loads what a metric needs; what it returns makes the metric, given the reference."""
         if name == "latents":
             return LatentDistances
@@ -281,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
 
     prepared = [load_metric(name) for name in dict.fromkeys(args.metrics)]
 
-    def make_metrics(reference: Drawn) -> list[Metric]:
+    def make_metrics(reference: Generated) -> list[Metric]:
         made = [make(reference) for make in prepared]
         titles.update({name: title for metric in made for name, title in metric.titles.items()})
         return made

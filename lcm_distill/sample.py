@@ -169,7 +169,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from lcm_distill.data.decode import decode_picture
 from lcm_distill.data.raw import BadSample
-from lcm_distill.environment import check_writable, drawing_device, memory_errors, quiet_libraries
+from lcm_distill.environment import check_writable, choose_device, memory_errors, quiet_libraries
 from lcm_distill.models.teacher import Teacher
 from lcm_distill.models.vae import decode_latents
 from lcm_distill.sampling.finished import (
@@ -180,7 +180,13 @@ from lcm_distill.sampling.finished import (
     natural_resolution,
     with_loras,
 )
-from lcm_distill.sampling.generate import check_steps, draw_latents, read_prompts, redraw_latents, teacher_sampler
+from lcm_distill.sampling.generate import (
+    check_steps,
+    generate_latents,
+    read_prompts,
+    generate_from_picture,
+    teacher_sampler,
+)
 from lcm_distill.sampling.grid import labelled_grid, shown
 
 CELL = 256  # pixels of a picture in the grid, at most
@@ -215,7 +221,7 @@ def plan_rows(
     """
     rows = []
     for student in (None, *students):
-        told = student is not None and student.is_told_the_guidance
+        told = student is not None and student.has_guidance_embedding
         scales = guidance_scales if told or student is None else lora_guidance_scales
         for scale in dict.fromkeys(scales):
             negative = negative_prompt if scale > 1 and not told else None
@@ -306,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
     seeds = list(dict.fromkeys(args.seeds or range(args.seed, args.seed + args.num_images)))
     strength = 1.0 if args.init_image is None else args.strength or 0.5
     init_image = None if args.init_image is None else read_init_image(args.init_image)
-    device, dtype = drawing_device(args.device, args.dtype)
+    device, dtype = choose_device(args.device, args.dtype)
     loras = [parse_lora(text, args.cache_dir) for text in args.lora or []]
     rows = plan_rows(
         find_students(args.student or [], args.cache_dir),
@@ -336,7 +342,7 @@ def main(argv: list[str] | None = None) -> None:
         common |= {"init_image": args.init_image, "strength": strength}
     columns = [(number, prompt, seed) for number, prompt in enumerate(prompts, 1) for seed in seeds]
     album, grid = Album(Path(args.output_dir)), list[tuple[str, list[Image.Image]]]()
-    drawing = draw_rows(
+    drawing = generate_rows(
         pipeline,
         rows,
         [prompt for _, prompt, _ in columns],
@@ -374,7 +380,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{out / 'grid.png'}, and {len(album.listed)} pictures in {out / 'pictures'}")
 
 
-def draw_rows(
+def generate_rows(
     pipeline: Any,
     rows: Sequence[GridRow],
     prompts: Sequence[str],
@@ -396,7 +402,7 @@ def draw_rows(
             if student is None:
                 stack.enter_context(with_loras(pipeline, loras))
             else:
-                stack.enter_context(student.drawing_in(pipeline, lora_scale=lcm_lora_scale, loras=loras))
+                stack.enter_context(student.installed_in(pipeline, lora_scale=lcm_lora_scale, loras=loras))
             for row in own:
                 start = time.perf_counter()
                 options: dict[str, Any] = dict(
@@ -406,9 +412,9 @@ def draw_rows(
                     batch_size=batch_size,
                 )
                 if init_image is None:
-                    latents = draw_latents(pipeline, prompts, seeds, resolution=resolution, **options)
+                    latents = generate_latents(pipeline, prompts, seeds, resolution=resolution, **options)
                 else:
-                    latents = redraw_latents(pipeline, init_image, prompts, seeds, strength=strength, **options)
+                    latents = generate_from_picture(pipeline, init_image, prompts, seeds, strength=strength, **options)
                 pictures = decode_latents(pipeline.vae, latents, batch_size=1)  # at 1024 pixels each takes gigabytes
                 yield row, pictures, time.perf_counter() - start
 

@@ -114,7 +114,7 @@ def installed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "precision, can_shard, setting, message",
+    "precision, can_split, setting, message",
     [
         ("bf16", False, {}, "only the full students.*--multi_gpu"),
         ("fp16", True, {}, "--mixed_precision fp16.*bf16"),
@@ -124,11 +124,11 @@ def installed(monkeypatch):
         ("bf16", True, {"CONFIG_FILE": "ds.json"}, "deepspeed_config_file.*configs/zero2.yaml"),
     ],
 )
-def test_what_is_not_done_is_told(precision, can_shard, setting, message, installed, monkeypatch):
+def test_what_is_not_done_is_told(precision, can_split, setting, message, installed, monkeypatch):
     for name, value in setting.items():
         monkeypatch.setenv(f"ACCELERATE_DEEPSPEED_{name}", value)
     with pytest.raises(UsageError, match=message):
-        check_zero(asked(precision), can_shard=can_shard)
+        check_zero(asked(precision), can_split=can_split)
 
 
 @pytest.mark.parametrize("available, older", [(False, False), (True, True)])
@@ -137,7 +137,7 @@ def test_a_missing_or_old_deepspeed_is_told(available, older, installed, monkeyp
     monkeypatch.setattr(zero, "is_deepspeed_available", lambda: available)
     monkeypatch.setattr(zero, "compare_versions", lambda *_: older)
     with pytest.raises(UsageError, match='pip install "deepspeed>=0.18.5"'):
-        check_zero(asked(), can_shard=True)
+        check_zero(asked(), can_split=True)
 
 
 def test_8_bit_adam_is_refused():
@@ -155,9 +155,9 @@ def test_the_shipped_configuration_is_taken(installed, monkeypatch):
     for name, value in prepare_deepspeed_cmd_env(args)[1].items():
         monkeypatch.setenv(name, value)
     assert asks_for_deepspeed()
-    check_zero(asked(), can_shard=True)
+    check_zero(asked(), can_split=True)
 
 
 @pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed")
 def test_this_deepspeed_is_new_enough(monkeypatch):
-    check_zero(asked(), can_shard=True)
+    check_zero(asked(), can_split=True)

@@ -21,8 +21,8 @@ from lcm_distill.objective.schedule import DDIMSolver, NoiseSchedule
 from lcm_distill.sampling.finished import load_teacher
 from lcm_distill.sampling.generate import (
     check_steps,
-    draw_latents,
-    redraw_latents,
+    generate_latents,
+    generate_from_picture,
     steps_before_strength,
     teacher_sampler,
 )
@@ -113,7 +113,7 @@ def test_steps_before_strength_are_the_least_that_diffusers_cuts_to_as_many():
 
 def test_latents_are_those_of_the_pipeline_called_one_by_one(pipeline):
     """With a negative prompt, in a batch of other prompts and seeds."""
-    drawn = draw_latents(pipeline, PROMPTS, SEEDS, resolution=64, negative_prompt="blue", **DRAWING)
+    drawn = generate_latents(pipeline, PROMPTS, SEEDS, resolution=64, negative_prompt="blue", **DRAWING)
     plain = torch.cat(
         [
             pipeline(
@@ -124,7 +124,7 @@ def test_latents_are_those_of_the_pipeline_called_one_by_one(pipeline):
         ]
     )  # fmt: skip
     torch.testing.assert_close(drawn, plain, rtol=1e-4, atol=1e-4)
-    others = draw_latents(pipeline, PROMPTS, SEEDS, resolution=64, **DRAWING)
+    others = generate_latents(pipeline, PROMPTS, SEEDS, resolution=64, **DRAWING)
     assert (others - drawn).abs().amax((1, 2, 3)).min() > 0.01  # it counts, in each picture
 
 
@@ -134,9 +134,9 @@ def test_the_batch_does_not_matter_with_a_sampler_that_draws(pipeline):
     pipeline.scheduler = LCMScheduler.from_config(scheduler.config)
     try:
         options = DRAWING | {"resolution": 64, "guidance_scale": 1.0}
-        together = draw_latents(pipeline, PROMPTS, SEEDS, **options | {"batch_size": 3})
-        alone = draw_latents(pipeline, PROMPTS, SEEDS, **options | {"batch_size": 1})
-        last = draw_latents(pipeline, PROMPTS[2:], SEEDS[2:], **options)
+        together = generate_latents(pipeline, PROMPTS, SEEDS, **options | {"batch_size": 3})
+        alone = generate_latents(pipeline, PROMPTS, SEEDS, **options | {"batch_size": 1})
+        last = generate_latents(pipeline, PROMPTS[2:], SEEDS[2:], **options)
     finally:
         pipeline.scheduler = scheduler
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
@@ -146,10 +146,10 @@ def test_the_batch_does_not_matter_with_a_sampler_that_draws(pipeline):
 def test_drawing_restores_the_mode_even_after_a_fault_and_no_global_randomness_is_drawn(pipeline):
     before = torch.get_rng_state()
     pipeline.unet.train()
-    draw_latents(pipeline, PROMPTS[:1], SEEDS[:1], resolution=64, **DRAWING)
+    generate_latents(pipeline, PROMPTS[:1], SEEDS[:1], resolution=64, **DRAWING)
     assert pipeline.unet.training
     with pytest.raises(ValueError):
-        draw_latents(pipeline, PROMPTS[:1], SEEDS[:1], resolution=64, **DRAWING | {"inference_steps": 2000})
+        generate_latents(pipeline, PROMPTS[:1], SEEDS[:1], resolution=64, **DRAWING | {"inference_steps": 2000})
     assert pipeline.unet.training and torch.equal(before, torch.get_rng_state())
     pipeline.unet.eval()
 
@@ -164,7 +164,7 @@ def test_img2img_is_diffusers_own_and_takes_the_steps_that_it_is_told(pipeline, 
         pipeline.scheduler = LCMScheduler.from_config(scheduler.config)
     hook = pipeline.unet.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
     try:
-        drawn = redraw_latents(
+        drawn = generate_from_picture(
             pipeline, picture, PROMPTS[:2], SEEDS[:2], strength=0.6, inference_steps=2, guidance_scale=3.0, batch_size=2
         )
         hook.remove()
@@ -194,7 +194,7 @@ def test_img2img_of_little_strength_gives_the_picture_back(pipeline, picture):
 
     def distance(strength, steps):
         options = dict(strength=strength, inference_steps=steps, guidance_scale=1.0, batch_size=1)
-        return (redraw_latents(pipeline, picture, PROMPTS[:1], [0], **options) - there_and_back).abs().mean()
+        return (generate_from_picture(pipeline, picture, PROMPTS[:1], [0], **options) - there_and_back).abs().mean()
 
     near, far = distance(0.02, 1), distance(1.0, 4)
     assert near < 0.3 * there_and_back.abs().mean() and far > 2 * near
@@ -206,7 +206,7 @@ def test_img2img_leaves_the_vae_as_it_was(teachers, picture):
     pipeline.vae.register_to_config(force_upcast=True)
     torch.nn.Module.to(pipeline.vae, torch.float32)
     before = copy.deepcopy(pipeline.vae.state_dict())
-    latents = redraw_latents(
+    latents = generate_from_picture(
         pipeline, picture, PROMPTS[:1], [0], strength=0.5, inference_steps=1, guidance_scale=1.0, batch_size=1
     )
     assert latents.dtype == torch.bfloat16 and latents.isfinite().all()

@@ -25,7 +25,7 @@ from lcm_distill.objective.schedule import lcm_scheduler
 from lcm_distill.sampling import metrics
 from lcm_distill.sampling.finished import Student, find_students, load_teacher
 from lcm_distill.sampling.generate import teacher_sampler
-from lcm_distill.sampling.metrics import ClipScore, Cmmd, Drawn, Fid, LatentDistances, Toy, squared_mmd
+from lcm_distill.sampling.metrics import ClipScore, Cmmd, Generated, Fid, LatentDistances, Toy, squared_mmd
 from toy import compare
 from toy.score import real_pictures
 
@@ -88,7 +88,7 @@ def test_a_full_student_is_told_the_guidance_and_a_lora_is_not(pipeline, untrain
         scales.append(guidance_scale)
         return torch.ones(6, 4, 16, 16)
 
-    monkeypatch.setattr(evaluate, "draw_latents", draw)
+    monkeypatch.setattr(evaluate, "generate_latents", draw)
     monkeypatch.setattr(metrics, "decode_latents", lambda *_, **__: [])
     rows = rows_of(
         pipeline, find_students([*untrained, str(tmp_path / "merged")]), guidance_scale=4.0, lora_guidance_scale=1.5,
@@ -106,7 +106,7 @@ class PerfectStudent(Student):
         return lcm_scheduler(scheduler_config)
 
     @contextlib.contextmanager
-    def drawing_in(self, pipeline, *, fuse=False):
+    def installed_in(self, pipeline, *, fuse=False):
         teacher, scheduler = pipeline.unet, pipeline.scheduler
         pipeline.unet, pipeline.scheduler = copy.copy(teacher), self.sampler(scheduler.config)
         alphas, seen = scheduler.alphas_cumprod, {"picture": 0}
@@ -157,7 +157,7 @@ def test_a_perfect_student_has_no_distance(pipeline):
 def test_more_steps_than_a_grid_has_are_told_before_anything_is_drawn(
     pipeline, untrained, monkeypatch, students, options, message
 ):
-    monkeypatch.setattr(evaluate, "draw_latents", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr(evaluate, "generate_latents", lambda *_, **__: pytest.fail("drawn"))
     with pytest.raises(UsageError, match=message):
         rows_of(pipeline, find_students(untrained[:students]), **options)
 
@@ -165,7 +165,7 @@ def test_more_steps_than_a_grid_has_are_told_before_anything_is_drawn(
 def test_a_student_that_does_not_fit_is_told_before_anything_is_drawn(pipeline, untrained, monkeypatch, tmp_path):
     """It was told behind the teacher's rows, which take hours for a real one."""
     UNet2DConditionModel.from_config(dict(pipeline.unet.config) | {"layers_per_block": 2}).save_pretrained(tmp_path)
-    monkeypatch.setattr(evaluate, "draw_latents", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr(evaluate, "generate_latents", lambda *_, **__: pytest.fail("drawn"))
     with pytest.raises(UsageError, match="--student .* was not made from this teacher: .*layers_per_block"):
         rows_of(pipeline, find_students([*untrained, str(tmp_path)]))
 
@@ -174,7 +174,7 @@ def test_a_student_that_does_not_fit_is_told_before_anything_is_drawn(pipeline, 
 
 
 def drawn(pictures, prompts=(), steps=1, latents=None):
-    made = Drawn(prompts, torch.zeros(0) if latents is None else latents, steps, None)
+    made = Generated(prompts, torch.zeros(0) if latents is None else latents, steps, None)
     made.__dict__["pictures"] = pictures
     return made
 
@@ -358,7 +358,7 @@ def test_mistakes_are_told(teacher, shards, tmp_path, more, message, capsys):
 @pytest.mark.parametrize("metric", ["clip", "cmmd", "fid", "toy"])
 def test_a_metric_that_cannot_be_had_is_told_before_anything_is_drawn(teacher, tmp_path, monkeypatch, metric):
     """It was told behind the reference, which takes an hour for a real teacher."""
-    monkeypatch.setattr(evaluate, "draw_latents", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr(evaluate, "generate_latents", lambda *_, **__: pytest.fail("drawn"))
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     none = str(tmp_path / "none")
     argv = ["--prompts", "a castle", "--metrics", "latents", metric, "--clip_model", none, "--cmmd_model", none]

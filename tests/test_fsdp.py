@@ -251,7 +251,7 @@ def engine(kind=DistributedType.FSDP, precision="no", **plugin) -> SimpleNamespa
 
 
 @pytest.mark.parametrize(
-    "accelerator, can_shard, message",
+    "accelerator, can_split, message",
     [
         (engine(), False, "only the full students.*--multi_gpu"),
         (engine(precision="fp16"), True, "--mixed_precision fp16.*bf16"),
@@ -260,10 +260,10 @@ def engine(kind=DistributedType.FSDP, precision="no", **plugin) -> SimpleNamespa
         (engine(activation_checkpointing=True), True, "--gradient_checkpointing"),
     ],
 )
-def test_what_cannot_be_sharded_is_told(accelerator, can_shard, message, monkeypatch):
+def test_what_cannot_be_sharded_is_told(accelerator, can_split, message, monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
     with pytest.raises(UsageError, match=message):
-        settle_engine(accelerator, can_shard=can_shard)
+        settle_engine(accelerator, can_split=can_split)
 
 
 def test_8_bit_adam_is_refused():
@@ -302,7 +302,7 @@ def test_accelerate_takes_the_shipped_configurations(path, monkeypatch):
         assert plugin.fsdp_version == 2 and plugin.reshard_after_forward
         accelerator = engine()
         accelerator.state.fsdp_plugin = plugin
-        settle_engine(accelerator, can_shard=True)
+        settle_engine(accelerator, can_split=True)
 
 
 def test_the_shipped_configurations_are_those_of_the_readme():

@@ -232,14 +232,14 @@ def test_a_hub_that_cannot_be_reached_at_first_stops_no_run(how, hub, result, ca
     upload = quick(result, silence=2.0 if how == "hang" else 5.0)
     assert "cannot be reached now" in caplog.text and "The run goes on" in caplog.text
     assert upload.repo_id == "model"
-    assert upload.prepare(None) == {} and upload.repo_id == "me/model"
+    assert upload.ensure_repository(None) == {} and upload.repo_id == "me/model"
     assert pushed(upload) and list(hub.files["me/model"]) == FILES
 
 
 def test_a_hub_that_is_not_there_at_all_loses_nothing(hub, result, monkeypatch, caplog):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the port of the discard service: nobody listens
     upload = quick(result)
-    assert upload.prepare("toys/sd") == {} and not pushed(upload)
+    assert upload.ensure_repository("toys/sd") == {} and not pushed(upload)
     assert caplog.text.count("tried again in") == 2 and "Connect" in caplog.text and "hf upload model" in caplog.text
 
 
@@ -303,11 +303,11 @@ def test_the_licence_is_the_base_model_s_or_none(hub, result, caplog):
     hub.add("toys/sd", result, LICENSED)
     hub.add("toys/bare", result, "no metadata")
     upload = quick(result)
-    licence = upload.prepare("toys/sd")
+    licence = upload.ensure_repository("toys/sd")
     link = "https://huggingface.co/toys/sd/blob/main/LICENSE.md"
     assert licence == {"license": "other", "license_name": "toy-licence", "license_link": link}
-    assert upload.prepare("toys/bare") == {} and not caplog.records
-    assert upload.prepare("toys/private") == {} and "licence of toys/private could not be read" in caplog.text
+    assert upload.ensure_repository("toys/bare") == {} and not caplog.records
+    assert upload.ensure_repository("toys/private") == {} and "licence of toys/private could not be read" in caplog.text
 
 
 def card(**options):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import train_lcm_distill_sd_wds as program
 from lcm_distill.data.stream import ShardStream, make_loader
 from lcm_distill.run.checkpoint import list_checkpoints
-from lcm_distill.run.randomness import BatchRandom
+from lcm_distill.run.randomness import BatchGenerators
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "train_lcm_distill_sd_wds.py")
@@ -80,11 +80,13 @@ def test_two_ranks_of_a_batch_train_as_one_of_twice_the_batch(command, run, tmp_
     def both(**arguments):
         return [ShardStream(**arguments | {"rank": rank, "world_size": 2}) for rank in (0, 1)]
 
-    at = BatchRandom.at
+    at = BatchGenerators.at
     monkeypatch.setattr(program, "ShardStream", both)
     monkeypatch.setattr(program, "make_loader", lambda streams, num_workers: _Alternating([*map(_loader, streams)]))
     monkeypatch.setattr(
-        BatchRandom, "at", lambda self, batch: at(BatchRandom(self.seed, batch % 2, self._generator.device), batch // 2)
+        BatchGenerators,
+        "at",
+        lambda self, batch: at(BatchGenerators(self.seed, batch % 2, self._generator.device), batch // 2),
     )
     run("train_lcm_distill_sd_wds", command("one", gradient_accumulation_steps=2, **options))
     for name in ("unet", "unet_target"):

@@ -791,12 +791,12 @@ def spying(self, loader):
         log.append((tuple(batch["captions"]), float(batch["pixels"].float().sum())))
         yield batch
 Progress.batches = spying
-draw = program.BatchRandom.at
+draw = program.BatchGenerators.at
 def at(self, batch):
     generator = draw(self, batch)
     log.append(generator.initial_seed())
     return generator
-program.BatchRandom.at = at
+program.BatchGenerators.at = at
 end = Progress.close
 def close(self, *rest):
     accelerator = self._accelerator

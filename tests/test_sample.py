@@ -284,7 +284,7 @@ def test_mistakes_in_flags_end_in_one_line(more, words, capsys):
      (["--output_dir", __file__], "--output_dir .* cannot be written"), (["--lora", "./none=2"], "--lora ./none")],
 )  # fmt: skip
 def test_mistakes_are_named_with_their_flag_before_anything_is_drawn(more, words, teachers, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "draw_latents", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr(sample, "generate_latents", lambda *_, **__: pytest.fail("drawn"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=words):
         sample.main(["--pretrained_teacher_model", teachers["sd"], "--prompts", "y", *more])
@@ -294,7 +294,7 @@ def test_a_full_gpu_is_a_message(teachers, tmp_path, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-    monkeypatch.setattr(sample, "draw_latents", full)
+    monkeypatch.setattr(sample, "generate_latents", full)
     with pytest.raises(UsageError, match="Tried to allocate 2.00 GiB.*--batch_size"):
         run(teachers, tmp_path)
 

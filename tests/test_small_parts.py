@@ -15,15 +15,15 @@ from hostile_shards import header
 from PIL import Image
 
 from lcm_distill.data.tar import _PLAIN, _parse
-from lcm_distill.environment import check_writable, drawing_device, memory_errors
+from lcm_distill.environment import check_writable, choose_device, memory_errors
 from lcm_distill.errors import DivergenceError, UsageError, run_program
 from lcm_distill.run import plan as plan_module
 from lcm_distill.run.accelerator import start_accelerator
 from lcm_distill.run.journal import Journal
-from lcm_distill.run.optim import build_lr_scheduler, build_optimizer, keeping_settings
+from lcm_distill.run.optim import build_lr_scheduler, build_optimizer, keeping_hyperparameters
 from lcm_distill.run.plan import plan_training
 from lcm_distill.run.progress import Progress
-from lcm_distill.run.randomness import BatchRandom
+from lcm_distill.run.randomness import BatchGenerators
 from lcm_distill.run.trackers import parse_trackers
 from lcm_distill.sampling.grid import labelled_grid, shown
 
@@ -32,14 +32,14 @@ from lcm_distill.sampling.grid import labelled_grid, shown
 
 def test_a_batch_s_draws_depend_on_seed_rank_and_batch_alone():
     def numbers(seed=0, rank=0, batch=0):
-        generator = BatchRandom(seed, rank, "cpu").at(batch)
+        generator = BatchGenerators(seed, rank, "cpu").at(batch)
         return tuple(torch.rand(4, generator=generator).tolist() + torch.rand(4).tolist())
 
     torch.rand(100)
     assert numbers() == numbers()
     others = {numbers(seed=1), numbers(rank=1), numbers(batch=1), numbers(seed=1, rank=1), numbers()}
     assert len(others) == 5
-    one = BatchRandom(0, 0, "cpu")
+    one = BatchGenerators(0, 0, "cpu")
     one.at(0), one.at(1)
     assert torch.rand(4, generator=one.at(5)).tolist() == list(numbers(batch=5)[:4])
 
@@ -159,7 +159,7 @@ def test_settings_of_the_flags_outlive_a_checkpoint_s():
     state = optimizer.state_dict(), scheduler.state_dict()
     for rate, decay in ((0.3, 0.1), (0.7, 0.0)):
         again, course = make(rate, decay)
-        with keeping_settings(again, course):
+        with keeping_hyperparameters(again, course):
             again.load_state_dict(state[0])
             course.load_state_dict(state[1])
         group = again.param_groups[0]
@@ -186,7 +186,7 @@ def test_a_resumed_optimizer_is_as_fused_as_the_precision_wants_it(before, after
     optimizer, scheduler = make(before)
     optimizer.step()
     again, course = make(after)
-    with keeping_settings(again, course):
+    with keeping_hyperparameters(again, course):
         again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         course.load_state_dict(scheduler.state_dict())
     assert again.param_groups[0]["fused"] is (True if after else None)  # False is one tensor at a time on a GPU
@@ -386,7 +386,7 @@ def test_commands_draw_on_the_best_device_there_is(there, device, dtype, expecte
     for name in ("cuda", "mps"):
         monkeypatch.setattr(getattr(torch, name), "is_available", lambda name=name: name in there)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert drawing_device(device, dtype) == (torch.device(expected[0]), expected[1])
+    assert choose_device(device, dtype) == (torch.device(expected[0]), expected[1])
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ def test_a_device_that_is_not_there_is_refused(there, device, dtype, words, monk
         monkeypatch.setattr(getattr(torch, name), "is_available", lambda name=name: name in there)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(UsageError, match=words):
-        drawing_device(device, dtype)
+        choose_device(device, dtype)
 
 
 def test_a_full_memory_is_told_with_its_remedy():

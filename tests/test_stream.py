@@ -499,7 +499,7 @@ def test_too_many_bad_samples_end_the_run_with_their_reasons(tmp_path, monkeypat
 
 def test_a_worker_that_finds_nothing_says_so(tmp_path, monkeypatch, caplog):
     """Behind a terabyte of shards without captions a run stood at 0 % for hours, and nothing told why."""
-    monkeypatch.setattr(stream_module, "LEAN", 16)
+    monkeypatch.setattr(stream_module, "WARN_AFTER_DROPS", 16)
     files = [(f"{n}.png", b"text" if n < 90 else noise_picture(n)) for n in range(100)]
     files = [file for picture in files for file in (picture, (picture[0].replace("png", "txt"), "x"))]
     take(iter(make_stream([write_tar(tmp_path / "0.tar", files)], shuffle_window=1)), 1)

@@ -28,7 +28,7 @@ from lcm_distill.sampling.finished import (
     natural_resolution,
     with_loras,
 )
-from lcm_distill.sampling.generate import draw_latents
+from lcm_distill.sampling.generate import generate_latents
 
 PROMPTS = ["a small red circle on a black background", "a large blue square on a white background"]
 DRAWING = dict(inference_steps=2, guidance_scale=4.0, resolution=64, batch_size=2)
@@ -71,7 +71,7 @@ def still_the_teacher_s(pipeline):
 
 
 def drawn(pipeline, **more):
-    return draw_latents(pipeline, PROMPTS, [1, 2], **DRAWING | more)
+    return generate_latents(pipeline, PROMPTS, [1, 2], **DRAWING | more)
 
 
 def by_users(pipeline, guidance_scale=4.0):
@@ -117,7 +117,7 @@ def test_a_vae_of_another_factor_needs_no_resolution_to_be_loaded(teachers, tmp_
     AutoencoderKL.from_config(dict(vae.config) | coarse).save_pretrained(tmp_path)
     pipeline = load_teacher(Teacher(teachers["sd"], vae=str(tmp_path)), device="cpu", dtype=torch.float32)
     assert pipeline.vae_scale_factor == 16 and natural_resolution(pipeline) == 256
-    assert draw_latents(pipeline, PROMPTS, [1, 2], **DRAWING).shape == (2, 4, 4, 4)
+    assert generate_latents(pipeline, PROMPTS, [1, 2], **DRAWING).shape == (2, 4, 4, 4)
     with pytest.raises(UsageError, match="--resolution 72 is not a multiple of 16"):
         load_teacher(Teacher(teachers["sd"], vae=str(tmp_path)), device="cpu", dtype=torch.float32, resolution=72)
 
@@ -144,7 +144,7 @@ def test_a_full_student_draws_as_its_users_draw(pipeline, family, finished, teac
     folder = finished("full", family)
     plain = plain_pipeline(teachers[family], folder, unet=UNet2DConditionModel.from_pretrained(folder))
     before = drawn(pipeline)
-    with find_student(folder).drawing_in(pipeline) as within:
+    with find_student(folder).installed_in(pipeline) as within:
         assert within is pipeline
         close(drawn(pipeline), by_users(plain))
         assert (drawn(pipeline, guidance_scale=2.0) - drawn(pipeline)).abs().max() > 1e-3  # it heeds the guidance
@@ -159,9 +159,9 @@ def test_a_lora_with_a_style_is_set_adapters(pipeline, family, finished, teacher
     plain.load_lora_weights(style, adapter_name="style")
     plain.set_adapters(["lcm", "style"], [0.9, 0.5])
     student, before = find_student(folder), drawn(pipeline)
-    with student.drawing_in(pipeline):
+    with student.installed_in(pipeline):
         close(drawn(pipeline, guidance_scale=1.0), alone)
-    with student.drawing_in(pipeline, lora_scale=0.9, loras=[WeightedLora(style, 0.5)]):
+    with student.installed_in(pipeline, lora_scale=0.9, loras=[WeightedLora(style, 0.5)]):
         close(drawn(pipeline, guidance_scale=1.0), by_users(plain, 1.0))
         assert (drawn(pipeline, guidance_scale=1.0) - alone).abs().max() > 0.01
     assert torch.equal(drawn(pipeline), before)
@@ -173,7 +173,7 @@ def test_a_style_on_a_full_student_and_on_the_teacher(sd_pipeline, finished, tea
     plain.load_lora_weights(style, adapter_name="style")
     plain.set_adapters(["style"], [0.5])
     before = drawn(sd_pipeline)
-    with find_student(folder).drawing_in(sd_pipeline, loras=[WeightedLora(style, 0.5)]):
+    with find_student(folder).installed_in(sd_pipeline, loras=[WeightedLora(style, 0.5)]):
         close(drawn(sd_pipeline), by_users(plain))
     plain.unet.unload_lora()
     plain = plain_pipeline(teachers["sd"], folder)
@@ -187,9 +187,9 @@ def test_a_style_on_a_full_student_and_on_the_teacher(sd_pipeline, finished, tea
 
 def test_a_fused_student_is_a_copy_that_may_be_kept(sd_pipeline, finished):
     student = find_student(finished("lora", "sd"))
-    with student.drawing_in(sd_pipeline, lora_scale=0.7):
+    with student.installed_in(sd_pipeline, lora_scale=0.7):
         expected = drawn(sd_pipeline, guidance_scale=1.0)
-    with student.drawing_in(sd_pipeline, fuse=True, lora_scale=0.7):
+    with student.installed_in(sd_pipeline, fuse=True, lora_scale=0.7):
         kept, sampler = sd_pipeline.unet, sd_pipeline.scheduler
         assert not any(isinstance(module, LoraLayer) for module in kept.modules())
         close(drawn(sd_pipeline, guidance_scale=1.0), expected)
@@ -204,16 +204,16 @@ def test_of_one_lora_each_time_nothing_is_left_for_the_next(sd_pipeline, finishe
     lora, full = find_student(finished("lora", "sd")), find_student(finished("full", "sd"))
     pictures = []
     for student in (lora, full, lora, full):
-        with student.drawing_in(sd_pipeline):
+        with student.installed_in(sd_pipeline):
             pictures.append(drawn(sd_pipeline))
     assert torch.equal(pictures[0], pictures[2]) and torch.equal(pictures[1], pictures[3])
 
 
 def test_what_a_network_is_told_and_what_it_has_inside(finished, teachers, tmp_path):
-    assert find_student(finished("full", "sd")).is_told_the_guidance
-    assert not find_student(finished("lora", "sd")).is_told_the_guidance
+    assert find_student(finished("full", "sd")).has_guidance_embedding
+    assert not find_student(finished("lora", "sd")).has_guidance_embedding
     shutil.copytree(Path(teachers["sd"], "unet"), tmp_path / "merged")
-    assert not find_student(str(tmp_path / "merged")).is_told_the_guidance
+    assert not find_student(str(tmp_path / "merged")).has_guidance_embedding
 
 
 # --- finding them
@@ -272,10 +272,10 @@ def test_a_hub_id_without_a_connection_is_refused_unless_it_is_in_the_cache(fini
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0" * 40)
     student = find_student("some/lcm", str(tmp_path))
-    assert student == Student("some/lcm", "full", cache_dir=str(tmp_path)) and student.is_told_the_guidance
-    with student.drawing_in(sd_pipeline):
+    assert student == Student("some/lcm", "full", cache_dir=str(tmp_path)) and student.has_guidance_embedding
+    with student.installed_in(sd_pipeline):
         from_cache, grid = drawn(sd_pipeline), sd_pipeline.scheduler.config.original_inference_steps
-    with find_student(finished("full", "sd")).drawing_in(sd_pipeline):
+    with find_student(finished("full", "sd")).installed_in(sd_pipeline):
         assert grid == GRID and torch.equal(drawn(sd_pipeline), from_cache)
 
 
@@ -293,10 +293,10 @@ def test_a_public_lcm_is_a_whole_pipeline(sd_pipeline, finished, teachers, tmp_p
     config |= {"upcast_attention": None, "attention_head_dim": [4, 4, 4], "sample_size": 96, "_name_or_path": "x"}
     config.pop("transformer_layers_per_block")
     file.write_text(json.dumps(config))
-    with find_student(finished("full", "sd")).drawing_in(sd_pipeline):
+    with find_student(finished("full", "sd")).installed_in(sd_pipeline):
         sampler, expected = sd_pipeline.scheduler, drawn(sd_pipeline)
     for place in (tmp_path / "lcm", tmp_path / "lcm" / "unet"):
-        with find_student(str(place)).drawing_in(sd_pipeline):
+        with find_student(str(place)).installed_in(sd_pipeline):
             assert sd_pipeline.scheduler.config.original_inference_steps == 25
             sd_pipeline.scheduler = sampler
             close(drawn(sd_pipeline), expected)
@@ -306,7 +306,7 @@ def test_a_public_lora_has_no_scheduler_of_its_own(sd_pipeline, finished, tmp_pa
     """It draws with the teacher's noise schedule under `LCMScheduler`, and with Diffusers' grid."""
     shutil.copy(Path(finished("lora", "sd"), "pytorch_lora_weights.safetensors"), tmp_path)
     for place in (tmp_path, tmp_path / "pytorch_lora_weights.safetensors"):
-        with find_student(str(place)).drawing_in(sd_pipeline):
+        with find_student(str(place)).installed_in(sd_pipeline):
             config = sd_pipeline.scheduler.config
             assert isinstance(sd_pipeline.scheduler, LCMScheduler) and config.original_inference_steps == 50
             assert (config.beta_schedule, config.beta_end) == ("scaled_linear", 0.012)
@@ -326,7 +326,7 @@ def test_the_parts_of_a_distillation_draw_with_its_scheduler(part, finished):
 def test_a_kohya_file_is_the_same_lora(sd_pipeline, finished):
     pictures = []
     for file in ("pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors"):
-        with find_student(str(Path(finished("lora", "sd"), file))).drawing_in(sd_pipeline):
+        with find_student(str(Path(finished("lora", "sd"), file))).installed_in(sd_pipeline):
             pictures.append(drawn(sd_pipeline, guidance_scale=1.0))
     close(*pictures)
 
@@ -335,7 +335,7 @@ def test_a_folder_with_half_precision_weights_alone_is_loaded(sd_pipeline, finis
     folder = Path(finished("full", "sd"))
     for file in ("config.json", "diffusion_pytorch_model.fp16.safetensors"):
         shutil.copy(folder / file, tmp_path)
-    with find_student(str(tmp_path)).drawing_in(sd_pipeline):
+    with find_student(str(tmp_path)).installed_in(sd_pipeline):
         assert sd_pipeline.unet.dtype == torch.float32 and not sd_pipeline.unet.training
 
 
@@ -354,10 +354,13 @@ def test_students_of_another_teacher_are_refused_and_nothing_of_them_is_left(pip
     before = drawn(pipeline)
     for kind, words in (("full", "their U-Nets differ in"), ("lora", "cannot be put into the teacher")):
         folder = finished(kind, other)
-        with refused(f"--student {folder}", words), find_student(folder).drawing_in(pipeline):
+        with refused(f"--student {folder}", words), find_student(folder).installed_in(pipeline):
             pass
     style = WeightedLora(finished("style", other), flag="--lora")
-    with refused(f"--lora {style.source}"), find_student(finished("lora", family)).drawing_in(pipeline, loras=[style]):
+    with (
+        refused(f"--lora {style.source}"),
+        find_student(finished("lora", family)).installed_in(pipeline, loras=[style]),
+    ):
         pass
     assert torch.equal(drawn(pipeline), before)
 
@@ -366,11 +369,11 @@ def test_weights_that_are_not_there_or_damaged_are_refused(sd_pipeline, finished
     shutil.copy(Path(finished("full", "sd"), "config.json"), tmp_path)
     with (
         refused(f"--student {tmp_path}: its weights cannot be loaded"),
-        find_student(str(tmp_path)).drawing_in(sd_pipeline),
+        find_student(str(tmp_path)).installed_in(sd_pipeline),
     ):
         pass
     (tmp_path / "damaged.safetensors").write_bytes(b"no weights")
-    with refused("damaged.safetensors"), find_student(str(tmp_path / "damaged.safetensors")).drawing_in(sd_pipeline):
+    with refused("damaged.safetensors"), find_student(str(tmp_path / "damaged.safetensors")).installed_in(sd_pipeline):
         pass
 
 
@@ -399,7 +402,7 @@ def test_libraries_tell_of_nothing_that_is_meant_and_of_all_else(sd_pipeline, fi
     try:
         LCMScheduler.from_config(DDIMScheduler.load_config(teachers["sd"], subfolder="scheduler"))
         style = WeightedLora(finished("style", "sd"))
-        with find_student(finished("lora", "sd")).drawing_in(sd_pipeline, loras=[style]):
+        with find_student(finished("lora", "sd")).installed_in(sd_pipeline, loras=[style]):
             pass
         assert heard == [] and capfd.readouterr() == ("", "")
         logging.getLogger("diffusers.configuration_utils").warning("The weights are those of another model")

@@ -19,7 +19,7 @@ from lcm_distill.objective.consistency import unet_output
 from lcm_distill.objective.schedule import DDIMSolver, NoiseSchedule
 from lcm_distill.run import validation
 from lcm_distill.run.validation import Validation, validation_guidance_scale
-from lcm_distill.sampling.generate import draw_latents, read_prompts, teacher_sampler
+from lcm_distill.sampling.generate import generate_latents, read_prompts, teacher_sampler
 from lcm_distill.sampling.metrics import relative_distance
 
 PROMPTS = ["a small red circle on a black background", "a large blue square on a white background"]
@@ -56,10 +56,10 @@ def seen_dtypes():
 
 
 def draw(pipeline, prompts, *, images_per_prompt, seed, **options):
-    """Pictures of each prompt, by `draw_latents` and `decode_latents`."""
+    """Pictures of each prompt, by `generate_latents` and `decode_latents`."""
     prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     seeds = range(seed, seed + len(prompts))
-    latents = draw_latents(pipeline, prompts, seeds, batch_size=images_per_prompt, **options)
+    latents = generate_latents(pipeline, prompts, seeds, batch_size=images_per_prompt, **options)
     return decode_latents(pipeline.vae, latents, 1)
 
 

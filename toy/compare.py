@@ -23,7 +23,7 @@ from lcm_distill.flags import SAMPLERS
 from lcm_distill.models.families import family_of
 from lcm_distill.models.teacher import Teacher
 from lcm_distill.sampling.finished import Student, find_students, load_teacher
-from lcm_distill.sampling.metrics import Drawn, LatentDistances
+from lcm_distill.sampling.metrics import Generated, LatentDistances
 from toy.score import RESOLUTION, Scorer, caption_accuracy, frechet_distance, real_pictures
 
 TEACHERS = {family: Path(__file__).parent / "teachers" / family for family in ("sd", "sdxl")}
@@ -45,7 +45,7 @@ class ToyMetric:
         drawn, _ = real_pictures(len(captions), seed, captions)
         self._real = self._scorer.features(drawn)
 
-    def __call__(self, drawn: Drawn) -> dict[str, float]:
+    def __call__(self, drawn: Generated) -> dict[str, float]:
         features = self._scorer.features(drawn.pictures)
         return {
             "caption_accuracy": caption_accuracy(drawn.pictures, drawn.prompts, self._scorer),

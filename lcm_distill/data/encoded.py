@@ -169,7 +169,7 @@ def _parse(files: Mapping[str, bytes]) -> Encoding:
     encoding = Encoding(**content)
     if not encoding.embeddings:
         return encoding
-    parts = _Parts(files[EMPTY_CAPTION])
+    parts = _Arrays(files[EMPTY_CAPTION])
     empty = {name: parts.array(name, "F16", shape) for name, shape in encoding.embeddings.items()}
     return dataclasses.replace(encoding, empty_caption=empty)
 
@@ -197,7 +197,7 @@ def unpack(content: bytes, encoding: Encoding, *, mirrored: bool = False, captio
     `ValueError` if it is damaged, or not what `encoding` says, for so many captions; `OtherEncoding` if its tag is that
     of another.
     """
-    parts = _Parts(content)
+    parts = _Arrays(content)
     if parts.array("encoding", "U8", (16,)).tobytes() != encoding.tag:
         raise OtherEncoding
     moments = parts.array(_MIRRORED if mirrored else "moments", "F16", encoding.moments)
@@ -212,7 +212,7 @@ def unpack(content: bytes, encoding: Encoding, *, mirrored: bool = False, captio
     return Unpacked(moments, embeddings, tuple(original), crop, tuple(picture))
 
 
-class _Parts:
+class _Arrays:
     """The arrays of a safetensors file, which stay where they lie in it; `ValueError` if it is none."""
 
     def __init__(self, content: bytes):

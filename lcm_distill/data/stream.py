@@ -48,7 +48,7 @@ from lcm_distill.flags import SHARDS_FLAG, StreamingFlags
 logger = logging.getLogger(__name__)
 
 LEAST_SEEN = 500  # samples that a process has seen before it judges how many are bad
-LEAN = 1024  # samples dropped in a row, and each doubling of that, are worth a message
+WARN_AFTER_DROPS = 1024  # samples dropped in a row, and each doubling of that, are worth a message
 WINDOW_BYTES = 256 * 2**20  # a shuffle block ends here even when it has fewer than `shuffle_window` samples
 
 SHARD_ORDER, BLOCK_ORDER, SAMPLE_DRAWS = range(3)  # what a random stream is for, so that no two share numbers
@@ -70,7 +70,7 @@ class StreamError(UsageError):
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardSlice:
     """What a consumer reads of a shard: the samples i with `low` <= (i + epoch) % consumers < `high`."""
 
     shard: int
@@ -81,7 +81,7 @@ class Part:
 
 def deal_shards(
     num_shards: int, *, seed: int, epoch: int, consumer: int, consumers: int, resampled: bool = False
-) -> list[Part]:
+) -> list[ShardSlice]:
     """What a consumer reads in an epoch, in order.
 
     Over all consumers each sample comes exactly once; with `resampled`, those of `num_shards` shards drawn with
@@ -97,12 +97,12 @@ def deal_shards(
         seen[shard] += 1
     left_over = num_shards % consumers
     dealt, shared = turns[: num_shards - left_over], turns[num_shards - left_over :]
-    parts = [Part(*turn, 0, consumers) for turn in dealt[consumer::consumers]]
+    parts = [ShardSlice(*turn, 0, consumers) for turn in dealt[consumer::consumers]]
     slot, end = consumer * left_over, (consumer + 1) * left_over
     while slot < end:
         number, low = divmod(slot, consumers)
         high = min(consumers, low + end - slot)
-        parts.append(Part(*shared[number], low, high))
+        parts.append(ShardSlice(*shared[number], low, high))
         slot += high - low
     return parts
 
@@ -214,7 +214,7 @@ class _Read:
     """A sample as it was read, and where the one after it is."""
 
     raw: RawSample
-    part: Part
+    part: ShardSlice
     index: int  # its number in the shard
     next: tuple[int, int, int | None]  # (part, sample, offset)
 
@@ -235,7 +235,7 @@ class StreamIterator:
         self.offset: int | None = 0  # which begins at this byte; None: not known, as in a compressed shard
         self.place = 0  # so many of the block's samples, in its shuffled order, are used up
         self.dropped: Counter = Counter()
-        self._lean = 0  # samples dropped since the last that was not
+        self._dropped_in_a_row = 0  # samples dropped since the last that was not
         self._tally = (_new_tally(workers) if stream.tally is None else stream.tally).numpy()  # quicker one by one
         self._samples = self._run()
 
@@ -350,10 +350,12 @@ class StreamIterator:
 
     def _drop(self, reason: str) -> None:
         self.dropped[reason] += 1
-        self._lean += 1
-        if self._lean >= LEAN and self._lean & (self._lean - 1) == 0:  # whoever waits for a batch is told why
+        self._dropped_in_a_row += 1
+        if (
+            self._dropped_in_a_row >= WARN_AFTER_DROPS and self._dropped_in_a_row & (self._dropped_in_a_row - 1) == 0
+        ):  # whoever waits for a batch is told why
             what = "worker %d of %d: none of the last %d samples can be used; dropped so far: %s"
-            logger.warning(what, self.worker, max(1, self.workers), self._lean, list_counts(self.dropped))
+            logger.warning(what, self.worker, max(1, self.workers), self._dropped_in_a_row, list_counts(self.dropped))
         if not is_filtered(reason):
             self._count(bad=True)
 
@@ -361,7 +363,7 @@ class StreamIterator:
         """Adds one sample to what this process has seen; `StreamError` if too many of them are bad."""
         self._tally[self.worker, int(bad)] += 1
         if not bad:
-            self._lean = 0
+            self._dropped_in_a_row = 0
             return
         good_ones, bad_ones = self._tally.sum(axis=0).tolist()
         seen, most = good_ones + bad_ones, self.stream.max_bad_fraction

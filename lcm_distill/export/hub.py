@@ -76,7 +76,7 @@ class HubUpload:
                 self.repo_id,
             )
 
-    def prepare(self, base_model: str | None) -> dict[str, Any]:
+    def ensure_repository(self, base_model: str | None) -> dict[str, Any]:
         """Makes the repository if it is not there yet, so that `repo_id` has its owner. Never raises.
 
         Returns the licence of `base_model`, a Hub id, as a card's `license`, `license_name` and `license_link`; empty

@@ -158,7 +158,7 @@ def _finish(
     """Writes the card and stages the upload. `usage` makes code of where the model and its teacher are found."""
     licence, name, shown = {}, str(folder), teacher
     if hub:
-        licence = hub.prepare(hub_id(teacher.model))
+        licence = hub.ensure_repository(hub_id(teacher.model))
         name = hub.repo_id
         # The public shall not read how the folders of this machine are called.
         places = {field: without_folders(getattr(teacher, field)) for field in ("model", "vae", "config")}

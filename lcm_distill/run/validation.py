@@ -15,7 +15,7 @@ from lcm_distill.distributed.fsdp import is_split, release
 from lcm_distill.flags import DistillationFlags, ValidationFlags
 from lcm_distill.models.vae import decode_latents
 from lcm_distill.run.trackers import log_pictures
-from lcm_distill.sampling.generate import check_steps, draw_latents, read_prompts
+from lcm_distill.sampling.generate import check_steps, generate_latents, read_prompts
 from lcm_distill.sampling.grid import labelled_grid
 from lcm_distill.sampling.metrics import relative_distance
 
@@ -144,7 +144,7 @@ class Validation:
         # Compiled networks draw uncompiled: their other batch size and resolution would be compiled too.
         eager = torch.compiler.set_stance("force_eager")
         with eager, self._accelerator.autocast(), self._contexts.get(label, contextlib.nullcontext)():
-            latents = draw_latents(
+            latents = generate_latents(
                 pipeline,
                 self._prompts,
                 self._seeds,

@@ -118,7 +118,7 @@ class Student:
         return self.source.endswith(".safetensors") and Path(self.source).is_file()
 
     @property
-    def is_told_the_guidance(self) -> bool:
+    def has_guidance_embedding(self) -> bool:
         """Whether it has a guidance embedding: it draws any guidance in one pass, and heeds no negative prompt.
 
         All others have a guidance in their weights: a LoRA, a LoRA merged into a U-Net. They draw at guidance_scale 1;
@@ -147,7 +147,7 @@ class Student:
         return LCMScheduler.from_config(dict(scheduler_config))
 
     @contextlib.contextmanager
-    def drawing_in(
+    def installed_in(
         self, pipeline: Any, *, fuse: bool = False, lora_scale: float = 1.0, loras: Sequence[WeightedLora] = ()
     ) -> Iterator[Any]:
         """Inside, the teacher's `pipeline` draws with this student and its sampler; then it is the teacher's again.

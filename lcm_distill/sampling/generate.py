@@ -44,7 +44,7 @@ def check_steps(flag: str, steps: int, sampler: Any, strength: float = 1.0) -> N
 
 
 @torch.no_grad()
-def draw_latents(
+def generate_latents(
     pipeline: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -85,7 +85,7 @@ def draw_latents(
 
 
 @torch.no_grad()
-def redraw_latents(
+def generate_from_picture(
     pipeline: Any,
     picture: Image.Image,
     prompts: Sequence[str],
@@ -97,7 +97,7 @@ def redraw_latents(
     batch_size: int,
     negative_prompt: str | None = None,
 ) -> torch.Tensor:
-    """What `draw_latents` returns, by img2img: from the `picture` (RGB, of the size to draw), noised by `strength`.
+    """What `generate_latents` returns, by img2img: from the `picture` (RGB, of the size to draw), noised by `strength`.
 
     It is drawn by Diffusers' img2img pipeline of the parts of `pipeline`, a text-to-image one. That takes `strength`,
     0 to 1, of the steps it is given; here the U-Net's steps are `inference_steps`, of a grid so much finer. The VAE

@@ -25,7 +25,7 @@ from lcm_distill.models.vae import decode_latents
 
 
 @dataclasses.dataclass
-class Drawn:
+class Generated:
     """A row: latents `[N, C, h, w]` on the CPU, one for each prompt; decoded when a metric asks for pictures."""
 
     prompts: Sequence[str]
@@ -49,7 +49,7 @@ class Metric(Protocol):
     @property
     def titles(self) -> Mapping[str, str]: ...
 
-    def __call__(self, drawn: Drawn) -> dict[str, float]: ...
+    def __call__(self, drawn: Generated) -> dict[str, float]: ...
 
 
 class LatentDistances:
@@ -60,10 +60,10 @@ class LatentDistances:
         "energy": "Energy distance to the teacher's answers, in latents, × 1000 (0: the same distribution)",
     }
 
-    def __init__(self, reference: Drawn):
+    def __init__(self, reference: Generated):
         self._reference = reference.latents
 
-    def __call__(self, drawn: Drawn) -> dict[str, float]:
+    def __call__(self, drawn: Generated) -> dict[str, float]:
         values = {"distance": relative_distance(drawn.latents, self._reference)} if drawn.steps == 1 else {}
         if len(drawn.latents) > 1:
             values["energy"] = 1000 * energy_distance(drawn.latents, self._reference)
@@ -84,7 +84,7 @@ class ClipScore:
             raise UsageError(f"--clip_model {model}: it has no tokenizer ({brief(error)}).") from None
 
     @torch.no_grad()
-    def __call__(self, drawn: Drawn) -> dict[str, float]:
+    def __call__(self, drawn: Generated) -> dict[str, float]:
         scores = []
         for first in range(0, len(drawn.pictures), 16):
             tokens = self._tokenizer(
@@ -120,7 +120,7 @@ class Cmmd:
             rows.append(self._model.visual_projection(hidden).cpu().double())  # Apple's GPUs have no float64
         return torch.nn.functional.normalize(torch.cat(rows))
 
-    def __call__(self, drawn: Drawn) -> dict[str, float]:
+    def __call__(self, drawn: Generated) -> dict[str, float]:
         return {"cmmd": 1000 * squared_mmd(self._embed(drawn.pictures), self._reference)}
 
 
@@ -153,7 +153,7 @@ class Fid:
         self._reference = _Pictures(reference)
         return self
 
-    def __call__(self, drawn: Drawn) -> dict[str, float]:
+    def __call__(self, drawn: Generated) -> dict[str, float]:
         values = self._calculate(input1=_Pictures(drawn.pictures), input2=self._reference)
         return {"fid": float(values["frechet_inception_distance"])}
 
