@@ -99,7 +99,7 @@ from typing import Any
 import torch
 
 from lcm_distill.distributed.compiling import compile_networks
-from lcm_distill.environment import check_writable, device_name, choose_device, memory_errors, quiet_libraries
+from lcm_distill.environment import check_writable, choose_device, device_name, memory_errors, quiet_libraries
 from lcm_distill.models.teacher import Teacher
 from lcm_distill.models.vae import decode_latents
 from lcm_distill.sampling.finished import Student, find_students, load_teacher, natural_resolution

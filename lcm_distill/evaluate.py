@@ -98,12 +98,12 @@ import numpy as np
 from diffusers import LCMScheduler
 from PIL import Image
 
-from lcm_distill.environment import check_writable, device_name, choose_device, memory_errors, quiet_libraries, versions
+from lcm_distill.environment import check_writable, choose_device, device_name, memory_errors, quiet_libraries, versions
 from lcm_distill.models.teacher import Teacher
 from lcm_distill.sampling.finished import Student, find_students, load_teacher, natural_resolution
 from lcm_distill.sampling.generate import check_steps, generate_latents, read_prompts, teacher_sampler
 from lcm_distill.sampling.grid import labelled_grid
-from lcm_distill.sampling.metrics import ClipScore, Cmmd, Generated, Fid, LatentDistances, Metric
+from lcm_distill.sampling.metrics import ClipScore, Cmmd, Fid, Generated, LatentDistances, Metric
 
 CONTROL = "untrained control"
 

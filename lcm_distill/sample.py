@@ -182,9 +182,9 @@ from lcm_distill.sampling.finished import (
 )
 from lcm_distill.sampling.generate import (
     check_steps,
+    generate_from_picture,
     generate_latents,
     read_prompts,
-    generate_from_picture,
     teacher_sampler,
 )
 from lcm_distill.sampling.grid import labelled_grid, shown

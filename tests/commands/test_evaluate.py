@@ -25,7 +25,7 @@ from lcm_distill.objective.schedule import lcm_scheduler
 from lcm_distill.sampling import metrics
 from lcm_distill.sampling.finished import Student, find_students, load_teacher
 from lcm_distill.sampling.generate import teacher_sampler
-from lcm_distill.sampling.metrics import ClipScore, Cmmd, Generated, Fid, LatentDistances, Toy, squared_mmd
+from lcm_distill.sampling.metrics import ClipScore, Cmmd, Fid, Generated, LatentDistances, Toy, squared_mmd
 from toy import compare
 from toy.score import real_pictures
 

@@ -32,7 +32,7 @@ from lcm_distill.run.report import (
     write_report,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&amp;"
 
 

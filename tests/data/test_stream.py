@@ -34,7 +34,7 @@ from lcm_distill.data.shards import count_samples, expand_shards
 from lcm_distill.data.stream import DropCounter, ShardStream, StreamIterator, deal_shards, make_loader
 from lcm_distill.errors import UsageError
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores, on purpose
 

@@ -22,7 +22,7 @@ from lcm_distill.distributed.fsdp import prepare, settle_engine
 from lcm_distill.errors import UsageError
 from toy.make_shards import make_shards
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 # Every run in one launch: what takes long on a slow machine is to import and to warm up. (folder, engine, program,

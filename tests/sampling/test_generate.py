@@ -21,8 +21,8 @@ from lcm_distill.objective.schedule import DDIMSolver, NoiseSchedule
 from lcm_distill.sampling.finished import load_teacher
 from lcm_distill.sampling.generate import (
     check_steps,
-    generate_latents,
     generate_from_picture,
+    generate_latents,
     steps_before_strength,
     teacher_sampler,
 )
