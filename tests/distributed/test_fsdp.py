@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from test_programs import drawn, result, same, torchrun, weights
 
-from lcm_distill.distributed.fsdp import prepare, settle_engine
+from lcm_distill.distributed.fsdp import prepare_for_training, settle_engine
 from lcm_distill.errors import UsageError
 from toy.make_shards import make_shards
 
@@ -99,9 +99,9 @@ for number, (engine, program, argv) in enumerate(json.loads(open(sys.argv[1]).re
     module = importlib.import_module(f"train_lcm_distill_{{program}}_wds")
     def sharding_(accelerator, *given):
         networks.extend(given)
-        sharding.shard(accelerator, *given)
+        sharding.split(accelerator, *given)
     def preparing(accelerator, network, optimizer):
-        network, optimizer = sharding.prepare(accelerator, network, optimizer)
+        network, optimizer = sharding.prepare_for_training(accelerator, network, optimizer)
         if sharding.saves_together(accelerator):
             seen["optimizer"] = optimizer
         return network, optimizer
@@ -271,7 +271,7 @@ def test_8_bit_adam_is_refused():
     bitsandbytes = pytest.importorskip("bitsandbytes")
     optimizer = bitsandbytes.optim.AdamW8bit([torch.nn.Parameter(torch.zeros(3))])
     with pytest.raises(UsageError, match="--use_8bit_adam does not go with FSDP"):
-        prepare(engine(), torch.nn.Linear(1, 1), optimizer)
+        prepare_for_training(engine(), torch.nn.Linear(1, 1), optimizer)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

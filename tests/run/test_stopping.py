@@ -18,7 +18,7 @@ from lcm_distill.run import checkpoint as checkpoint_module
 from lcm_distill.run import stopping as ending_module
 from lcm_distill.run.checkpoint import list_checkpoints
 from lcm_distill.run.progress import Progress
-from lcm_distill.run.stopping import Ending
+from lcm_distill.run.stopping import Stopping
 from lcm_distill.run.trackers import log_values
 
 PROGRAM = "train_lcm_distill_sd_wds"
@@ -75,10 +75,10 @@ def test_a_signal_finishes_the_step_saves_and_the_run_goes_on_as_if_nothing_were
 def test_a_second_signal_ends_at_once(monkeypatch):
     monkeypatch.setattr(ending_module, "_ECHO", 0.05)
     before = signal.getsignal(signal.SIGINT)
-    ending = Ending(Accelerator(cpu=True), None)
+    ending = Stopping(Accelerator(cpu=True), None)
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)  # its echo, from the launcher
-    assert ending.asked() and ending.reason == "SIGINT"
+    assert ending.requested() and ending.reason == "SIGINT"
     time.sleep(0.06)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
@@ -95,10 +95,10 @@ def test_the_clock_ends_a_run(command, run, tmp_path, caplog):
 
 def test_the_launcher_s_death_ends_a_run(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    ending = Ending(Accelerator(cpu=True), None)
-    assert not ending.asked()
+    ending = Stopping(Accelerator(cpu=True), None)
+    assert not ending.requested()
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    assert ending.asked() and ending.reason == "the launcher is gone"
+    assert ending.requested() and ending.reason == "the launcher is gone"
     ending.close()
 
 
@@ -232,8 +232,8 @@ def test_ending_works_beside_the_main_thread():
     found = []
 
     def elsewhere():
-        ending = Ending(Accelerator(cpu=True), 0.0)
-        found.append(ending.asked())
+        ending = Stopping(Accelerator(cpu=True), 0.0)
+        found.append(ending.requested())
         ending.close()
 
     thread = threading.Thread(target=elsewhere)
