@@ -161,7 +161,7 @@ def test_what_users_load_is_uploaded_and_nothing_else(tmp_path):
         (tmp_path / name).write_bytes(b"")
     staged: list[str] = []
     hub = SimpleNamespace(
-        repo_id="me/model", prepare=lambda base: {}, stage=lambda files, message: staged.extend(sorted(files))
+        repo_id="me/model", ensure_repository=lambda base: {}, stage=lambda files, message: staged.extend(sorted(files))
     )
     export(tmp_path, hub=hub)
     assert staged == [

@@ -192,8 +192,8 @@ def test_the_command_means_the_same_run(more):
     """What a shell and the program make of it: the flags of the launch, but with `latest` and without a token."""
     words = in_a_shell(resume_command(["some folder/train.py", *NEEDED, *more]))
     assert words[:2] == ["launch", "some folder/train.py"]
-    expected = vars(program.parse_args([*NEEDED, *more]))
-    assert vars(program.parse_args(words[2:])) == expected | {"resume_from_checkpoint": "latest", "hub_token": None}
+    expected = program.parse_args([*NEEDED, *more]).flat()
+    assert program.parse_args(words[2:]).flat() == expected | {"resume_from_checkpoint": "latest", "hub_token": None}
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_no_secret_of_the_shards_is_in_the_command(shards, joined):
     flag = "--train_shards_path_or_url"
     command = resume_command(["train.py", *([f"{flag}={shards}"] if joined else [flag, shards])])
     assert "SECRET" not in command
-    shown = program.parse_args([*NEEDED, *in_a_shell(command)[2:]]).train_shards_path_or_url
+    shown = program.parse_args([*NEEDED, *in_a_shell(command)[2:]]).streaming.train_shards_path_or_url
     assert shown == public_flags({"train_shards_path_or_url": shards})["train_shards_path_or_url"] and "…" in shown
 
 
@@ -227,7 +227,7 @@ def test_the_command_is_in_lines_that_a_terminal_shows():
 
 def test_a_launch_is_described_without_secrets(tmp_path, monkeypatch):
     argv = [*NEEDED, "--hub_token", "hf_SECRET", "--train_shards_path_or_url", "pipe:SECRET", "--max_train_steps", "9"]
-    run = {"program": program.PROGRAM, "seed": 3, "flags": public_flags(vars(program.parse_args(argv))), "trackers": {}}
+    run = {"program": program.PROGRAM, "seed": 3, "flags": public_flags(program.parse_args(argv).flat()), "trackers": {}}
     accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=2, mixed_precision="bf16")
     monkeypatch.chdir(tmp_path)
     launch = describe_launch(accelerator, run, steps=9, argv=argv)

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from lcm_distill import flags
 from lcm_distill.errors import SaveError
 from lcm_distill.run import checkpoint as checkpoint_module
-from lcm_distill.run import stopping as ending_module
+from lcm_distill.run import stopping as stopping_module
 from lcm_distill.run.checkpoint import list_checkpoints
 from lcm_distill.run.progress import Progress
 from lcm_distill.run.stopping import Stopping
@@ -58,13 +58,13 @@ def test_a_signal_finishes_the_step_saves_and_the_run_goes_on_as_if_nothing_were
     options = {"steps": 4, "learning_rate": 1e-3, "dataloader_num_workers": 1}
     before = signal.getsignal(number)
     run(PROGRAM, command("whole", **options))
-    assert "ended behind" not in caplog.text
+    assert "stopped after" not in caplog.text
     with monkeypatch.context() as patch:
         signal_after(patch, number, 2)
         run(PROGRAM, command("out", **options))
     assert [path.name for path in list_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
     assert not (tmp_path / "out" / "unet").exists()
-    assert f"{number.name}: ended behind step 2; --resume_from_checkpoint latest goes on" in caplog.text
+    assert f"{number.name}: stopped after step 2; resume with --resume_from_checkpoint latest" in caplog.text
     assert signal.getsignal(number) is before
     run(PROGRAM, command("out", resume_from_checkpoint="latest", **options))
     for name in ("unet", "unet_target"):
@@ -73,12 +73,12 @@ def test_a_signal_finishes_the_step_saves_and_the_run_goes_on_as_if_nothing_were
 
 
 def test_a_second_signal_ends_at_once(monkeypatch):
-    monkeypatch.setattr(ending_module, "_ECHO", 0.05)
+    monkeypatch.setattr(stopping_module, "_ECHO", 0.05)
     before = signal.getsignal(signal.SIGINT)
-    ending = Stopping(Accelerator(cpu=True), None)
+    stopping = Stopping(Accelerator(cpu=True), None)
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)  # its echo, from the launcher
-    assert ending.requested() and ending.reason == "SIGINT"
+    assert stopping.requested() and stopping.reason == "SIGINT"
     time.sleep(0.06)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
@@ -89,17 +89,17 @@ def test_a_second_signal_ends_at_once(monkeypatch):
 def test_the_clock_ends_a_run(command, run, tmp_path, caplog):
     run(PROGRAM, command(steps=500, max_train_time="1s"))
     (last,) = list_checkpoints(tmp_path / "out")
-    assert "--max_train_time 0:00:01 is over: ended behind step" in caplog.text
+    assert "--max_train_time 0:00:01 is over: stopped after step" in caplog.text
     assert 0 < json.loads((last / "run.json").read_text())["global_step"] < 500
 
 
 def test_the_launcher_s_death_ends_a_run(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    ending = Stopping(Accelerator(cpu=True), None)
-    assert not ending.requested()
+    stopping = Stopping(Accelerator(cpu=True), None)
+    assert not stopping.requested()
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    assert ending.requested() and ending.reason == "the launcher is gone"
-    ending.close()
+    assert stopping.requested() and stopping.reason == "the launcher has died"
+    stopping.close()
 
 
 def test_workers_leave_signals_to_the_run(command, run, tmp_path, monkeypatch, caplog):
@@ -232,9 +232,9 @@ def test_ending_works_beside_the_main_thread():
     found = []
 
     def elsewhere():
-        ending = Stopping(Accelerator(cpu=True), 0.0)
-        found.append(ending.requested())
-        ending.close()
+        stopping = Stopping(Accelerator(cpu=True), 0.0)
+        found.append(stopping.requested())
+        stopping.close()
 
     thread = threading.Thread(target=elsewhere)
     thread.start()

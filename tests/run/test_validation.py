@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline, LCMScheduler
 from PIL import Image
 
 from lcm_distill.errors import UsageError
+from lcm_distill.flags import DistillationFlags, ValidationFlags
 from lcm_distill.models import sd, sdxl
 from lcm_distill.models.vae import decode_latents, encode_pixels
 from lcm_distill.objective.consistency import unet_output
@@ -112,9 +113,10 @@ def test_prompt_files_that_cannot_be_used_are_told(tmp_path, monkeypatch, value,
 
 
 @pytest.mark.parametrize("w_min, w_max, expected", [(5, 15, 8), (1, 5, 6), (9, 12, 10), (7.5, 7.5, 8.5)])
-def test_default_guidance_scale_lies_in_the_trained_range(w_min, w_max, expected):
-    assert validation_guidance_scale(None, w_min, w_max) == expected
-    assert validation_guidance_scale(1.5, w_min, w_max) == 1.5
+def test_default_guidance_scale_is_in_the_trained_range(w_min, w_max, expected):
+    trained = DistillationFlags(w_min=w_min, w_max=w_max)
+    assert validation_guidance_scale(ValidationFlags(), trained) == expected
+    assert validation_guidance_scale(ValidationFlags(validation_guidance_scale=1.5), trained) == 1.5
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
@@ -248,14 +250,31 @@ def fake_accelerator(trackers=(), is_main_process=True, autocast=nullcontext):
     )
 
 
+# A test's short names of the flags.
+FLAGS = {
+    "images_per_prompt": "num_validation_images",
+    "inference_steps": "validation_inference_steps",
+    "teacher_steps": "validation_teacher_steps",
+}
+
+
 def make(pipelines, teacher, output_dir, *, accelerator=None, **options):
+    builders = {label: partial(lambda pipeline: pipeline, pipeline) for label, pipeline in pipelines.items()}
+    return make_of(builders, lambda: teacher, output_dir, accelerator=accelerator, **options)
+
+
+def make_of(builders, teacher, output_dir, *, accelerator=None, **options):
     chosen = {
         "prompts": ["a", "b"], "inference_steps": [4, 1, 4], "teacher_steps": 9, "teacher_guidance_scale": 5.0,
         "batch_size": 16,
     } | DRAWING | {"resolution": 8} | options  # fmt: skip
-    where = None if output_dir is None else str(output_dir)
-    builders = {label: partial(lambda pipeline: pipeline, pipeline) for label, pipeline in pipelines.items()}
-    return Validation(accelerator or fake_accelerator(), builders, lambda: teacher, output_dir=where, **chosen)
+    run = SimpleNamespace(
+        accelerator=accelerator or fake_accelerator(),
+        seed=chosen.pop("seed"),
+        output_dir=None if output_dir is None else str(output_dir),
+    )
+    flags = ValidationFlags(**{flag: chosen.pop(name) for name, flag in FLAGS.items()})
+    return Validation(run, flags, builders, teacher, **chosen)
 
 
 def test_each_pipeline_draws_a_row_for_each_number_of_steps(tmp_path, monkeypatch, caplog):
@@ -316,11 +335,8 @@ def test_without_pictures_nothing_is_built_or_drawn(tmp_path):
     def never():
         pytest.fail("a pipeline was asked for")
 
-    options = {"output_dir": str(tmp_path), "teacher_steps": 9, "teacher_guidance_scale": 5.0, "inference_steps": [1]}
-    options["batch_size"] = 2
-    none = {"images_per_prompt": 0}
-    for some in ({"prompts": ["a"]} | none, {"prompts": []}):
-        validate = Validation(fake_accelerator(), {"student": never}, never, at_hand=never, **options | DRAWING | some)
+    for options in ({"images_per_prompt": 0}, {"prompts": []}):
+        validate = make_of({"student": never}, never, tmp_path, all_loaded=never, **options)
         assert validate(1) == {} == validate.measured
     assert not list(tmp_path.iterdir())
 
@@ -359,7 +375,7 @@ def test_a_pipeline_draws_within_its_context(tmp_path):
             return super().__call__(*args, **options)
 
     make(
-        {"student": Watched(2.0)}, Watched(1.0), tmp_path, prompts=["a"], inference_steps=[1], within={"teacher": off}
+        {"student": Watched(2.0)}, Watched(1.0), tmp_path, prompts=["a"], inference_steps=[1], contexts={"teacher": off}
     )(1)
     assert seen == [(1.0, "off"), (2.0,)]
 
