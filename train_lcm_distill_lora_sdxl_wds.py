@@ -43,7 +43,7 @@ from lcm_distill.models.frozen import batch_latents, check_encoding
 from lcm_distill.models.lora import TARGET, AdapterShape, Lora, prepare_without_autocast
 from lcm_distill.models.teacher import Teacher, read_configs
 from lcm_distill.objective import consistency as lcd
-from lcm_distill.objective.schedule import DDIMSolver, NoiseSchedule, lcm_scheduler
+from lcm_distill.objective.schedule import DDIMSolver, NoiseSchedule, build_lcm_scheduler
 from lcm_distill.run.accelerator import autocast_over, inference_dtype
 from lcm_distill.run.optim import build_lr_scheduler, build_optimizer
 from lcm_distill.run.run import Run
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     preparation = Preparation.from_flags(args.preparation)
     teacher = Teacher.from_flags(args.teacher)
     configs = read_configs(teacher, family=family.NAME, resolution=resolution, num_ddim_timesteps=steps)
-    sampler = lcm_scheduler(configs.scheduler, steps, distillation.timestep_scaling_factor)
+    sampler = build_lcm_scheduler(configs.scheduler, steps, distillation.timestep_scaling_factor)
     ddim = teacher_sampler(configs.scheduler)
     prompts = check_validation(args.validation, sampler, ddim)
     shape = AdapterShape.from_flags(args.student, configs.unet)

@@ -35,14 +35,14 @@ import torch
 from lcm_distill.data.preparation import Preparation
 from lcm_distill.data.shards import count_samples, expand_shards
 from lcm_distill.data.stream import open_loader
-from lcm_distill.distributed.fsdp import optimizer_parts, prepare_for_training, split, whole_device
+from lcm_distill.distributed.fsdp import device_before_split, optimizer_parts, prepare_for_training, split
 from lcm_distill.export.weights import export_full_student
 from lcm_distill.models import sd as family
 from lcm_distill.models import student as unets
 from lcm_distill.models.frozen import batch_latents, check_encoding
 from lcm_distill.models.teacher import Teacher, read_configs
 from lcm_distill.objective import consistency as lcd
-from lcm_distill.objective.schedule import DDIMSolver, NoiseSchedule, lcm_scheduler
+from lcm_distill.objective.schedule import DDIMSolver, NoiseSchedule, build_lcm_scheduler
 from lcm_distill.run.accelerator import autocast_over, inference_dtype
 from lcm_distill.run.optim import build_lr_scheduler, build_optimizer
 from lcm_distill.run.run import Run
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     preparation = Preparation.from_flags(args.preparation)
     teacher = Teacher.from_flags(args.teacher)
     configs = read_configs(teacher, family=family.NAME, resolution=resolution, num_ddim_timesteps=steps)
-    sampler = lcm_scheduler(configs.scheduler, steps, distillation.timestep_scaling_factor)
+    sampler = build_lcm_scheduler(configs.scheduler, steps, distillation.timestep_scaling_factor)
     ddim = teacher_sampler(configs.scheduler)
     prompts = check_validation(args.validation, sampler, ddim)
     architecture = unets.full_student_architecture(configs.unet, args.student)
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     teacher_dtype = dtype if args.speed.cast_teacher_unet else torch.float32
     frozen = family.load_frozen(teacher, device=device, dtype=dtype, encoding=preparation.encoding)
     student = unets.student_from_teacher(frozen.unet, args.student.unet_time_cond_proj_dim)
-    student.to(whole_device(accelerator))
+    student.to(device_before_split(accelerator))
     target = unets.target_from_student(student)
     unets.cast(frozen.unet, teacher_dtype)
     unets.to_channels_last(frozen.unet)

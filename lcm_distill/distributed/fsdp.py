@@ -1,9 +1,9 @@
-"""Networks split over the ranks (FSDP2), and the same calls for what leaves them whole: one process, DDP, ZeRO-2.
+"""Networks split over the ranks (FSDP2), and the same calls for runs that do not split them: one process, DDP, ZeRO-2.
 
 A split network's parameters are DTensors: each rank holds a slice of every one. `fully_shard` gathers a unit's
 parameters just before its forward or backward pass and frees them right after, so that a rank needs memory for its
-slices and for one unit; gradients, optimizer state and the moving average exist as slices only. On the disk everything
-is whole: a checkpoint can be resumed on another number of ranks, and with or without FSDP.
+slices and for one unit; gradients, optimizer state and the moving average exist as slices only. Files hold complete
+tensors: a checkpoint can be resumed on another number of ranks, and with or without FSDP.
 """
 
 import itertools
@@ -26,13 +26,13 @@ from lcm_distill.distributed.zero import ZeroAccelerator, ZeroOptimizer, check_z
 from lcm_distill.errors import UsageError
 
 
-def settle_engine(accelerator: Accelerator, *, can_split: bool) -> None:
-    """Readies Accelerate's engine; `UsageError` for one that the program does not run on.
+def configure_engine(accelerator: Accelerator, *, can_split: bool) -> None:
+    """Completes Accelerate's setup of FSDP or DeepSpeed; `UsageError` for settings that the program does not support.
 
-    `can_split` says whether the program can split what it trains over the ranks.
+    `can_split`: whether the program can split what it trains over the ranks.
     """
     if _asks_for_fsdp() and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # Accelerate passes over FSDP on CPUs without a word, although PyTorch does it there too.
+        # Accelerate silently ignores FSDP on CPUs, although PyTorch supports it there too.
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
     if isinstance(accelerator, ZeroAccelerator):
@@ -52,10 +52,11 @@ def settle_engine(accelerator: Accelerator, *, can_split: bool) -> None:
     }
     for name, remedy in wrong.items():
         if remedy:
-            raise UsageError(f"`accelerate config` sets {name} to what this program does not do: {remedy}.")
+            raise UsageError(f"`accelerate config` sets {name} to a value that is not supported: {remedy}.")
     if accelerator.mixed_precision == "fp16":
-        raise UsageError("--mixed_precision fp16 does not go with FSDP; take bf16.")
-    # With it, Transformers would load the text encoders, which are not split, as empty on all ranks but one.
+        raise UsageError("--mixed_precision fp16 is not supported with FSDP; use bf16.")
+    # RAM-efficient loading leaves Transformers' models, here the text encoders, which are not split, empty on all ranks
+    # but one.
     disable_fsdp_ram_efficient_loading()
 
 
@@ -64,27 +65,27 @@ def _asks_for_fsdp() -> bool:
 
 
 def is_split(accelerator: Accelerator) -> bool:
-    """Whether the run splits its networks: then what uses them (drawing, saving) is done by all ranks together."""
+    """Whether the run splits its networks over the ranks: then all ranks must generate and save together."""
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def saves_together(accelerator: Accelerator) -> bool:
-    """Whether every rank takes part in saving, because networks or the optimizer's state are split over them."""
+def all_ranks_save(accelerator: Accelerator) -> bool:
+    """Whether every rank takes part in saving, because networks or the optimizer's state are split over the ranks."""
     return is_split(accelerator) or isinstance(accelerator, ZeroAccelerator)
 
 
-def whole_device(accelerator: Accelerator) -> torch.device:
-    """Where to hold whole networks: on the run's device, or in the CPU's memory when `split` splits them next."""
+def device_before_split(accelerator: Accelerator) -> torch.device:
+    """Where to keep a network that `split` receives next: the CPU if it will be split, else the run's device."""
     return torch.device("cpu") if is_split(accelerator) else accelerator.device
 
 
 def split(accelerator: Accelerator, *networks: UNet2DConditionModel) -> None:
-    """Splits each network over the ranks, in place, if the run shards at all; before an optimizer is built.
+    """Splits each network over the ranks, in place, if the run does so at all; call it before building an optimizer.
 
-    In mixed precision units are gathered in it, which halves the traffic; slices, their gradients and the sums of
-    gradients over the ranks keep float32. The networks are then on the accelerator's device and cannot be copied.
+    In bf16 the parameters of a unit are gathered in bf16, which halves the traffic; slices, their gradients and the
+    sums of gradients over the ranks stay float32. Split networks are on the accelerator's device, and cannot be copied.
     """
-    if is_split(accelerator) or isinstance(accelerator, ZeroAccelerator):  # neither keeps another layout
+    if is_split(accelerator) or isinstance(accelerator, ZeroAccelerator):  # neither preserves channels-last
         for parameter in itertools.chain.from_iterable(network.parameters() for network in networks):
             parameter.data = parameter.data.contiguous()
     if not is_split(accelerator):
@@ -94,9 +95,9 @@ def split(accelerator: Accelerator, *networks: UNet2DConditionModel) -> None:
     precision = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for network in networks:
         trains = any(parameter.requires_grad for parameter in network.parameters())
-        # A frozen network has no backward pass that would free what its forward pass gathered.
+        # A frozen network has no backward pass to free what its forward pass has gathered.
         reshard = accelerator.state.fsdp_plugin.reshard_after_forward if trains else True
-        # What is left of a U-Net (convolutions at its ends, embeddings, samplers) is one unit more.
+        # The rest of a U-Net (first and last convolution, embeddings, down- and upsamplers) is one more unit.
         units = [module for module in network.modules() if type(module).__name__ in BLOCKS]
         for module in [*units, network]:
             fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
@@ -105,35 +106,37 @@ def split(accelerator: Accelerator, *networks: UNet2DConditionModel) -> None:
 def prepare_for_training(
     accelerator: Accelerator, network: UNet2DConditionModel, optimizer: torch.optim.Optimizer
 ) -> tuple[Any, AcceleratedOptimizer]:
-    """`accelerator.prepare(network, optimizer)`, for a network that `split` may have split, or for ZeRO.
+    """`accelerator.prepare(network, optimizer)`, for a network that `split` may have split, and for ZeRO.
 
-    Accelerate itself would split the network by its own rules, and write it into each checkpoint a second time.
+    With FSDP, Accelerate's own would split the network its own way, and save it in each checkpoint a second time.
     """
     if isinstance(accelerator, ZeroAccelerator):
         return prepare_zero(accelerator, network, optimizer)
     if not is_split(accelerator):
         return accelerator.prepare(network, optimizer)
     if type(optimizer).__module__.startswith("bitsandbytes"):
-        raise UsageError("--use_8bit_adam does not go with FSDP, which splits the optimizer's state already; leave it.")
+        raise UsageError(
+            "--use_8bit_adam is not supported with FSDP, which splits the optimizer's state; leave it out."
+        )
     return network, AcceleratedOptimizer(optimizer, device_placement=False)
 
 
-def release(network: torch.nn.Module) -> None:
-    """Frees what a forward pass without a backward pass, as drawing does, has left gathered."""
+def free_gathered(network: torch.nn.Module) -> None:
+    """Frees parameters that a forward pass without a backward pass has left gathered; nothing if it is not split."""
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor in one piece, on every rank; every rank calls it."""
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """The complete tensor, on every rank; every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def save_whole(network: UNet2DConditionModel, *folders: Path) -> None:
-    """Saves a network in one piece, as Diffusers does, from the main process. Every rank calls it if it is split.
+def save_network(network: UNet2DConditionModel, *folders: Path) -> None:
+    """Saves a complete network, as Diffusers does, from the main process. If it is split, every rank must call it.
 
-    The main process then holds the whole network in the CPU's memory, and each rank one whole weight at a time.
+    For a split network the main process needs CPU memory for all of it, and each rank memory for one complete weight.
     """
     is_main = PartialState().is_main_process
     if _is_split_over_ranks(network):
@@ -147,8 +150,8 @@ def save_whole(network: UNet2DConditionModel, *folders: Path) -> None:
             network.save_pretrained(folder)
 
 
-def load_whole(network: UNet2DConditionModel, folder: Path) -> None:
-    """Loads weights that `save_whole` saved, whether or not the network is split now or was then."""
+def load_network(network: UNet2DConditionModel, folder: Path) -> None:
+    """Loads weights that `save_network` saved, whether the network is split or not, and whether it was then."""
     state = UNet2DConditionModel.from_pretrained(folder).state_dict()
     if _is_split_over_ranks(network):
         own = network.state_dict()
@@ -157,9 +160,9 @@ def load_whole(network: UNet2DConditionModel, folder: Path) -> None:
 
 
 class SplitOptimizer:
-    """The state of a split network's optimizer as a part of a checkpoint: the file that Accelerate writes otherwise.
+    """The optimizer of a split network as a part of a checkpoint: the same file that Accelerate writes without FSDP.
 
-    Every rank calls its methods. The main process holds the whole state in the CPU's memory while it saves.
+    Every rank must call its methods. While saving, the main process holds the complete state in CPU memory.
     """
 
     def __init__(self, optimizer: AcceleratedOptimizer):
@@ -172,14 +175,14 @@ class SplitOptimizer:
         for index, values in state["state"].items():
             gathered[index] = {}
             for name, value in values.items():
-                value = whole(value)  # every rank takes part, and lets go of it at once
+                value = gather(value)  # by all ranks; freed at once on the others
                 if is_main:
                     gathered[index][name] = value.cpu()
         if is_main:
             torch.save(state | {"state": gathered}, file)
 
     def load(self, file: Path) -> None:
-        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)  # a rank reads its slices alone
+        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)  # each rank reads its slices only
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         state["state"] = {
             index: {
@@ -192,7 +195,7 @@ class SplitOptimizer:
 
 
 def optimizer_parts(accelerator: Accelerator, optimizer: AcceleratedOptimizer) -> dict[str, Any]:
-    """What a checkpoint must hold beside the networks: nothing where Accelerate saves the optimizer itself."""
+    """The optimizer as a part of a checkpoint, by file name; empty where Accelerate saves it itself."""
     if isinstance(accelerator, ZeroAccelerator):
         return {"optimizer.bin": ZeroOptimizer(optimizer)}
     return {"optimizer.bin": SplitOptimizer(optimizer)} if is_split(accelerator) else {}
@@ -203,8 +206,8 @@ def _is_split_over_ranks(network: torch.nn.Module) -> bool:
 
 
 def _split_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This rank's slice of a whole tensor, split as `like` is; no rank waits for another."""
+    """This rank's slice of a complete `tensor`, split as `like` is; no communication."""
     if not isinstance(like, DTensor):
         return tensor
     split = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-    return split.clone()  # of a whole that can then go
+    return split.clone()  # or the slice would keep the complete tensor alive

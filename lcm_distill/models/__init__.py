@@ -1,0 +1,12 @@
+"""The networks of a distillation.
+
+    teacher         where a teacher's weights and configs come from: folder, Hub, single file
+    frozen          its parts that do not train, loaded on first use
+    sd, sdxl        the two families: text encoders, conditioning, pipeline
+    families        the interface of a family, and which one a teacher belongs to
+    vae             pictures to latents, and back
+    student         full students, their targets, speed and memory flags
+    lora            LoRA students
+
+May import `errors`, `flags`, `objective`, `distributed` and `data`.
+"""

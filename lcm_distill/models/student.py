@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.utils import is_xformers_available
 
 from lcm_distill.distributed.compiling import compile_networks
-from lcm_distill.distributed.fsdp import load_whole, save_whole
+from lcm_distill.distributed.fsdp import load_network, save_network
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import FullStudentFlags, SpeedFlags
 
@@ -70,10 +70,10 @@ class UNetPart:
         self._unet = unet
 
     def save(self, folder: Path) -> None:
-        save_whole(self._unet, folder)
+        save_network(self._unet, folder)
 
     def load(self, folder: Path) -> None:
-        load_whole(self._unet, folder)
+        load_network(self._unet, folder)
 
 
 def architecture(config: Mapping[str, Any]) -> dict[str, Any]:

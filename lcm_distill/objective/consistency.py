@@ -1,13 +1,12 @@
-"""The latent consistency distillation (LCD) objective: arXiv 2310.04378, Algorithm 1.
+"""Latent consistency distillation (LCD): Algorithm 1 of arXiv 2310.04378.
 
-The guidance convention, here and in every flag, is the paper's: `cond + w · (cond − uncond)`, so that w = 0 is
-no guidance. The pipelines' `guidance_scale` is w + 1.
-
-    f(x, t)  = c_skip(t) · x + c_out(t) · x̂_0(x, t)       the consistency function, `ConsistencyFunction`
+    f(x, t)  = c_skip(t) · x + c_out(t) · x0(x, t)         the consistency function, `ConsistencyFunction`
     ẑ_n      = (1 + w) · Ψ(c) − w · Ψ(∅)                   the guided teacher's solver step, `guided_prediction`
     loss     = d(f_θ(z_{n+k}), f_θ⁻(ẑ_n))                  `consistency_loss`
+    θ⁻       ← μ · θ⁻ + (1 − μ) · θ                        the target, `update_ema`
 
-Everything but the networks is float32.
+Guidance is the paper's w, here and in every flag: `cond + w · (cond − uncond)`, so that w = 0 is no guidance. The
+pipelines' `guidance_scale` is w + 1. Everything but the networks is float32.
 """
 
 import math
@@ -25,7 +24,7 @@ Conditioning = Mapping[str, Any]  # keyword arguments of the U-Net: tensors `[B,
 def boundary_scalings(
     timesteps: torch.Tensor, timestep_scaling: float = 10.0, sigma_data: float = 0.5
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """c_skip and c_out, float32 `[B]`, of Diffusers' `LCMScheduler`: 1 and 0 at timestep 0.
+    """c_skip and c_out, float32 `[B]`, as in Diffusers' `LCMScheduler`: 1 and 0 at timestep 0.
 
     With s = timestep_scaling · t: c_skip = σ_d² / (s² + σ_d²) and c_out = s / √(s² + σ_d²).
     """
@@ -36,7 +35,7 @@ def boundary_scalings(
 
 
 class ConsistencyFunction:
-    """f(x, t) of a U-Net whose raw output is given: float32 `[B, C, H, W]`, the identity at timestep 0."""
+    """f(x, t) from a U-Net's raw output: float32 `[B, C, H, W]`, the identity at timestep 0."""
 
     def __init__(self, schedule: NoiseSchedule, timestep_scaling: float = 10.0):
         self.schedule = schedule
@@ -44,14 +43,14 @@ class ConsistencyFunction:
 
     def __call__(self, output: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         c_skip, c_out = boundary_scalings(timesteps, self.timestep_scaling)
-        sample = self.schedule.predict_sample(output, noisy, timesteps)
-        return per_sample(c_skip, noisy) * noisy.float() + per_sample(c_out, noisy) * sample
+        x0 = self.schedule.predict_x0(output, noisy, timesteps)
+        return per_sample(c_skip, noisy) * noisy.float() + per_sample(c_out, noisy) * x0
 
 
 def draw_guidance(
     w_min: float, w_max: float, batch: int, generator: torch.Generator, device: torch.device | str
 ) -> torch.Tensor | float:
-    """w, uniform in [w_min, w_max], float32 `[batch]`; a plain number, and nothing drawn, when the two are equal."""
+    """w, uniform in [w_min, w_max], float32 `[batch]`; where the two are equal, a float, and nothing is drawn."""
     if w_min == w_max:
         return w_min
     return w_min + (w_max - w_min) * torch.rand(batch, generator=generator, device=device)
@@ -66,7 +65,7 @@ def unet_output(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """The U-Net's raw output as float32 `[B, C, H, W]`; its inputs are cast to `dtype`, that of its weights."""
+    """The U-Net's raw output, float32 `[B, C, H, W]`; its inputs are cast to `dtype`, that of its weights."""
     if timestep_cond is not None:
         timestep_cond = timestep_cond.to(dtype)
     conditioning = map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, conditioning)
@@ -86,12 +85,11 @@ def guided_prediction(
     dtype: torch.dtype = torch.float32,
     batch_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x̂_0 and ε̂ of the guided teacher, float32 `[B, C, H, W]` each, in one pass over a doubled batch.
+    """The guided teacher's x0 and epsilon, float32 `[B, C, H, W]` each, in one pass over a doubled batch.
 
-    DDIM's step is linear in (x̂_0, ε̂), so guiding these guides the step: (1 + w)·Ψ(c) − w·Ψ(∅).
-    `unconditional` has the layout of `conditioning`, with a batch of B or of 1. `guidance_w` is `[B]` or one number
-    for all; at 0 the unconditional half is left out. With `batch_size`, the 2B rows are several passes of at most so
-    many.
+    A DDIM step is linear in (x0, epsilon), so guiding these guides the step: (1 + w)·Ψ(c) − w·Ψ(∅). `unconditional` has
+    the layout of `conditioning`, with a batch of B or of 1. `guidance_w` is `[B]`, or one float for all; at a float 0
+    the unconditional half is left out. `batch_size` splits the 2B rows into passes of at most that many.
     """
 
     def output_of(noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
@@ -102,32 +100,32 @@ def guided_prediction(
 
     if not isinstance(guidance_w, torch.Tensor) and guidance_w == 0:
         output = output_of(noisy, timesteps, conditioning)
-        return schedule.predict_sample(output, noisy, timesteps), schedule.predict_noise(output, noisy, timesteps)
+        return schedule.predict_x0(output, noisy, timesteps), schedule.predict_epsilon(output, noisy, timesteps)
     batch = len(noisy)
     noisy2, timesteps2 = torch.cat([noisy, noisy]), torch.cat([timesteps, timesteps])
     output = output_of(noisy2, timesteps2, _concatenate(conditioning, unconditional, batch))
     w = per_sample(guidance_w.float(), noisy) if isinstance(guidance_w, torch.Tensor) else guidance_w
     guided = []
-    for prediction in (schedule.predict_sample, schedule.predict_noise):
-        conditional, empty = prediction(output, noisy2, timesteps2).chunk(2)
-        guided.append(conditional + w * (conditional - empty))
+    for predict in (schedule.predict_x0, schedule.predict_epsilon):
+        cond, uncond = predict(output, noisy2, timesteps2).chunk(2)
+        guided.append(cond + w * (cond - uncond))
     return guided[0], guided[1]
 
 
 def consistency_loss(
     prediction: torch.Tensor, target: torch.Tensor, loss_type: str = "l2", huber_c: float = 0.001
 ) -> torch.Tensor:
-    """Mean over all elements, a float32 scalar: `l2` d², or `huber` √(d² + c²) − c (pseudo-Huber)."""
+    """The mean over all elements of d² ("l2") or √(d² + c²) − c ("huber", pseudo-Huber): a float32 scalar."""
     difference = prediction.float() - target.float()
     if loss_type == "l2":
         return difference.square().mean()
     if loss_type == "huber":
         return ((difference.square() + huber_c**2).sqrt() - huber_c).mean()
-    raise ValueError(f"loss_type {loss_type!r}: 'l2' or 'huber'")
+    raise ValueError(f"loss_type {loss_type!r} is neither 'l2' nor 'huber'")
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], conditioning: Conditioning) -> dict[str, Any]:
-    """A copy of `conditioning` with `function` applied to each tensor."""
+    """A copy of `conditioning` with `function` applied to every tensor."""
     mapped: dict[str, Any] = {}
     for key, value in conditioning.items():
         if isinstance(value, Mapping):
@@ -138,7 +136,7 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], conditioning: 
 
 
 def _concatenate(first: Conditioning, second: Conditioning, batch: int) -> dict[str, Any]:
-    """`first` and, behind it in the batch, `second` expanded to `batch` rows."""
+    """`first` followed by `second`, expanded to `batch` rows, along the batch dimension."""
     joined: dict[str, Any] = {}
     for key, value in first.items():
         other = second[key]
@@ -151,15 +149,15 @@ def _concatenate(first: Conditioning, second: Conditioning, batch: int) -> dict[
 
 @torch.no_grad()
 def update_ema(target: Iterable[torch.nn.Parameter], source: Iterable[torch.nn.Parameter], decay: float) -> None:
-    """θ⁻ ← decay · θ⁻ + (1 − decay) · θ, in place, in one fused pass; decay 0 copies and 1 leaves θ⁻ alone."""
+    """θ⁻ ← decay · θ⁻ + (1 − decay) · θ, in place, in one fused pass; decay 0 copies θ, decay 1 leaves θ⁻ unchanged."""
     torch._foreach_lerp_(list(target), [parameter.detach() for parameter in source], 1.0 - decay)
 
 
 def guidance_embedding(guidance_w: torch.Tensor, embedding_dim: int = 256) -> torch.Tensor:
-    """Fourier features of w, float32 `[B, embedding_dim]`, as the pipelines make them from guidance_scale − 1.
+    """Fourier features of w, float32 `[B, embedding_dim]`: what the pipelines compute from guidance_scale − 1.
 
-    A student takes them as its `timestep_cond`: sin and cos of 1000·w at frequencies 10000^(−i/(half−1)); an odd
-    dimension ends in a zero (Diffusers' `get_guidance_scale_embedding`).
+    A student receives them as `timestep_cond`: sin and cos of 1000·w at frequencies 10000^(−i/(half−1)), and a zero at
+    the end if the dimension is odd (Diffusers' `get_guidance_scale_embedding`).
     """
     half = embedding_dim // 2
     frequencies = torch.exp(torch.arange(half, device=guidance_w.device) * -(math.log(10000.0) / (half - 1)))

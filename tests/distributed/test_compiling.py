@@ -1,7 +1,7 @@
-"""--compile: the same training, under the same names, in a bounded number of compiled forms.
+"""--compile: the same training, the same names, a bounded number of compiled graphs.
 
-PyTorch's "eager" backend stands in for the code generator: it runs what was captured by the same operations, so that
-equality is to the bit, and one kind of block is compiled, so that it is quick. tests/test_gpu.py has the real thing.
+PyTorch's "eager" backend replaces the code generator: it runs the captured graph with the same operations, so that
+equality is bit for bit; and only one kind of block is compiled, so that it is fast. tests/test_gpu.py has the real one.
 """
 
 import pytest
@@ -19,7 +19,7 @@ from lcm_distill.run.progress import Progress
 def _capture_only(monkeypatch):
     monkeypatch.setattr(compiling, "BACKEND", "eager")
     monkeypatch.setattr(compiling, "BLOCKS", ("BasicTransformerBlock",))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/nowhere")  # so that it is not set here for the tests that follow
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/nowhere")  # or it would stay set for other tests
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -27,10 +27,10 @@ def _capture_only(monkeypatch):
 
 
 @pytest.mark.parametrize("program", ["train_lcm_distill_sd_wds", "train_lcm_distill_lora_sd_wds"])
-def test_a_run_goes_on_compiled_bit_for_bit(program, command, run, tmp_path, monkeypatch):
-    """From another run's checkpoint, with accumulated batches, recomputed activations, dropout, a moving average.
+def test_a_run_resumes_compiled_bit_for_bit(program, command, run, tmp_path, monkeypatch):
+    """From another run's checkpoint, with accumulated batches, recomputed activations, dropout and a moving average.
 
-    That the teacher's pass is compiled without the adapter, and the target's with its own, shows in the weights.
+    The weights would show it if the teacher's pass were compiled with the adapter, or the target's with another.
     """
     options = {"family": family(program), "learning_rate": 1e-2, "lr_warmup_steps": 0, "gradient_accumulation_steps": 2}
     options |= {"gradient_checkpointing": True, "ema_decay": 0.5, "checkpointing_steps": 1, "teacher_batch_size": 2}
@@ -49,8 +49,8 @@ def test_a_run_goes_on_compiled_bit_for_bit(program, command, run, tmp_path, mon
     resumed = {"resume_from_checkpoint": str(tmp_path / "plain" / "checkpoint-1"), "compile": True}
     run(program, command("compiled", steps=3, **options, **resumed))
     assert same(result(tmp_path / "plain"), result(tmp_path / "compiled"))
-    assert len(graphs) == 2 and 3 <= graphs[0] == graphs[1] <= 24  # none is compiled again
-    assert counters["stats"]["unique_graphs"] == graphs[1]  # nor for validation's pictures, of another batch size
+    assert len(graphs) == 2 and 3 <= graphs[0] == graphs[1] <= 24  # nothing is compiled twice
+    assert counters["stats"]["unique_graphs"] == graphs[1]  # nor for validation, with its other batch size
 
 
 @pytest.mark.parametrize("mode", ["regional", "whole"])
@@ -87,7 +87,7 @@ def test_no_mode_compiles_nothing():
     assert not counters["stats"]
 
 
-def test_what_is_compiled_is_kept_for_the_next_run(monkeypatch, tmp_path):
+def test_compiled_code_is_cached_for_the_next_run(monkeypatch, tmp_path):
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compile_networks("whole", torch.nn.Linear(2, 2))
@@ -97,11 +97,11 @@ def test_what_is_compiled_is_kept_for_the_next_run(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("gpu, needed", [(False, "g\\+\\+"), (True, "gcc")])
-def test_a_missing_compiler_is_told(gpu, needed, monkeypatch):
-    """Triton needs one too: on a GPU the run ended in its traceback, at the first step."""
+def test_a_missing_compiler_is_reported(gpu, needed, monkeypatch):
+    """Triton needs one too: on a GPU the run failed with its traceback at the first step."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(UsageError, match=f"--compile needs a compiler \\({needed}"):
+    with pytest.raises(UsageError, match=f"--compile needs a compiler: install {needed} or clang"):
         compile_networks("regional", torch.nn.Linear(2, 2))

@@ -18,15 +18,15 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from test_programs import drawn, result, same, torchrun, weights
 
-from lcm_distill.distributed.fsdp import prepare_for_training, settle_engine
+from lcm_distill.distributed.fsdp import configure_engine, prepare_for_training
 from lcm_distill.errors import UsageError
 from toy.make_shards import make_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
-# Every run in one launch: what takes long on a slow machine is to import and to warm up. (folder, engine, program,
-# steps, further flags); "kept" is `fsdp_reshard_after_forward: false`, the engine "zero" is test_deepspeed.py's.
+# All runs in one launch, since importing and warming up take longest. (folder, engine, program, steps, other flags);
+# "kept" is `fsdp_reshard_after_forward: false`, the engine "zero" is for test_zero.py.
 FOUR = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "checkpointing_steps": 2}
 Runs = list[tuple[str, str, str, int, dict]]
 RUNS: Runs = [
@@ -48,12 +48,12 @@ faulthandler.dump_traceback_later(240, exit=True)
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.distributed.tensor import DTensor
-from lcm_distill import sharding
+from lcm_distill.distributed import fsdp
 from lcm_distill.run.progress import Progress
 from lcm_distill.distributed.zero import ZeroAccelerator
 
 torch.set_num_threads(1)
-torch.distributed.init_process_group("gloo")  # one for all runs: to end it and start another is a race
+torch.distributed.init_process_group("gloo")  # one for all runs: destroying one and starting another is a race
 PartialState.destroy_process_group = AcceleratorState.destroy_process_group = lambda *_, **__: None
 networks, seen, log, close = [], {{}}, Progress.log, Progress.close
 
@@ -86,8 +86,8 @@ for number, (engine, program, argv) in enumerate(json.loads(open(sys.argv[1]).re
     if engine == "zero":
         import deepspeed
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at the first use, on CPUs alone
-        # It asks, without naming a device, for the autocast of GPUs: here that means the CPU's.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled on first use, on CPUs only
+        # DeepSpeed asks whether autocast is on without naming a device, which means a GPU; here it has to be the CPU.
         torch.is_autocast_enabled = lambda device="cpu", asked=torch.is_autocast_enabled: asked(device)
         os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "1"  # the launcher's default, whatever the flag
     os.environ |= {{"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false" if "kept" in engine else "true"}}
@@ -97,15 +97,16 @@ for number, (engine, program, argv) in enumerate(json.loads(open(sys.argv[1]).re
     networks.clear(), seen.clear()
     seen |= {{"losses": [], "grad_norms": []}}
     module = importlib.import_module(f"train_lcm_distill_{{program}}_wds")
-    def sharding_(accelerator, *given):
+    def splitting(accelerator, *given):
         networks.extend(given)
-        sharding.split(accelerator, *given)
+        fsdp.split(accelerator, *given)
     def preparing(accelerator, network, optimizer):
-        network, optimizer = sharding.prepare_for_training(accelerator, network, optimizer)
-        if sharding.saves_together(accelerator):
+        network, optimizer = fsdp.prepare_for_training(accelerator, network, optimizer)
+        if fsdp.all_ranks_save(accelerator):
             seen["optimizer"] = optimizer
         return network, optimizer
-    module.shard, module.prepare = sharding_, preparing
+    assert module.split is not splitting and module.prepare_for_training
+    module.split, module.prepare_for_training = splitting, preparing
     torch.distributed.barrier()
     module.main(argv)
     open(f"{{sys.argv[1]}}-{{number}}-{{os.environ['RANK']}}", "w").write(json.dumps(seen))
@@ -118,7 +119,7 @@ def runs(tmp_path_factory) -> SimpleNamespace:
 
 
 def train(runs: Runs, folder: Path) -> SimpleNamespace:
-    """All `runs` on two ranks: the folder of their outputs, and by (run, rank) what was seen in them."""
+    """Runs all `runs` on two ranks; returns the folder of their outputs, and what was recorded, by (run, rank)."""
     make_shards(folder / "shards", shards=2, samples_per_shard=24, seed=3)
     jobs: list[tuple[str, str, list[str]]] = []
     for name, engine, program, steps, more in runs:
@@ -148,11 +149,11 @@ def train(runs: Runs, folder: Path) -> SimpleNamespace:
 
 
 def close(a: Path, b: Path, tolerance: float = 1e-4) -> None:
-    """The two folders hold the same networks but for rounding; a step moves most weights by about 1e-3."""
+    """The networks in the two folders are equal up to rounding; a step changes most weights by about 1e-3."""
     first, second = result(a), result(b)
-    whole = {name for name, weight in first.items() if weight.dtype == torch.float32}
-    assert first.keys() == second.keys() and whole
-    assert max(float((first[name] - second[name]).abs().max()) for name in whole) < tolerance
+    full = {name for name, weight in first.items() if weight.dtype == torch.float32}
+    assert first.keys() == second.keys() and full
+    assert max(float((first[name] - second[name]).abs().max()) for name in full) < tolerance
 
 
 def test_both_ranks_hold_half_of_every_network_and_of_the_optimizer_s_state(runs):
@@ -197,7 +198,7 @@ def test_two_plus_two_resumed_steps_equal_four_bit_for_bit(runs):
 
 
 def test_a_checkpoint_resumes_with_or_without_fsdp(runs):
-    """It is whole: as many and as large tensors as a run without FSDP writes, each network as Diffusers saves it."""
+    """Its tensors are complete: the same files and shapes as without FSDP, each network as Diffusers saves it."""
     for name in ("to-ddp", "to-fsdp"):
         close(runs.folder / "ddp", runs.folder / name)
     written = [runs.folder / name / "checkpoint-4" for name in ("ddp", "fsdp")]
@@ -212,7 +213,7 @@ def test_a_checkpoint_resumes_with_or_without_fsdp(runs):
 def test_bf16_trains_float32_weights(runs):
     number = [name for name, *_ in RUNS].index("fsdp-bf16")
     ddp, fsdp = (runs.seen[n, 0]["losses"] for n in (number - 1, number))
-    assert ddp[0] == pytest.approx(fsdp[0], rel=0.1) and ddp != fsdp  # then Adam takes large steps: it is at its first
+    assert ddp[0] == pytest.approx(fsdp[0], rel=0.1) and ddp != fsdp  # only the first: Adam's first steps are large
     before = UNet2DConditionModel.from_pretrained(TEACHERS["sd"], subfolder="unet").float().state_dict()
     student = {engine: weights(runs.folder / f"{engine}-bf16" / "unet") for engine in ("ddp", "fsdp")}
     assert {weight.dtype for weight in student["fsdp"].values()} == {torch.float32}
@@ -220,7 +221,7 @@ def test_bf16_trains_float32_weights(runs):
     assert torch.cosine_similarity(*moved, dim=0) > 0.9
 
 
-def test_the_export_loads_and_draws(runs):
+def test_the_export_loads_and_generates(runs):
     from diffusers import DiffusionPipeline
 
     out = runs.folder / "fsdp"
@@ -233,7 +234,7 @@ def test_the_export_loads_and_draws(runs):
     )
 
 
-def test_validation_draws_what_ddp_draws(runs):
+def test_validation_generates_what_ddp_generates(runs):
     assert sorted(p.name for p in (runs.folder / "fsdp" / "validation").iterdir()) == [
         "step-000002.png",
         "step-000004.png",
@@ -260,24 +261,24 @@ def engine(kind=DistributedType.FSDP, precision="no", **plugin) -> SimpleNamespa
         (engine(activation_checkpointing=True), True, "--gradient_checkpointing"),
     ],
 )
-def test_what_cannot_be_sharded_is_told(accelerator, can_split, message, monkeypatch):
+def test_unsupported_settings_are_refused(accelerator, can_split, message, monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
     with pytest.raises(UsageError, match=message):
-        settle_engine(accelerator, can_split=can_split)
+        configure_engine(accelerator, can_split=can_split)
 
 
 def test_8_bit_adam_is_refused():
-    """It does not know DTensors: it would fail within the first step, with a message of torch's dispatcher."""
+    """It does not support DTensors: it would fail in the first step, with an error of PyTorch's dispatcher."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     optimizer = bitsandbytes.optim.AdamW8bit([torch.nn.Parameter(torch.zeros(3))])
-    with pytest.raises(UsageError, match="--use_8bit_adam does not go with FSDP"):
+    with pytest.raises(UsageError, match="--use_8bit_adam is not supported with FSDP"):
         prepare_for_training(engine(), torch.nn.Linear(1, 1), optimizer)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_accelerate_takes_the_shipped_configurations(path, monkeypatch):
-    """By its own loader, which refuses unknown keys, and its own launcher; FSDP's settings reach its plugin."""
-    config, sharded, zero = load_config_from_file(str(path)), path.stem == "fsdp2", path.stem == "zero2"
+    """With its own loader, which refuses unknown keys, and its own launcher; FSDP's settings reach its plugin."""
+    config, splits, zero = load_config_from_file(str(path)), path.stem == "fsdp2", path.stem == "zero2"
     args, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(path), "train.py"]))
     several = config.distributed_type in (DistributedType.MULTI_GPU, DistributedType.FSDP)
     assert (args.multi_gpu or args.use_fsdp) is several and args.num_processes == config.num_processes
@@ -291,10 +292,10 @@ def test_accelerate_takes_the_shipped_configurations(path, monkeypatch):
     assert (
         environment["ACCELERATE_MIXED_PRECISION"] == config.mixed_precision == ("no" if path.stem == "cpu" else "bf16")
     )
-    assert (environment.get("ACCELERATE_USE_FSDP") == "true") is sharded
+    assert (environment.get("ACCELERATE_USE_FSDP") == "true") is splits
     assert (environment.get("ACCELERATE_USE_DEEPSPEED") == "true") is zero
     assert (environment.get("ACCELERATE_USE_CPU") == "True") is (path.stem == "cpu")
-    if sharded:
+    if splits:
         settings = {name: value for name, value in environment.items() if name.startswith("FSDP_")}
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
@@ -302,7 +303,7 @@ def test_accelerate_takes_the_shipped_configurations(path, monkeypatch):
         assert plugin.fsdp_version == 2 and plugin.reshard_after_forward
         accelerator = engine()
         accelerator.state.fsdp_plugin = plugin
-        settle_engine(accelerator, can_split=True)
+        configure_engine(accelerator, can_split=True)
 
 
 def test_the_shipped_configurations_are_those_of_the_readme():

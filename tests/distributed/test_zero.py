@@ -1,4 +1,4 @@
-"""Full students over two gloo ranks with DeepSpeed's ZeRO-2; what of it needs the package is skipped without."""
+"""Full students on two gloo ranks with DeepSpeed's ZeRO-2; what needs the package is skipped without it."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ from lcm_distill.distributed import zero
 from lcm_distill.distributed.zero import asks_for_deepspeed, check_zero, prepare_zero
 from lcm_distill.errors import UsageError
 
-# As in test_fsdp.py. Every step is clipped, each by another factor: Adam alone would not notice a common one.
+# As in test_fsdp.py. Every step is clipped, each by a different factor: Adam would hide a common one.
 CLIPPED = FOUR | {"max_grad_norm": 0.05, "checkpointing_steps": 1}
 RUNS: Runs = [
     ("ddp", "ddp", "sd", 2, CLIPPED),
@@ -43,13 +43,13 @@ def test_both_ranks_hold_whole_float32_networks_and_half_of_the_optimizer_s_stat
         assert seen["engine"] == {"ddp": "MULTI_CPU", "zero": "ZERO"}[engine], (name, rank)
         assert seen["world"] == 2 and seen["shares"][:3] == [1, 1, 1]
         teacher = "torch.bfloat16" if options.get("mixed_precision") == "bf16" else "torch.float32"
-        assert seen["dtypes"] == [["torch.float32"], ["torch.float32"], [teacher]]  # student and target whatever it is
+        assert seen["dtypes"] == [["torch.float32"], ["torch.float32"], [teacher]]  # student and target in any case
         if engine == "zero":
             assert seen["shares"][3:] == pytest.approx([0.5, 0.5], rel=1e-4)
 
 
 def test_training_equals_ddp(runs):
-    """With accumulated and clipped gradients, gradient checkpointing, pictures drawn in between."""
+    """With accumulated and clipped gradients, gradient checkpointing, and validation in between."""
     close(runs.folder / "ddp", runs.folder / "zero", 1e-5)
     before = UNet2DConditionModel.from_pretrained(TEACHERS["sd"], subfolder="unet").float().state_dict()
     student = weights(runs.folder / "zero")
@@ -61,7 +61,7 @@ def test_training_equals_ddp(runs):
 
 
 def test_sdxl_trains_as_with_ddp_in_bf16(runs):
-    """DeepSpeed's own bf16 would make the student's weights bf16, and no autocast of any network is another loss."""
+    """DeepSpeed's own bf16 mode would make the student's weights bf16; a network without autocast changes the loss."""
     close(runs.folder / "ddp-bf16", runs.folder / "zero-bf16", 1e-5)
     losses = [runs.seen[NUMBER[name], 0]["losses"] for name in ("ddp-bf16", "zero-bf16")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -74,7 +74,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(runs):
 
 
 def test_a_checkpoint_resumes_with_or_without_zero(runs):
-    """It holds what DDP's does. Its parameters once shared one step count, which AdamW counted up for each of them."""
+    """Its content is that of DDP's. The parameters once shared one step count, which AdamW incremented for each."""
     for name in ("to-ddp", "to-zero"):
         close(runs.folder / "ddp", runs.folder / name, 1e-5)
     written = [runs.folder / name / "checkpoint-2" for name in ("ddp", "zero")]
@@ -93,12 +93,12 @@ def optimizer_state(runs: SimpleNamespace, run: str) -> dict:
     return torch.load(runs.folder / run / "checkpoint-2" / "optimizer.bin", weights_only=True)
 
 
-def test_the_export_is_one_whole_model(runs):
+def test_the_export_is_a_complete_model(runs):
     out = runs.folder / "zero"
     unet = UNet2DConditionModel.from_pretrained(out)
     assert same(dict(unet.state_dict()), weights(out / "unet"))
     sizes = [(runs.folder / name / "diffusion_pytorch_model.safetensors").stat().st_size for name in ("ddp", "zero")]
-    assert np.isclose(*sizes, rtol=1e-3)  # a slice of one memory for all weights is not saved with all of it
+    assert np.isclose(*sizes, rtol=1e-3)  # not each weight with the buffer that all share
 
 
 def asked(precision: str = "bf16") -> SimpleNamespace:
@@ -124,7 +124,7 @@ def installed(monkeypatch):
         ("bf16", True, {"CONFIG_FILE": "ds.json"}, "deepspeed_config_file.*configs/zero2.yaml"),
     ],
 )
-def test_what_is_not_done_is_told(precision, can_split, setting, message, installed, monkeypatch):
+def test_unsupported_settings_are_refused(precision, can_split, setting, message, installed, monkeypatch):
     for name, value in setting.items():
         monkeypatch.setenv(f"ACCELERATE_DEEPSPEED_{name}", value)
     with pytest.raises(UsageError, match=message):
@@ -132,8 +132,8 @@ def test_what_is_not_done_is_told(precision, can_split, setting, message, instal
 
 
 @pytest.mark.parametrize("available, older", [(False, False), (True, True)])
-def test_a_missing_or_old_deepspeed_is_told(available, older, installed, monkeypatch):
-    """DeepSpeed 0.18.0 trains something else without a word when gradients are accumulated."""
+def test_a_missing_or_old_deepspeed_is_refused(available, older, installed, monkeypatch):
+    """DeepSpeed 0.18.0 silently computes wrong gradients when they are accumulated."""
     monkeypatch.setattr(zero, "is_deepspeed_available", lambda: available)
     monkeypatch.setattr(zero, "compare_versions", lambda *_: older)
     with pytest.raises(UsageError, match='pip install "deepspeed>=0.18.5"'):
@@ -142,12 +142,12 @@ def test_a_missing_or_old_deepspeed_is_told(available, older, installed, monkeyp
 
 def test_8_bit_adam_is_refused():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))], lr=1.0)  # not AdamW, as 8-bit Adam is not
-    with pytest.raises(UsageError, match="--use_8bit_adam does not go with DeepSpeed"):
+    with pytest.raises(UsageError, match="--use_8bit_adam is not supported with DeepSpeed"):
         prepare_zero(asked(), torch.nn.Linear(1, 1), optimizer)
 
 
 def test_the_shipped_configuration_is_taken(installed, monkeypatch):
-    """With what the launcher makes of it, in whose environment a program finds it."""
+    """In the environment that the launcher derives from it for the program."""
     assert not asks_for_deepspeed()
     argv = ["--config_file", str(ROOT / "configs" / "zero2.yaml"), "train.py"]
     args, *_ = _validate_launch_command(launch_command_parser().parse_args(argv))

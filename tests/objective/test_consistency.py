@@ -1,4 +1,4 @@
-"""The objective against Diffusers' LCMScheduler, closed forms and float64, forward and backward."""
+"""The objective against Diffusers' `LCMScheduler`, closed forms and float64, forward and backward."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"
 
 
 class Linear(torch.nn.Module):
-    """A stand-in for a U-Net: output = a·x + mean of the text embedding + the guidance embedding's mean."""
+    """A stand-in for a U-Net: a·x plus the means of the text embedding, the guidance embedding and the time ids."""
 
     def __init__(self, a: float = 0.5):
         super().__init__()
@@ -66,17 +66,17 @@ def test_consistency_function_is_what_the_sampler_computes(kind):
 
 
 def test_gradient_through_the_consistency_function_is_the_closed_form():
-    """d loss / d ε̂ = 2/N · (f − goal) · c_out · (−σ/α), re-derived in float64."""
+    """d loss / d ε̂ = 2/N · (f − target) · c_out · (−σ/α), re-derived in float64."""
     schedule = NoiseSchedule.from_config(SD)
     t = torch.tensor([19, 499, 999])
-    x, output, goal = torch.randn(3, 3, 4, 8, 8)
+    x, output, target = torch.randn(3, 3, 4, 8, 8)
     output.requires_grad_()
-    consistency_loss(ConsistencyFunction(schedule)(output, x, t), goal).backward()
+    consistency_loss(ConsistencyFunction(schedule)(output, x, t), target).backward()
     alpha, sigma = (v[t].double().view(-1, 1, 1, 1) for v in (schedule.alphas, schedule.sigmas))
     s = 10.0 * t.double().view(-1, 1, 1, 1)
     skip, out = 0.25 / (s**2 + 0.25), s / (s**2 + 0.25).sqrt()
     f = skip * x + out * (x - sigma * output.detach()) / alpha
-    expected = 2 / x.numel() * (f - goal) * out * (-sigma / alpha)
+    expected = 2 / x.numel() * (f - target) * out * (-sigma / alpha)
     torch.testing.assert_close(output.grad.double(), expected, rtol=1e-4, atol=1e-7)
 
 
@@ -93,7 +93,7 @@ def test_losses_and_their_gradients():
         torch.testing.assert_close(x.grad.double(), slope / a.numel(), rtol=1e-4, atol=1e-8)
 
 
-def test_losses_are_float32_and_zero_where_nothing_differs():
+def test_losses_are_float32_and_zero_for_equal_tensors():
     x = torch.randn(2, 4, 8, 8)
     for kind in ("l2", "huber"):
         assert consistency_loss(x.bfloat16(), x.bfloat16(), kind) == 0
@@ -111,24 +111,24 @@ def test_guided_teacher_is_one_batched_pass_of_the_paper_s_formula(kind):
     t = solver.timesteps[index]
     cond, empty = {"encoder_hidden_states": torch.randn(5, 3, 8)}, {"encoder_hidden_states": torch.randn(1, 3, 8)}
     w = torch.tensor([0.0, 1.0, 3.0, 7.5, 14.0])
-    clean, noise = guided_prediction(teacher, schedule, x, t, cond, empty, w)
+    x0, epsilon = guided_prediction(teacher, schedule, x, t, cond, empty, w)
     assert teacher.calls == [10]
     steps = []
     for conditioning in (cond, {"encoder_hidden_states": empty["encoder_hidden_states"].expand(5, 3, 8)}):
         output = unet_output(teacher, x, t, conditioning)
-        predictions = schedule.predict_sample(output, x, t), schedule.predict_noise(output, x, t)
+        predictions = schedule.predict_x0(output, x, t), schedule.predict_epsilon(output, x, t)
         steps.append(solver.step(*predictions, index))
     wide = w.view(-1, 1, 1, 1)
     expected = (1 + wide) * steps[0] - wide * steps[1]
-    torch.testing.assert_close(solver.step(clean, noise, index), expected, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(solver.step(clean, noise, index)[0], steps[0][0], rtol=1e-6, atol=1e-6)  # w = 0
-    assert clean.dtype == noise.dtype == torch.float32 and not clean.requires_grad
+    torch.testing.assert_close(solver.step(x0, epsilon, index), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(solver.step(x0, epsilon, index)[0], steps[0][0], rtol=1e-6, atol=1e-6)  # w = 0
+    assert x0.dtype == epsilon.dtype == torch.float32 and not x0.requires_grad and not epsilon.requires_grad
 
 
 @pytest.mark.parametrize("w", [torch.tensor([0.5, 3.0, 8.0]), 0.0], ids=["guided", "w = 0"])
 @pytest.mark.parametrize("rows, sizes", [(1, [1] * 6), (4, [4, 2]), (6, [6]), (7, [6])])
-def test_the_teacher_in_parts_is_the_teacher_at_once(w, rows, sizes):
-    """`--teacher_batch_size`, also for SDXL's nested conditioning and where it does not divide the rows."""
+def test_the_teacher_in_several_passes_equals_the_teacher_in_one(w, rows, sizes):
+    """`--teacher_batch_size`, with SDXL's nested conditioning and where it does not divide the rows."""
     schedule = NoiseSchedule.from_config(SD)
     x, t = torch.randn(3, 4, 8, 8), torch.tensor([19, 499, 999])
     added = {"time_ids": torch.randint(9, (3, 1))}
@@ -142,7 +142,7 @@ def test_the_teacher_in_parts_is_the_teacher_at_once(w, rows, sizes):
         torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_guided_teacher_joins_nested_conditioning():
+def test_guided_teacher_concatenates_nested_conditioning():
     """SDXL's conditioning holds a mapping; its integer time ids must not be rounded to the teacher's dtype."""
     teacher = Linear().bfloat16()
     cond = {
@@ -151,7 +151,7 @@ def test_guided_teacher_joins_nested_conditioning():
     }
     empty = {"encoder_hidden_states": torch.zeros(1, 3, 8), "added_cond_kwargs": {"time_ids": torch.tensor([[5]])}}
     schedule = NoiseSchedule.from_config(SD | {"prediction_type": "sample"})
-    clean, _ = guided_prediction(
+    x0, _ = guided_prediction(
         teacher,
         schedule,
         torch.zeros(2, 4, 1, 1),
@@ -161,7 +161,7 @@ def test_guided_teacher_joins_nested_conditioning():
         torch.ones(2),
         dtype=torch.bfloat16,
     )
-    torch.testing.assert_close(clean[:, 0, 0, 0], torch.tensor([1023.0 * 2 - 5, 7.0 * 2 - 5]))
+    torch.testing.assert_close(x0[:, 0, 0, 0], torch.tensor([1023.0 * 2 - 5, 7.0 * 2 - 5]))
 
 
 def test_the_exact_model_of_gaussian_data_is_self_consistent():
@@ -185,14 +185,13 @@ def test_the_exact_model_of_gaussian_data_is_self_consistent():
         index = torch.arange(steps).repeat(2000 // steps)
         t, end = solver.timesteps[index], solver.previous_timesteps[index]
         g = torch.Generator().manual_seed(0)
-        clean, noise = (
-            mean + spread * torch.randn(len(t), 1, 4, 4, generator=g),
-            torch.randn(len(t), 1, 4, 4, generator=g),
-        )
-        x = schedule.add_noise(clean, noise, t)
-        eps = wide(schedule.sigmas[t] / variance(t)) * (x - wide(schedule.alphas[t]) * mean)
-        previous = solver.step(schedule.predict_sample(eps, x, t), eps, index)
+        x0 = mean + spread * torch.randn(len(t), 1, 4, 4, generator=g)
+        noise = torch.randn(len(t), 1, 4, 4, generator=g)
+        x = schedule.add_noise(x0, noise, t)
+        epsilon = wide(schedule.sigmas[t] / variance(t)) * (x - wide(schedule.alphas[t]) * mean)
+        previous = solver.step(schedule.predict_x0(epsilon, x, t), epsilon, index)
         return consistency_loss(exact(x, t), exact(previous, end))
 
-    assert loss(200) < 0.3 * loss(50) < 0.1 * loss(10)
-    assert loss(200) < 1e-4
+    coarse, middle, fine = loss(10), loss(50), loss(200)
+    assert fine < 0.3 * middle and middle < 0.3 * coarse
+    assert fine < 1e-4
