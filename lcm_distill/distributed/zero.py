@@ -90,7 +90,7 @@ def check_zero(accelerator: ZeroAccelerator, *, can_split: bool) -> None:
 def prepare_zero(
     accelerator: ZeroAccelerator, network: UNet2DConditionModel, optimizer: torch.optim.Optimizer
 ) -> tuple[Any, DeepSpeedOptimizerWrapper]:
-    """`accelerator.prepare(network, optimizer)` by DeepSpeed, which moves the parameters of `network` to a new buffer."""
+    """`accelerator.prepare(network, optimizer)` by DeepSpeed, which moves the parameters into its own buffer."""
     if not isinstance(optimizer, torch.optim.AdamW):
         raise UsageError("--use_8bit_adam is not supported with DeepSpeed, which splits its state; leave it out.")
     import deepspeed

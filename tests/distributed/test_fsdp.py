@@ -105,7 +105,7 @@ for number, (engine, program, argv) in enumerate(json.loads(open(sys.argv[1]).re
         if fsdp.all_ranks_save(accelerator):
             seen["optimizer"] = optimizer
         return network, optimizer
-    assert module.split is not splitting and module.prepare_for_training
+    assert {{"split", "prepare_for_training"}} <= vars(module).keys()
     module.split, module.prepare_for_training = splitting, preparing
     torch.distributed.barrier()
     module.main(argv)
