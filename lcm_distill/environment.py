@@ -1,4 +1,4 @@
-"""What a program runs on: devices, versions, folders, the libraries' messages."""
+"""The environment of a program: devices, package versions, writable folders, the libraries' messages."""
 
 import contextlib
 import logging
@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
 
 
 def check_writable(output_dir: str) -> None:
-    """`UsageError` unless files can be written into `output_dir`, which is made if need be."""
+    """`UsageError` unless files can be written into `output_dir`, which is created if it does not exist."""
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir):
@@ -38,29 +38,30 @@ def check_writable(output_dir: str) -> None:
 
 
 def choose_device(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
-    """Where finished models draw, and in what: `--device` and `--dtype`, or for None the best that is there.
+    """The device and dtype of a finished model: `--device` and `--dtype`, or for None the best available.
 
-    That is CUDA, else MPS, else the CPU; "fp16" on a GPU, "fp32" on a CPU. `UsageError` for what this machine lacks.
+    That is CUDA, else MPS, else the CPU; "fp16" on a GPU, "fp32" on a CPU. `UsageError` for a device or dtype that this
+    machine does not have.
     """
-    there = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
+    available = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
     try:
-        chosen = torch.device(device or there[0])
+        chosen = torch.device(device or available[0])
     except RuntimeError:
-        raise UsageError(f"--device {device} is no device; there is {', '.join(there)}.") from None
-    if chosen.type not in there:
+        raise UsageError(f"--device {device} is not a device; available: {', '.join(available)}.") from None
+    if chosen.type not in available:
         raise UsageError(
-            f"--device {device}: PyTorch {torch.__version__} finds none here; there is {', '.join(there)}."
+            f"--device {device}: PyTorch {torch.__version__} finds none; available: {', '.join(available)}."
         )
     if chosen.type == "cuda" and chosen.index is not None and chosen.index >= torch.cuda.device_count():
-        raise UsageError(f"--device {device}: the last GPU here is cuda:{torch.cuda.device_count() - 1}.")
+        raise UsageError(f"--device {device}: the last GPU is cuda:{torch.cuda.device_count() - 1}.")
     if chosen.type == "cpu" and dtype == "fp16":
-        raise UsageError("--dtype fp16 needs a GPU; on the CPU take fp32 or bf16.")
+        raise UsageError("--dtype fp16 needs a GPU; on the CPU use fp32 or bf16.")
     names = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     return chosen, names[dtype or ("fp32" if chosen.type == "cpu" else "fp16")]
 
 
 def device_name(device: torch.device) -> str:
-    """A GPU's name, or "cpu" and the processor's (on Linux Python itself does not tell)."""
+    """A GPU's name, or "cpu" and the processor's name (which `platform.processor` does not have on Linux)."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     names: list[str] = []
@@ -71,21 +72,21 @@ def device_name(device: torch.device) -> str:
 
 
 def quiet_libraries() -> None:
-    """For commands: the libraries tell of what their users can do something about, and of nothing else."""
-    disable_progress_bar()  # transformers draws one for every network that it loads
+    """For commands: silences the libraries' progress bars and the warnings that a user can do nothing about."""
+    disable_progress_bar()  # transformers shows one for each network that it loads
     for name in ("configuration_utils", "loaders.lora_base", "loaders.peft"):
-        logging.getLogger(f"diffusers.{name}").addFilter(_matters)
+        logging.getLogger(f"diffusers.{name}").addFilter(_is_relevant)
 
 
-def _matters(record: logging.LogRecord) -> bool:
-    """Not when a sampler is made of another's config, or a LoRA has no part for the text encoder: both are meant."""
+def _is_relevant(record: logging.LogRecord) -> bool:
+    """False for two intended cases: a sampler made from another's config, a LoRA without a text-encoder part."""
     return not record.getMessage().startswith(("The config attributes", "No LoRA keys associated to CLIPTextModel"))
 
 
 @contextlib.contextmanager
 def memory_errors(remedy: str) -> Iterator[None]:
-    """A GPU whose memory is full is a `UsageError` with this `remedy`."""
+    """Turns an out-of-memory error of the GPU into a `UsageError` with this `remedy`."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UsageError(f"the GPU's memory does not suffice ({str(error).splitlines()[0]:.200}): {remedy}") from None
+        raise UsageError(f"the GPU is out of memory ({str(error).splitlines()[0]:.200}): {remedy}") from None

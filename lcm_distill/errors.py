@@ -1,4 +1,4 @@
-"""What stops a run on purpose, told apart from faults of the program."""
+"""Errors that are meant for the user of a program: printed as one message, without a traceback."""
 
 import sys
 from collections.abc import Callable
@@ -9,24 +9,26 @@ class UsageError(ValueError):
 
 
 class DivergenceError(RuntimeError):
-    """The loss is not finite any more; the message says at which step, and what to try."""
+    """Loss or gradients are no longer finite; the message has the step and what to try."""
 
 
 class SaveError(RuntimeError):
-    """What the run has to leave behind cannot be written; the message says what is there, and what to do."""
+    """A checkpoint or the result cannot be written; the message has what was saved before and what to do."""
 
 
 def brief(error: BaseException) -> str:
-    """An error of a library in one line."""
+    """A library's error in one line: its class and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:300]}"
 
 
 def run_program(
-    main: Callable[[], None], go_on: str = "; go on from the last checkpoint with --resume_from_checkpoint latest"
+    main: Callable[[], None],
+    resume_hint: str = "; resume from the last checkpoint with --resume_from_checkpoint latest",
 ) -> None:
     """Runs a program's `main`; an error meant for its user is printed as a message, without the traceback.
 
-    `go_on` is what to say after "interrupted" when Ctrl-C was pressed.
+    The exit code is then 2 for a `UsageError` and 1 for the others. After Ctrl-C, "interrupted" and `resume_hint` are
+    printed and the exit code is 130.
     """
     try:
         main()
@@ -34,5 +36,5 @@ def run_program(
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
-        print(f"interrupted{go_on}", file=sys.stderr)
+        print(f"interrupted{resume_hint}", file=sys.stderr)
         sys.exit(130)

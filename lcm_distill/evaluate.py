@@ -343,4 +343,4 @@ def write(
 
 
 if __name__ == "__main__":
-    run_program(main, go_on="")
+    run_program(main, resume_hint="")

@@ -1,4 +1,4 @@
-"""What may be written down of a run: nothing secret."""
+"""Leaves out of a run's flags what must not be written to files, trackers or the Hub."""
 
 import re
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def public_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags as they may be written down: no tokens, and of shards no commands, logins and queries of URLs."""
+    """`flags` without tokens, and without the commands (`pipe:`), logins and URL queries in the shards, cut to "…"."""
     public = {name: value for name, value in flags.items() if "token" not in name}
     if shards := public.get("train_shards_path_or_url"):
         for secret, instead in ((r"\?.*?(?=::|$)", "?…"), (r"://[^/@]*@", "://…@"), (r"pipe:.*", "pipe:…")):

@@ -1,10 +1,10 @@
-"""The run's report: one HTML file with its curves, its pictures over time, its configuration and how to go on.
+"""Writes a run's report: one HTML file with its curves, its pictures over time, its flags and the command to resume.
 
     python -m lcm_distill.report lcm-sd15
 
-builds lcm-sd15/report.html from lcm-sd15/training.jsonl and lcm-sd15/validation/step-*.png, as the training programs
-do at every validation. It can be done at any time, also while the run trains, and for a folder copied from elsewhere.
-The file needs no network and nothing beside it: open it in a browser, or send it to someone.
+writes lcm-sd15/report.html from lcm-sd15/training.jsonl and lcm-sd15/validation/step-*.png, as the training programs
+do at every validation. It works at any time, also while the run trains, and for a folder copied from another machine.
+The file needs no network and no other file: open it in a browser, or send it to someone.
 """
 
 from lcm_distill.errors import UsageError, run_program
@@ -19,9 +19,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         report = build_report(output_dir)
     except OSError as error:
-        raise UsageError(f"{output_dir}: the report could not be written ({error}); make room, or copy it.") from None
+        raise UsageError(
+            f"{output_dir}: the report could not be written ({error}); free disk space, or copy the folder."
+        ) from None
     print(f"{report}: {report.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, resume_hint="")

@@ -7,7 +7,7 @@ from lcm_distill.environment import check_writable, choose_device, memory_errors
 from lcm_distill.errors import UsageError
 
 
-def test_a_folder_that_cannot_be_written_to_is_told(tmp_path):
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="--output_dir .*file"):
         check_writable(str(tmp_path / "file"))
@@ -16,34 +16,34 @@ def test_a_folder_that_cannot_be_written_to_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "there, device, dtype, expected",
+    "available, device, dtype, expected",
     [((), None, None, ("cpu", torch.float32)), ((), "cpu", "bf16", ("cpu", torch.bfloat16)),
      (("cuda", "mps"), None, None, ("cuda", torch.float16)), (("mps",), None, None, ("mps", torch.float16)),
      (("cuda",), "cuda:1", "bf16", ("cuda:1", torch.bfloat16)), (("cuda",), "cpu", None, ("cpu", torch.float32)),
      (("mps",), None, "fp32", ("mps", torch.float32))],
 )  # fmt: skip
-def test_commands_draw_on_the_best_device_there_is(there, device, dtype, expected, monkeypatch):
+def test_the_default_is_the_best_available_device(available, device, dtype, expected, monkeypatch):
     for name in ("cuda", "mps"):
-        monkeypatch.setattr(getattr(torch, name), "is_available", lambda name=name: name in there)
+        monkeypatch.setattr(getattr(torch, name), "is_available", lambda name=name: name in available)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert choose_device(device, dtype) == (torch.device(expected[0]), expected[1])
 
 
 @pytest.mark.parametrize(
-    "there, device, dtype, words",
-    [((), "cuda", None, "--device cuda: .* there is cpu"), ((), "gpu", None, "--device gpu is no device"),
-     (("cuda",), "mps", None, "there is cuda, cpu"), (("cuda",), "cuda:2", None, "the last GPU here is cuda:1"),
+    "available, device, dtype, words",
+    [((), "cuda", None, "--device cuda: .* available: cpu"), ((), "gpu", None, "--device gpu is not a device"),
+     (("cuda",), "mps", None, "available: cuda, cpu"), (("cuda",), "cuda:2", None, "the last GPU is cuda:1"),
      (("cuda",), "meta", None, "--device meta"), (("cuda",), "cpu", "fp16", "--dtype fp16 needs a GPU")],
 )  # fmt: skip
-def test_a_device_that_is_not_there_is_refused(there, device, dtype, words, monkeypatch):
+def test_an_unavailable_device_is_refused(available, device, dtype, words, monkeypatch):
     for name in ("cuda", "mps"):
-        monkeypatch.setattr(getattr(torch, name), "is_available", lambda name=name: name in there)
+        monkeypatch.setattr(getattr(torch, name), "is_available", lambda name=name: name in available)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(UsageError, match=words):
         choose_device(device, dtype)
 
 
-def test_a_full_memory_is_told_with_its_remedy():
+def test_out_of_memory_is_a_message_with_a_remedy():
     with pytest.raises(UsageError, match="Tried 2 GiB.*: take less"), memory_errors("take less"):
         raise torch.OutOfMemoryError("Tried 2 GiB\nand more")
     with pytest.raises(KeyError), memory_errors("take less"):

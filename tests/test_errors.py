@@ -6,7 +6,7 @@ from lcm_distill.errors import DivergenceError, UsageError, run_program
 
 
 def test_errors_for_users_are_messages_with_exit_codes(capsys):
-    for error, code in ((UsageError("--flag: mend it"), 2), (DivergenceError("loss is nan at step 3"), 1)):
+    for error, code in ((UsageError("--flag: fix it"), 2), (DivergenceError("loss is nan at step 3"), 1)):
 
         def main(error=error):
             raise error
@@ -17,7 +17,7 @@ def test_errors_for_users_are_messages_with_exit_codes(capsys):
         assert capsys.readouterr().err == f"error: {error}\n"
 
 
-def test_an_interrupt_says_how_to_go_on(capsys):
+def test_an_interrupted_run_gets_the_flag_that_resumes_it(capsys):
     def main():
         raise KeyboardInterrupt
 
@@ -26,11 +26,11 @@ def test_an_interrupt_says_how_to_go_on(capsys):
     assert stopped.value.code == 130 and "--resume_from_checkpoint latest" in capsys.readouterr().err
 
 
-def test_an_interrupted_command_speaks_of_no_checkpoint(capsys):
+def test_the_hint_after_an_interrupt_can_be_left_out(capsys):
     def interrupt():
         raise KeyboardInterrupt
 
-    for go_on, said in (([""], "interrupted\n"), ([], "interrupted; go on from the last checkpoint")):
+    for hint, message in (([""], "interrupted\n"), ([], "interrupted; resume from the last checkpoint")):
         with pytest.raises(SystemExit) as stopped:
-            run_program(interrupt, *go_on)
-        assert stopped.value.code == 130 and capsys.readouterr().err.startswith(said)
+            run_program(interrupt, *hint)
+        assert stopped.value.code == 130 and capsys.readouterr().err.startswith(message)

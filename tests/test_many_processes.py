@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train_lcm_distill_sd_wds as program
+from lcm_distill.data import stream as data_stream
 from lcm_distill.data.stream import ShardStream, make_loader
 from lcm_distill.run.checkpoint import list_checkpoints
 from lcm_distill.run.randomness import BatchGenerators
@@ -81,8 +81,8 @@ def test_two_ranks_of_a_batch_train_as_one_of_twice_the_batch(command, run, tmp_
         return [ShardStream(**arguments | {"rank": rank, "world_size": 2}) for rank in (0, 1)]
 
     at = BatchGenerators.at
-    monkeypatch.setattr(program, "ShardStream", both)
-    monkeypatch.setattr(program, "make_loader", lambda streams, num_workers: _Alternating([*map(_loader, streams)]))
+    monkeypatch.setattr(data_stream, "ShardStream", both)
+    monkeypatch.setattr(data_stream, "make_loader", lambda streams, num_workers: _Alternating([*map(_loader, streams)]))
     monkeypatch.setattr(
         BatchGenerators,
         "at",
@@ -116,9 +116,8 @@ def test_sigterm_to_the_launcher_saves_on_every_rank(command, tmp_path):
         "stream-1.pt",
     }
     log = (tmp_path / "log.txt").read_text()
-    assert f"ended behind step {step_of(last)['global_step']}; --resume_from_checkpoint latest goes on" in log, log[
-        -3000:
-    ]
+    message = f"stopped after step {step_of(last)['global_step']}; resume with --resume_from_checkpoint latest"
+    assert message in log, log[-3000:]
 
 
 def test_the_death_of_one_rank_ends_the_job_in_bounded_time(command, tmp_path):
@@ -158,7 +157,7 @@ def test_two_machines_train_save_and_resume(command, tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="mounting needs root")
 def test_a_disk_that_fills_up_loses_nothing(command, tmp_path):
-    """A real one, of 90 MB: some checkpoints fit, then none; the run says so, keeps the last whole one, and ends."""
+    """A real one, of 90 MB: some checkpoints fit, then none; the run logs it, keeps the last complete one, and ends."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=90m", "tmpfs", str(disk)], capture_output=True).returncode:
@@ -169,12 +168,12 @@ def test_a_disk_that_fills_up_loses_nothing(command, tmp_path):
         log = open(tmp_path / "log.txt", "w")
         done = subprocess.run([sys.executable, SCRIPT, *argv], env=ENVIRONMENT, stdout=log, stderr=log, timeout=240)
         text = (tmp_path / "log.txt").read_text()
-        assert "could not be written" in text and "the run goes on" in text and "Traceback" not in text, text[-3000:]
+        assert "could not be written" in text and "the run continues" in text and "Traceback" not in text, text[-3000:]
         whole = list_checkpoints(disk / "out")
-        assert whole and f"the last whole one is {whole[-1]}" in text
+        assert whole and f"the last complete one is {whole[-1]}" in text
         assert not list((disk / "out").glob(".checkpoint-*"))
         assert done.returncode == 1 and "error: the result could not be written" in text, text[-3000:]
-        # With room again the same command goes on, from the last that was whole, to the end.
+        # With free space again the same command continues from the last complete one to the end.
         for path in whole[:-1]:
             subprocess.run(["rm", "-r", str(path)], check=True)
         subprocess.run(["mount", "-o", "remount,size=400m", str(disk)], check=True)

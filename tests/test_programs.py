@@ -22,12 +22,13 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from test_flags import PUBLIC_COMMANDS
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import train_lcm_distill_sd_wds
 from lcm_distill.errors import DivergenceError, UsageError
 from lcm_distill.models import sd, sdxl
 from lcm_distill.models import student as unets
 from lcm_distill.models.teacher import Teacher, read_configs
+from lcm_distill.objective import consistency as lcd
 from lcm_distill.objective.consistency import ConsistencyFunction, guidance_embedding
 from lcm_distill.objective.schedule import DDIMSolver, NoiseSchedule
 from lcm_distill.run.journal import read_journal
@@ -247,8 +248,8 @@ def test_a_step_is_that_of_algorithm_1(program, command, run, monkeypatch, teach
     # By hand: (1 + w)·Ψ(c) − w·Ψ(∅).
     branches = []
     for output in teacher.output.chunk(2):
-        clean = schedule.predict_sample(output, student.sample, student.timesteps)
-        epsilon = schedule.predict_noise(output, student.sample, student.timesteps)
+        clean = schedule.predict_x0(output, student.sample, student.timesteps)
+        epsilon = schedule.predict_epsilon(output, student.sample, student.timesteps)
         branches.append(solver.step(clean, epsilon, index))
     previous = 4 * branches[0] - 3 * branches[1]
     torch.testing.assert_close(target.sample, previous, rtol=1e-4, atol=1e-4)
@@ -652,7 +653,7 @@ def test_dry_run_writes_nothing(program, command, run, tmp_path, caplog):
     """Though it goes the way of a run: past its checkpoint, its drawing and the best checkpoint."""
     with caplog.at_level(logging.INFO, "lcm_distill"):
         run(program, command(dry_run=True, keep_best=True, checkpointing_steps=1, report_to="tensorboard,wandb"))
-    assert "dry run: shards, models, a training step and a drawing all work" in caplog.text
+    assert "dry run: shards, models, a training step and validation all work" in caplog.text
     assert not list(tmp_path.iterdir())
 
 
@@ -667,11 +668,28 @@ def test_dry_run_of_a_resumed_run_does_take_a_step(command, run, tmp_path, monke
     assert contents(tmp_path / "out") == before
 
 
-def test_a_changed_learning_rate_is_used_on_resume(command, run, caplog):
-    run(PROGRAMS[0], command(steps=1))
-    with caplog.at_level(logging.INFO, "lcm_distill"):
-        run(PROGRAMS[0], command(steps=2, resume_from_checkpoint="latest", learning_rate=0))
-    assert "--learning_rate: 0.0001 → 0.0" in caplog.text
+@pytest.mark.parametrize("program", PROGRAMS[1:3])
+def test_changed_settings_of_the_optimizer_are_used_on_resume(program, command, run, caplog):
+    """By what the optimizer of the resumed run holds when it steps; the log said so while it used the old ones."""
+    before = {"learning_rate": 1e-4, "adam_beta1": 0.9, "adam_beta2": 0.99, "adam_epsilon": 1e-8}
+    before |= {"adam_weight_decay": 0.1, "family": family(program)}
+    after = {"learning_rate": 3e-4, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
+    after |= {"adam_weight_decay": 0.02}
+    seen = []
+
+    def note(optimizer, args, kwargs):
+        (group,) = optimizer.param_groups
+        seen.append((group["lr"], *group["betas"], group["eps"], group["weight_decay"]))
+
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        run(program, command(steps=1, **before))
+        with caplog.at_level(logging.INFO, "lcm_distill"):
+            run(program, command(steps=2, resume_from_checkpoint="latest", **before | after))
+    finally:
+        hook.remove()
+    assert seen == [(1e-4, 0.9, 0.99, 1e-8, 0.1), tuple(after.values())]
+    assert all(f"--{name}: {before[name]} → {value}" in caplog.text for name, value in after.items())
 
 
 def test_a_cast_teacher_does_not_round_the_student(command, run, teacher, monkeypatch):
@@ -704,9 +722,7 @@ def test_weights_of_a_variant_load_or_are_told(variant, command, run, teacher, t
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(command, run, monkeypatch):
     with pytest.raises(DivergenceError, match="at step 1.*--learning_rate"):
-        monkeypatch.setattr(
-            train_lcm_distill_sd_wds, "consistency_loss", lambda prediction, *_: prediction.mean() * float("nan")
-        )
+        monkeypatch.setattr(lcd, "consistency_loss", lambda prediction, *_: prediction.mean() * float("nan"))
         run(PROGRAMS[0], command(steps=3))
 
 
@@ -782,6 +798,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import torch
 import train_lcm_distill_lora_sdxl_wds as program
 from lcm_distill.run.progress import Progress
+from lcm_distill.run.randomness import BatchGenerators
 
 rank = None
 log = []
@@ -791,12 +808,12 @@ def spying(self, loader):
         log.append((tuple(batch["captions"]), float(batch["pixels"].float().sum())))
         yield batch
 Progress.batches = spying
-draw = program.BatchGenerators.at
+draw = BatchGenerators.at
 def at(self, batch):
     generator = draw(self, batch)
     log.append(generator.initial_seed())
     return generator
-program.BatchGenerators.at = at
+BatchGenerators.at = at
 end = Progress.close
 def close(self, *rest):
     accelerator = self._accelerator

@@ -14,7 +14,7 @@ from diffusers import LCMScheduler, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_kohya
 from safetensors.torch import save_file
 
-from lcm_distill.distributed.fsdp import save_whole
+from lcm_distill.distributed.fsdp import save_network
 from lcm_distill.errors import SaveError
 from lcm_distill.export.card import hub_id, model_card, without_folders
 from lcm_distill.export.hub import HubUpload
@@ -64,8 +64,8 @@ def export_full_student(
     for network in (student, target):
         network.register_to_config(_name_or_path="")  # else it is saved: where this machine keeps the teacher
     with _writing(folder):
-        save_whole(student, folder / "unet", folder)
-        save_whole(target, folder / "unet_target")
+        save_network(student, folder / "unet", folder)
+        save_network(target, folder / "unet_target")
         if not PartialState().is_main_process:
             return
         half = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float16)  # what is saved does load

@@ -1,4 +1,4 @@
-"""How a run starts: the accelerator, its precision and seed."""
+"""Starts Accelerate: the engine, its precision, the logger and the seed."""
 
 import contextlib
 import logging
@@ -15,27 +15,27 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broad
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from lcm_distill.distributed.fsdp import settle_engine
+from lcm_distill.distributed.fsdp import configure_engine
 from lcm_distill.distributed.zero import ZeroAccelerator, asks_for_deepspeed
 from lcm_distill.environment import check_writable
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import LaunchFlags
 
-# Ranks wait that long for one another. The main process draws and writes alone, which takes more than the ten minutes
-# after which NCCL would give the run up; a rank that has died ends it at once, by the launcher.
-_PATIENCE = timedelta(hours=1)
+# How long ranks wait for each other. The main process generates pictures and writes files alone, which takes longer
+# than NCCL's default of ten minutes; when a rank dies, the launcher ends the others at once.
+_TIMEOUT = timedelta(hours=1)
 
 
 def start_accelerator(launch: LaunchFlags, trackers: list[str], *, can_split: bool = False) -> Accelerator:
-    """Accelerate's engine as the flags want it, and a logger that speaks on the main process only.
+    """Accelerate's engine with the settings of the flags; sets up logging, with INFO on the main process only.
 
-    A dry run has no trackers and writes nothing; for others the output folder is made. `can_split`: the program can
+    A dry run has no trackers and writes nothing; otherwise the output folder is created. `can_split`: the program can
     split what it trains over the ranks (FSDP, ZeRO). `UsageError` for a precision that the device does not have, an
     engine that is not supported, a folder that cannot be written to.
     """
     if launch.local_rank != -1:
-        os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # from launchers that pass it as a flag alone
-    disable_progress_bar()  # transformers draws one for every network that it loads
+        os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # some launchers pass it only as a flag
+    disable_progress_bar()  # transformers shows one for each network that it loads
     engine = ZeroAccelerator if asks_for_deepspeed() else Accelerator
     accelerator = engine(
         mixed_precision=launch.mixed_precision,
@@ -44,17 +44,19 @@ def start_accelerator(launch: LaunchFlags, trackers: list[str], *, can_split: bo
         project_config=ProjectConfiguration(
             project_dir=launch.output_dir, logging_dir=str(Path(launch.output_dir) / launch.logging_dir)
         ),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)],
     )
     # From here on the precision may also come from `accelerate config`.
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UsageError("--mixed_precision fp16 needs a GPU; on the CPU take bf16 or no.")
+        raise UsageError("--mixed_precision fp16 needs a GPU; on the CPU use bf16 or no.")
     if accelerator.mixed_precision == "fp8":
-        raise UsageError("--mixed_precision: fp8 (from `accelerate config`) is not for this program; pass bf16.")
-    settle_engine(accelerator, can_split=can_split)
-    if torch.cuda.is_available():  # said either way: PyTorch's own default is off for products, on for convolutions
+        raise UsageError("--mixed_precision: fp8 (from `accelerate config`) is not supported; pass bf16.")
+    configure_engine(accelerator, can_split=can_split)
+    if (
+        torch.cuda.is_available()
+    ):  # set in both cases: PyTorch's default is off for matrix products and on for convolutions
         torch.backends.cuda.matmul.allow_tf32 = launch.allow_tf32
-        # In mixed precision the convolutions left are those of a VAE that is in float32 for its range, which TF32 has.
+        # In mixed precision the only float32 convolutions are the VAE's, in float32 for its range, which TF32 has too.
         torch.backends.cudnn.allow_tf32 = launch.allow_tf32 or accelerator.mixed_precision != "no"
     if accelerator.is_main_process and not launch.dry_run:
         check_writable(launch.output_dir)
@@ -66,21 +68,21 @@ def start_accelerator(launch: LaunchFlags, trackers: list[str], *, can_split: bo
 
 
 def inference_dtype(accelerator: Accelerator) -> torch.dtype:
-    """The dtype of frozen networks: that of the mixed precision, float32 without."""
+    """The dtype of frozen networks: that of the mixed precision, or float32 without mixed precision."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
 def autocast_over(accelerator: Accelerator, weights: torch.dtype) -> AbstractContextManager:
-    """The run's autocast for a network whose weights are float32; nothing for one that is in half precision itself.
+    """The run's autocast for a network with float32 `weights`; no autocast for one in half precision.
 
-    Such a network computes as it does in the pipelines. Under autocast GPUs would do its norms in float32 and write
-    that to memory, to be rounded before the next product all the same.
+    A network in half precision computes as it does in the pipelines. Under autocast a GPU would compute its norms in
+    float32 and write the result to memory, only to round it before the next matrix product.
     """
     return accelerator.autocast() if weights == torch.float32 else contextlib.nullcontext()
 
 
-def settle_seed(seed: int | None) -> int:
-    """`seed`, or one drawn on the main process; the same on every rank. Libraries' global generators are seeded."""
+def choose_seed(seed: int | None) -> int:
+    """`seed`, or one drawn on the main process, the same on every rank; seeds the libraries' global generators."""
     chosen = broadcast_object_list([random.SystemRandom().randrange(2**31) if seed is None else seed])[0]
     set_seed(chosen)
     return chosen

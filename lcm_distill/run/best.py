@@ -1,4 +1,4 @@
-"""The best checkpoint: how far from the teacher each was, and which was least."""
+"""The best checkpoint: the one with the smallest distance to the teacher."""
 
 import json
 import math
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 RATING = "rating.json"
-# The flags that decide which pictures --keep_best compares.
-_MEASURED_BY = (
+# The flags that decide which pictures the distance of --keep_best compares.
+_DISTANCE_FLAGS = (
     "validation_prompts",
     "num_validation_images",
     "validation_guidance_scale",
@@ -21,7 +21,7 @@ _MEASURED_BY = (
 
 
 def read_rating(path: Path) -> tuple[float, bool]:
-    """(a checkpoint's distance to the teacher, whether it was saved for that alone); infinity if never the best."""
+    """(a checkpoint's distance to the teacher, whether it was saved only for that); infinity if never the best."""
     try:
         rating = json.loads((path / RATING).read_text())
         distance = float(rating["distance"])
@@ -30,19 +30,20 @@ def read_rating(path: Path) -> tuple[float, bool]:
         return math.inf, False
 
 
-def changed_measure(path: Path, run: Mapping[str, Any]) -> list[str]:
-    """The flags that make the distance of a rated checkpoint another measure than that of `run`."""
+def changed_distance_flags(path: Path, run: Mapping[str, Any]) -> list[str]:
+    """The flags that differ so that the distances of the checkpoint at `path` and of `run` cannot be compared."""
     try:
         before = json.loads((path / "run.json").read_text())["flags"]
     except (OSError, ValueError, KeyError, TypeError):
-        return []  # it does not tell
+        return []  # unknown
     now = json.loads(json.dumps(run.get("flags", {}), default=str))
     captions_are_prompts = not (before.get("validation_prompts") and now.get("validation_prompts"))
-    names = [*_MEASURED_BY, *["train_shards_path_or_url"] * captions_are_prompts]
+    names = [*_DISTANCE_FLAGS, *["train_shards_path_or_url"] * captions_are_prompts]
     return [name for name in names if before.get(name) != now.get(name)]
 
 
-def best_of(checkpoints: list[Path]) -> Path | None:
+def pick_best(checkpoints: list[Path]) -> Path | None:
+    """The checkpoint with the smallest distance; None if none is rated."""
     distances = {path: read_rating(path)[0] for path in checkpoints}
     best = min(checkpoints, key=distances.__getitem__, default=None)
     return best if best is not None and distances[best] < math.inf else None

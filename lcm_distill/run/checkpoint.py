@@ -1,15 +1,15 @@
-"""Checkpoints `checkpoint-N`: everything a run needs to go on exactly where it was.
+"""Checkpoints `checkpoint-N`: everything that a run needs to continue exactly where it was.
 
     checkpoint-N/
       unet/ … or adapter/ …        each trained part: a U-Net as Diffusers saves it, an adapter as PEFT does
       optimizer.bin, …             Accelerate's state: optimizer, learning rate, loss scaler, random state
-      stream-RANK.pt               where each rank's data stream stood
+      stream-RANK.pt               the position of each rank's data stream
       run.json                     step, flags, seed, layout, versions, architecture
-      rating.json                  how far from the teacher it was, if it was ever the best (--keep_best), and whether
-                                   it was saved for that alone
+      rating.json                  its distance to the teacher, if it was ever the best (--keep_best), and whether it
+                                   was saved only for that
 
-One is written under a temporary name and renamed when it is on the disk, and loses its name before it is
-removed: a checkpoint that has its name is whole. Older ones go only after the new one stands; the best one stays.
+A checkpoint is written under a temporary name and renamed once it is on the disk, and renamed again before it is
+removed: one with its final name is complete. Older ones are removed only after the new one exists; the best is kept.
 """
 
 import json
@@ -26,10 +26,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from lcm_distill.distributed.fsdp import saves_together
+from lcm_distill.distributed.fsdp import all_ranks_save
 from lcm_distill.environment import versions
 from lcm_distill.errors import SaveError, UsageError
-from lcm_distill.run.best import RATING, best_of, changed_measure, read_rating
+from lcm_distill.run.best import RATING, changed_distance_flags, pick_best, read_rating
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 class CheckpointPart(Protocol):
-    """Something trained that a checkpoint holds, in a folder of its own."""
+    """Something trained that a checkpoint holds, in its own folder."""
 
     def save(self, folder: Path) -> None: ...
 
@@ -45,9 +45,9 @@ class CheckpointPart(Protocol):
 
 
 class Checkpoints:
-    """Writes and restores the checkpoints of one run. Every rank calls every method.
+    """Writes and loads the checkpoints of one run. Every rank calls every method.
 
-    `parts` are what trains, by folder name; `limit` is how many checkpoints to keep (None: all), beside the best. In a
+    `parts` are what trains, by folder name; `limit` is how many checkpoints to keep (None: all), besides the best. In a
     `dry_run` nothing is written, renamed or removed.
     """
 
@@ -69,12 +69,12 @@ class Checkpoints:
         accelerator.register_load_state_pre_hook(self._load_parts)
 
     def save(
-        self, global_step: int, run: Mapping[str, Any], stream_state: Mapping[str, Any], *, must: bool = False
+        self, global_step: int, run: Mapping[str, Any], stream_state: Mapping[str, Any], *, required: bool = False
     ) -> Path | None:
-        """Writes `checkpoint-{global_step}`; `run` goes into run.json, `stream_state` is this rank's own.
+        """Writes `checkpoint-{global_step}`, returns its path; `run` goes into run.json, `stream_state` is this rank's.
 
-        One that cannot be written on any rank (a full disk) is reported and leaves None, and the checkpoints before
-        it; if it `must` be, because the run is about to end, it is a `SaveError`. A dry run writes none.
+        If any rank cannot write it (a full disk), that is logged, older checkpoints are kept and the result is None; if
+        it is `required`, because the run is about to stop, it is a `SaveError`. A dry run writes none.
         """
         if self._dry_run:
             return None
@@ -101,7 +101,7 @@ class Checkpoints:
                 }
                 (partial / "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
                 _sync_to_disk(partial)
-                if final.exists():  # not whole, or saved before: the new one takes its place
+                if final.exists():  # not complete, or saved before: replaced by the new one
                     _remove(final)
                 partial.rename(final)
                 _sync_folder(self._output_dir)
@@ -109,14 +109,14 @@ class Checkpoints:
         if problem := next(filter(None, map(self._problem, (begin, write, finish))), None):
             kept = list_checkpoints(self._output_dir)
             message = (
-                f"checkpoint-{global_step} could not be written ({problem}); the last whole one is "
-                f"{kept[-1] if kept else 'none'}. Make room in {self._output_dir}"
+                f"checkpoint-{global_step} could not be written ({problem}); the last complete one is "
+                f"{kept[-1] if kept else 'none'}. Free disk space in {self._output_dir}"
             )
             if accelerator.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)
-            if must:
-                raise SaveError(f"{message}, then resume from there with --resume_from_checkpoint latest.")
-            logger.error("%s: the run goes on, and tries again at its next checkpoint.", message)
+            if required:
+                raise SaveError(f"{message}, then resume from that one with --resume_from_checkpoint latest.")
+            logger.error("%s: the run continues and tries again at its next checkpoint.", message)
             return None
         if accelerator.is_main_process:
             logger.info("saved %s", final)
@@ -130,30 +130,32 @@ class Checkpoints:
     def keep_if_best(
         self, distance: float, global_step: int, run: Mapping[str, Any], stream_state: Mapping[str, Any]
     ) -> bool:
-        """Keeps this step's checkpoint as the best if `distance` is less than that of any before; returns whether.
+        """Keeps this step's checkpoint as the best if `distance` is smaller than any before; returns whether it did.
 
-        If the step has no checkpoint yet, it gets one, which goes when another is the best. `distance` is the same on
-        every rank; one that is not finite is never the best. Once the flags say that other pictures are compared, by
-        `run`, those before do not count. A dry run keeps nothing.
+        If the step has no checkpoint yet, one is saved, which is removed when another becomes the best. `distance` is
+        the same on every rank; one that is not finite is never the best. If the flags in `run` compare other pictures
+        than those of the best so far, that one no longer counts. A dry run keeps nothing.
         """
         if self._dry_run:
             return False
         best = find_best(self._output_dir) if self._accelerator.is_main_process else None
-        changed = [] if best is None else changed_measure(best, run)
+        changed = [] if best is None else changed_distance_flags(best, run)
         least = math.inf if best is None or changed else read_rating(best)[0]
         if not broadcast_object_list([distance < least])[0]:
             return False
         path = self._output_dir / f"checkpoint-{global_step}"
-        stands = broadcast_object_list([path.exists()])[0]
-        saved = stands or self.save(global_step, run, stream_state)
+        exists = broadcast_object_list([path.exists()])[0]
+        saved = exists or self.save(global_step, run, stream_state)
         if saved and self._accelerator.is_main_process:
             partial = path / ".rating.json"
             try:
-                partial.write_text(json.dumps({"distance": distance, "saved_for_it": not stands}) + "\n")
+                partial.write_text(json.dumps({"distance": distance, "saved_for_it": not exists}) + "\n")
                 partial.rename(path / RATING)
                 if changed:
                     flags = ", ".join(f"--{name}" for name in changed)
-                    logger.warning("%s is the best no more: distances with another %s do not compare", best, flags)
+                    logger.warning(
+                        "%s is no longer the best: distances with another %s cannot be compared", best, flags
+                    )
                     for other in set(list_checkpoints(self._output_dir)) - {path}:
                         (other / RATING).unlink(missing_ok=True)
                 elif best is not None and read_rating(best)[1]:
@@ -164,20 +166,20 @@ class Checkpoints:
         return bool(saved)
 
     def _problem(self, action: Callable[[], None]) -> str | None:
-        """What went wrong in `action` on any rank, in words; None if nothing did. Every rank gets the same answer."""
+        """Runs `action`; what went wrong on any rank as text, the same on every rank, or None."""
         problem = None
         try:
             action()
-        except Exception as error:  # noqa: BLE001 - a full disk has another exception in each writer
+        except Exception as error:  # noqa: BLE001 - a full disk is a different exception in each writer
             problem = f"{type(error).__name__}: {error}"
         return next(filter(None, gather_object([problem])), None)
 
     def load(self, path: Path) -> dict[str, Any]:
-        """Restores networks, optimizer, learning rate and scaler; returns this rank's stream state.
+        """Loads networks, optimizer, learning rate and scaler; returns this rank's stream state.
 
-        {} for a rank that the checkpoint's run did not have. Checkpoints of later steps are not of this run any more:
-        they are renamed to `abandoned-checkpoint-N`, but not in a dry run. `UsageError` if a part is missing or
-        damaged.
+        The state is {} for a rank that the checkpoint's run did not have. Checkpoints of later steps no longer belong
+        to the run: they are renamed to `abandoned-checkpoint-N`, except in a dry run. `UsageError` if a part is missing
+        or damaged.
         """
         rank = self._accelerator.process_index
         try:
@@ -185,7 +187,7 @@ class Checkpoints:
             self._accelerator.load_state(str(path))
             new = rank >= run["processes"]
             state = {} if new else torch.load(path / f"stream-{rank}.pt", weights_only=True)
-        except Exception as error:  # a part that is missing or cut short: each reader has its own exception
+        except Exception as error:  # a part is missing or truncated: a different exception in each reader
             raise UsageError(
                 f"--resume_from_checkpoint {path} is damaged ({type(error).__name__}: {error}); resume from another."
             ) from None
@@ -202,13 +204,13 @@ class Checkpoints:
 
     def _save_parts(self, models: list[Any], weights: list[Any], output_dir: str) -> None:
         errors = []
-        if self._accelerator.is_main_process or saves_together(self._accelerator):
+        if self._accelerator.is_main_process or all_ranks_save(self._accelerator):
             for name, part in self._parts.items():
                 try:
                     part.save(Path(output_dir) / name)
-                except Exception as error:  # noqa: BLE001 - what the other ranks gather in the next part needs this one
+                except Exception as error:  # noqa: BLE001 - the other ranks gather the next part together with this one
                     errors.append(error)
-        weights.clear()  # Accelerate need not save them again
+        weights.clear()  # else Accelerate saves them once more
         if errors:
             raise errors[0]
 
@@ -221,14 +223,14 @@ class Checkpoints:
         if self._limit is None:
             return
         found = list_checkpoints(self._output_dir)
-        best = best_of(found)
+        best = pick_best(found)
         older = [path for path in found if path not in (keep, best)]
         for path in older[: max(0, len(older) + 1 - self._limit)]:
             _remove(path)
 
 
 def _remove(path: Path) -> None:
-    """Removes a checkpoint; killed halfway, it leaves a hidden folder, not a torn checkpoint."""
+    """Removes a checkpoint; killed halfway, it leaves a hidden folder, not an incomplete checkpoint."""
     hidden = path.with_name(f".{path.name}.removed")
     path.rename(hidden)
     shutil.rmtree(hidden)
@@ -242,19 +244,19 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """The complete checkpoints in `output_dir`, oldest step first."""
     folder = Path(output_dir)
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
-    whole = [path for path in found if (path / "run.json").is_file()]
-    for torn in sorted(set(found) - set(whole)):
-        logger.warning("%s is not a whole checkpoint (no run.json): passed over", torn)
-    return sorted(whole, key=_step)
+    complete = [path for path in found if (path / "run.json").is_file()]
+    for incomplete in sorted(set(found) - set(complete)):
+        logger.warning("%s is not a complete checkpoint (no run.json): ignored", incomplete)
+    return sorted(complete, key=_step)
 
 
 def find_best(output_dir: str | Path) -> Path | None:
-    """The checkpoint in `output_dir` that came closest to the teacher; None if none was rated."""
-    return best_of(list_checkpoints(output_dir))
+    """The checkpoint in `output_dir` that was closest to the teacher; None if none was rated."""
+    return pick_best(list_checkpoints(output_dir))
 
 
 def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> Path | None:
-    """The folder that `--resume_from_checkpoint` means; None to start afresh ("latest" without any)."""
+    """The folder that `--resume_from_checkpoint` names; None for a new run ("latest" when there is none yet)."""
     if not resume_from_checkpoint:
         return None
     if resume_from_checkpoint == "latest":
@@ -263,14 +265,14 @@ def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> Path
         if best := find_best(output_dir):
             return best
         raise UsageError(
-            f"--resume_from_checkpoint best: no checkpoint in {output_dir} is rated; runs with --keep_best do that."
+            f"--resume_from_checkpoint best: no checkpoint in {output_dir} is rated; --keep_best rates them."
         )
     for path in (Path(resume_from_checkpoint).expanduser(), Path(output_dir) / resume_from_checkpoint):
         if path.is_dir():
             if not (path / "run.json").is_file():
                 raise UsageError(
-                    f"--resume_from_checkpoint {path}: not a whole checkpoint of this project (it has no run.json); "
-                    "give the folder of another, or 'latest'."
+                    f"--resume_from_checkpoint {path}: not a complete checkpoint of this project (it has no run.json); "
+                    "give another folder, or 'latest'."
                 )
             return path
     known = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
@@ -286,15 +288,15 @@ def find_run(
     seed: int | None,
     dry_run: bool = False,
 ) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint that `--resume_from_checkpoint` means and its run.json; (None, {}) for a new run.
+    """The checkpoint that `--resume_from_checkpoint` names and its run.json; (None, {}) for a new run.
 
-    `UsageError` unless it is of this `program`, of this `architecture`, and of this `seed` (None: any); or if
-    this run would mix its checkpoints with those of another one (a `dry_run` writes none).
+    `UsageError` unless it is of this `program`, this `architecture` and this `seed` (None: any), or if this run would
+    mix its checkpoints with those of another run (a `dry_run` writes none).
     """
     path = find_checkpoint(resume_from_checkpoint, output_dir)
     inside = path is not None and path.resolve().parent == Path(output_dir).resolve()
     if not inside and not dry_run and (earlier := list_checkpoints(output_dir)):
-        # A second run among them would make `latest` a lottery.
+        # With two runs in one folder, `latest` could be either's.
         raise UsageError(
             f"--output_dir {output_dir} holds an earlier run ({earlier[-1].name}): resume it with "
             "--resume_from_checkpoint latest, give another folder, or remove that run's checkpoints."
@@ -321,17 +323,19 @@ def check_resumable(
     saved = run.get("architecture", {})
     expected = json.loads(json.dumps(dict(architecture), default=str))
     different = [
-        f"{key}: {saved.get(key)} there, {expected.get(key)} here"
+        f"{key}: {saved.get(key)} in the checkpoint, {expected.get(key)} now"
         for key in sorted({*saved, *expected})
         if saved.get(key) != expected.get(key)
     ]
     if different:
         raise UsageError(
-            f"{where} is of another architecture ({'; '.join(different[:4])}). Give the teacher and the "
-            "flags that it was made with (time_cond_proj_dim is --unet_time_cond_proj_dim), or another --output_dir."
+            f"{where} has another architecture ({'; '.join(different[:4])}). Give the teacher and the "
+            "flags that it was trained with (time_cond_proj_dim is --unet_time_cond_proj_dim), or another --output_dir."
         )
     if seed is not None and run["seed"] != seed:
-        raise UsageError(f"--seed {seed}: the checkpoint {path} was made with seed {run['seed']}; give that or none.")
+        raise UsageError(
+            f"--seed {seed}: the checkpoint {path} was trained with seed {run['seed']}; give that one, or no --seed."
+        )
 
 
 def changed_flags(run: Mapping[str, Any], flags: Mapping[str, Any]) -> list[str]:

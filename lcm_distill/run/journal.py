@@ -1,10 +1,10 @@
 """The run's journal `training.jsonl`: every logged value, one JSON object a line, for any tool and for the report.
 
-    {"launch": {"program": …, "flags": …, "command": …, "global_step": 0, …}}   the run was started, or taken up again
+    {"launch": {"program": …, "flags": …, "command": …, "global_step": 0, …}}   the run was started, or resumed
     {"step": 10, "time": 1763715600.0, "loss": 0.031, "lr": 1e-06, …}           values; a step may have several lines
-    {"end": {"global_step": 400, "time": …, "reason": "SIGTERM"}}               the launch ended in good order
+    {"end": {"global_step": 400, "time": …, "reason": "SIGTERM"}}               the launch ended, without being killed
 
-Nothing in it is a secret: tokens, commands and URL queries are left out.
+It holds no secrets: tokens, commands and URL queries are left out.
 """
 
 import json
@@ -21,11 +21,11 @@ NAME = "training.jsonl"
 
 
 class Journal:
-    """Writes `output_dir/training.jsonl`. A disk that fails is reported once, and never ends the run.
+    """Writes `output_dir/training.jsonl`. A disk error is logged once and never ends the run.
 
-    Making one adds `launch` (`describe_launch`), with the time and `global_step`, where the run stands: 0 for a new
-    one, which starts the file afresh. Lines of later steps, which a killed run wrote after the checkpoint that this
-    one goes on from, are dropped, and so is a torn last line: each step is in the file once. One that is not
+    The constructor adds `launch` (`describe_launch`) with the time and `global_step`, the step that the run is at: 0
+    for a new run, which starts a new file. Lines of later steps, which a killed run wrote after the checkpoint that is
+    resumed, are dropped, and so is an incomplete last line: each step is in the file once. A journal that is not
     `enabled` (on other ranks, in a dry run) writes nothing.
     """
 
@@ -44,7 +44,7 @@ class Journal:
         self._append({"step": global_step, "time": time.time(), **numbers})
 
     def end(self, global_step: int, reason: str | None = None) -> None:
-        """The launch ends behind `global_step`, before the run's last step for a `reason`. A killed one never says."""
+        """Records that the launch ended after `global_step`; if that is not the run's last step, `reason` says why."""
         self._append({"end": {"global_step": global_step, "time": time.time(), "reason": reason}})
 
     def _begin(self, launch: dict[str, Any], global_step: int) -> None:
@@ -63,7 +63,7 @@ class Journal:
     def _append(self, line: dict[str, Any]) -> None:
         if not self.enabled:
             return
-        torn = b"\n" if self._failed else b""  # the line that failed may be there in part: this one is not its end
+        torn = b"\n" if self._failed else b""  # part of the failed line may be in the file: begin a new one
         try:
             with open(self._path, "ab") as file:
                 file.write(torn + _as_line(line))
@@ -72,7 +72,7 @@ class Journal:
 
     def _report(self, error: OSError) -> None:
         if not self._failed:
-            logger.error("%s could not be written (%s): values are missing there; the run goes on", self._path, error)
+            logger.error("%s could not be written (%s): values are missing in it; the run continues", self._path, error)
         self._failed = True
 
 
@@ -82,7 +82,7 @@ def _as_line(line: Mapping[str, Any]) -> bytes:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The journal's whole lines; what is torn or is no object is passed over."""
+    """The journal's complete lines; those that are incomplete or not an object are skipped."""
     with open(path, encoding="utf-8", errors="replace") as file:
         for text in file:
             try:
@@ -96,8 +96,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 def read_journal(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(the launches, the lines with values) of a training.jsonl, oldest first; `OSError` if it cannot be read.
 
-    A launch that ended in good order has that under "end". Lines that a later launch went back behind are left out,
-    even where they are still in the file (its disk was full).
+    A launch that was not killed has its last line under "end". Lines of steps after the one that a later launch resumed
+    at are left out, even where they are still in the file (its disk was full).
     """
     launches: list[dict[str, Any]] = []
     entries: list[dict[str, Any]] = []

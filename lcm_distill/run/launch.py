@@ -1,4 +1,4 @@
-"""How a launch is recorded, and the command that resumes it."""
+"""The description of a launch for the journal, and the command that resumes its run."""
 
 import os
 import platform
@@ -12,16 +12,16 @@ from accelerate import Accelerator
 from lcm_distill.environment import device_name, versions
 from lcm_distill.redaction import public_flags
 
-_LINE = 100  # characters of a line of the command, unless one flag has more
+_LINE = 100  # characters of a line of the command, unless a single flag is longer
 
 
 def describe_launch(
     accelerator: Accelerator, run: Mapping[str, Any], *, steps: int, argv: Sequence[str] | None
 ) -> dict[str, Any]:
-    """What the journal records of a launch: `run`'s program, seed and public flags, and the steps it is to take.
+    """What the journal records of a launch: `run`'s program, seed and public flags, and the run's number of `steps`.
 
-    `argv` is what the program's `main` was given, None for the shell's command line. With it come the command that
-    resumes it, the folder to run that in, the versions and the machine.
+    Also the command that resumes the run, the folder to run it in, the package versions and the machine. `argv` are the
+    arguments of the program's `main`, None for the shell's command line.
     """
     words = sys.argv if argv is None else [f"{run['program']}.py", *argv]
     return {
@@ -42,12 +42,12 @@ def describe_launch(
 
 
 def resume_command(argv: Sequence[str]) -> str:
-    """The shell command, over several lines, that goes on with the run whose `sys.argv` is `argv`.
+    """The shell command, over several lines, that resumes the run whose `sys.argv` was `argv`.
 
     Tokens are left out; commands and URL queries in the shards are cut to "…", as in `public_flags`. The launcher's
-    own options (`accelerate launch --num_processes 4 …`) never reach a program, so they are not in it.
+    own options (`accelerate launch --num_processes 4 …`) do not reach a program, so they are not included.
     """
-    groups: list[list[str]] = []  # a flag and its values each
+    groups: list[list[str]] = []  # each a flag and its values
     for word in argv[1:]:
         if word.startswith("--"):
             groups.append([word])

@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate."""
+"""The optimizer and the schedule of its learning rate."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -14,10 +14,10 @@ from lcm_distill.flags import OptimizationFlags
 def build_optimizer(
     parameters: Iterable[torch.nn.Parameter], flags: OptimizationFlags, learning_rate: float, *, fused: bool = True
 ) -> torch.optim.Optimizer:
-    """AdamW in one fused kernel, or not `fused` in PyTorch's own way; or bitsandbytes' AdamW with 8-bit state.
+    """AdamW, as one fused kernel if `fused`, or bitsandbytes' AdamW with 8-bit state.
 
-    The `learning_rate` is the plan's, scaled if the flags say so. `fused` must be off under a loss scaler (fp16): a
-    fused step leaves out an overflowed update inside its kernel, so that neither PyTorch nor Accelerate knows.
+    `learning_rate` is the plan's, scaled if --scale_lr is given. `fused` must be off with a loss scaler (fp16): a fused
+    step skips an overflowed update inside its kernel, without PyTorch or Accelerate knowing.
     """
     betas = (flags.adam_beta1, flags.adam_beta2)
     if flags.use_8bit_adam:
@@ -36,30 +36,30 @@ def build_optimizer(
         betas=betas,
         weight_decay=flags.adam_weight_decay,
         eps=flags.adam_epsilon,
-        fused=fused or None,  # False would mean one tensor at a time on GPUs too, which None does all at once
+        fused=fused or None,  # None: all tensors at once on a GPU; False: one at a time
     )
 
 
 def build_lr_scheduler(
     optimizer: torch.optim.Optimizer, flags: OptimizationFlags, *, steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Diffusers' schedule of the learning rate by name; it advances by one at each of the optimizer's `steps`."""
+    """Diffusers' learning-rate schedule of that name, which advances at each of the optimizer's `steps`."""
     name = flags.lr_scheduler
     try:
         return get_scheduler(name, optimizer, num_warmup_steps=flags.lr_warmup_steps, num_training_steps=steps)
     except ValueError as error:
-        raise UsageError(f"--lr_scheduler {name} does not go with the other flags: {error}") from None
+        raise UsageError(f"--lr_scheduler {name} does not work with the other flags: {error}") from None
 
 
 @contextlib.contextmanager
 def keeping_hyperparameters(
     optimizer: torch.optim.Optimizer, lr_scheduler: torch.optim.lr_scheduler.LambdaLR
 ) -> Iterator[None]:
-    """Inside, a checkpoint's state is loaded; afterwards learning rate, betas, ε and weight decay are the flags' again.
+    """Inside this context a checkpoint's state is loaded; learning rate, betas, ε and weight decay stay the flags'.
 
-    So is whether the optimizer is fused, which depends on the precision. A checkpoint's state holds these values too,
-    so that a flag changed for a resume would be logged as changed and have no effect. With unchanged flags nothing
-    changes, to the bit.
+    So does whether the optimizer is fused, which depends on the precision. A checkpoint's state holds these values too:
+    a flag changed for a resume would be logged as changed and have no effect. With unchanged flags the result is
+    bitwise that of the checkpoint.
     """
     names = ("initial_lr", "betas", "eps", "weight_decay", "fused")
     settings = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
@@ -70,15 +70,14 @@ def keeping_hyperparameters(
     for group, kept, rate, factor in zip(optimizer.param_groups, settings, rates, lr_scheduler.lr_lambdas, strict=True):
         group.update(kept)
         group["lr"] = rate * factor(done)
-        _place_counts(optimizer, group)
+        _move_step_counts(optimizer, group)
     lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
-def _place_counts(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
-    """Moves AdamW's counts of steps to the device of their parameters if it is fused, else to the CPU.
+def _move_step_counts(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
+    """Moves AdamW's step counts to the device of their parameters if it is fused, else to the CPU.
 
-    A fused kernel cannot read a count on the CPU; the other kernels would wait for a count on the GPU, parameter by
-    parameter.
+    A fused kernel cannot read a count on the CPU; the other kernels would wait for the GPU at each parameter's count.
     """
     for parameter in group["params"]:
         count = optimizer.state.get(parameter, {}).get("step")

@@ -1,4 +1,4 @@
-"""How long a run is and how fast it learns, worked out from the flags and logged."""
+"""The plan of a run: its number of steps and its learning rate, computed from the flags and logged."""
 
 import dataclasses
 import logging
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class TrainingPlan:
-    """`steps` are optimizer steps, each of `pictures`: batch_size × accumulation × processes."""
+    """`steps` optimizer steps of `pictures` each: batch_size × accumulation × processes."""
 
     steps: int
     learning_rate: float
@@ -40,12 +40,12 @@ def plan_training(
     count_samples: Callable[[], int | None],
     last_step: int | None = None,
 ) -> TrainingPlan:
-    """The run's length: `last_step`, --max_train_steps, or else the steps of so many epochs of the samples.
+    """Computes the plan; its length is `last_step`, else --max_train_steps, else --num_train_epochs.
 
-    The samples of an epoch are --max_train_samples, or what `count_samples` finds. The accelerator says how many
-    batches make an optimizer step: ACCELERATE_GRADIENT_ACCUMULATION_STEPS, where it is set, overrides the flag.
-    --scale_lr multiplies the learning rate by the pictures of a step. `UsageError` if the length is not known (None
-    samples).
+    An epoch is --max_train_samples, or the number that `count_samples` returns. The batches of an optimizer step are
+    the accelerator's: ACCELERATE_GRADIENT_ACCUMULATION_STEPS, where it is set, overrides the flag. --scale_lr
+    multiplies the learning rate by the pictures of a step. `UsageError` if the length is unknown (`count_samples`
+    returns None).
     """
     accumulation, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
     pictures = batch_size * accumulation * processes
@@ -54,7 +54,7 @@ def plan_training(
         counted = length.max_train_samples or count_samples()
         if counted is None:
             raise UsageError(
-                "--max_train_steps: the length of the run is not known, since only local shards can be counted; "
+                "--max_train_steps: the length of the run is unknown, since only local shards can be counted; "
                 "give --max_train_steps, or --max_train_samples with --num_train_epochs."
             )
         steps = length.num_train_epochs * -(-counted // pictures)
@@ -76,12 +76,12 @@ def log_plan(
     checkpoint: Path | None,
     resumed: Mapping[str, Any],
 ) -> None:
-    """Logs what the run is about to do, and what has changed since the checkpoint that it resumes."""
+    """Logs the plan, and which flags have changed since the checkpoint that is resumed."""
     first = resumed.get("global_step", 0)
     if checkpoint:
         logger.info("resumed from %s at step %d", checkpoint, first)
         for change in changed_flags(resumed, run["flags"]):
-            logger.info("changed since then: %s", change)
+            logger.info("changed since the checkpoint: %s", change)
     elif run["flags"].get("resume_from_checkpoint"):
         logger.info("no checkpoint in %s yet: starting a new run", run["flags"]["output_dir"])
     logger.info(
@@ -95,7 +95,7 @@ def log_plan(
         plan.learning_rate,
     )
     logger.info(
-        "%.1f M parameters train; seed %d; precision %s; device %s",
+        "training %.1f M parameters; seed %d; precision %s; device %s",
         sum(p.numel() for p in trained.parameters() if p.requires_grad) / 1e6,
         run["seed"],
         accelerator.mixed_precision,
@@ -103,5 +103,5 @@ def log_plan(
     )
     if first >= plan.steps:
         logger.info(
-            "this run is finished: it is at step %d, --max_train_steps is %d; raise that to go on", first, plan.steps
+            "this run is finished: it is at step %d of --max_train_steps %d; raise that to continue", first, plan.steps
         )

@@ -1,4 +1,4 @@
-"""What a run says while it trains, on the screen, to trackers and in its journal."""
+"""The values of a run while it trains: on the progress bar, in the trackers and in the journal."""
 
 import contextlib
 import logging
@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from lcm_distill.data.stream import DropCounter, ShardLoader
-from lcm_distill.distributed.fsdp import whole
+from lcm_distill.distributed.fsdp import gather
 from lcm_distill.errors import DivergenceError
 from lcm_distill.run.checkpoint import list_checkpoints
 from lcm_distill.run.journal import Journal
@@ -25,14 +25,14 @@ from lcm_distill.run.trackers import log_values
 logger = logging.getLogger(__name__)
 
 
-_MOST_SKIPPED = 50  # a loss scale halves at each skipped step: none is left to halve long before
+_MOST_SKIPPED = 50  # each skipped step halves the loss scale, which reaches zero long before
 
 
 class Progress:
     """The progress bar, and averages over the batches since the last `log`; only `log` waits for the device.
 
-    Every rank makes one and calls every method. `global_step` counts optimizer steps; `output_dir` is where the run's
-    checkpoints are. What is logged goes into the `journal` too.
+    Every rank has one and calls every method. `total` and `initial` are optimizer steps; `output_dir` is the folder of
+    the run's checkpoints. Logged values also go into the `journal`.
     """
 
     def __init__(self, accelerator: Accelerator, journal: Journal, *, total: int, initial: int, output_dir: str):
@@ -63,9 +63,9 @@ class Progress:
         self._start = time.perf_counter()
 
     def batches(self, loader: ShardLoader) -> Iterator[dict[str, Any]]:
-        """The endless loader's batches; the time that they take to come counts as waiting for data.
+        """The batches of `loader`, without end; the time spent waiting for each counts as waiting for data.
 
-        The loader's workers end with the iterator, or with `close`.
+        The loader's workers stop when the iterator ends, or with `close`.
         """
         self._loader = loader
         data = iter(loader)
@@ -86,13 +86,13 @@ class Progress:
         self._pictures += pictures
 
     def step(self, grad_norm: torch.Tensor) -> None:
-        """One optimizer step is done; `grad_norm` is the gradients' norm before it was clipped."""
-        self._grad_norm = torch.maximum(self._grad_norm, whole(grad_norm.detach()))  # a NaN stays
+        """Counts an optimizer step; `grad_norm` is the gradients' norm before clipping."""
+        self._grad_norm = torch.maximum(self._grad_norm, gather(grad_norm.detach()))  # a NaN stays
         self._skipped = 0
         self._bar.update()
 
     def skip(self, global_step: int) -> None:
-        """An optimizer step was left out (fp16: a gradient overflowed, and the loss scale was lowered)."""
+        """Counts a skipped optimizer step (fp16: a gradient overflowed, and the loss scale was lowered)."""
         self._skipped += 1
         if not torch.isfinite(self._loss) or self._skipped >= _MOST_SKIPPED:
             raise DivergenceError(
@@ -101,13 +101,14 @@ class Progress:
             )
 
     def log(self, global_step: int, lr_scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict[str, float]:
-        """Shows and sends to the trackers, and returns, the values since the last call.
+        """Logs the values since the last call to the bar, the trackers and the journal, and returns them.
 
-        `loss` (mean over batches and ranks), `grad_norm` (the largest, before clipping), `lr`, `samples_per_second`
-        (all ranks), `data_wait` (share, 0 to 1). `DivergenceError` if loss or gradients are not finite.
+        They are `loss` (mean over batches and ranks), `grad_norm` (the largest, before clipping), `lr`,
+        `samples_per_second` (all ranks) and `data_wait` (a share, 0 to 1). `DivergenceError` if loss or gradients are
+        not finite.
         """
         mean = float(self._accelerator.reduce(self._loss / max(1, self._batches), reduction="mean"))
-        elapsed = time.perf_counter() - self._start  # only now has the device done what it was told to
+        elapsed = time.perf_counter() - self._start  # only now has the device finished the steps that were queued
         values = {
             "loss": mean,
             "grad_norm": float(self._grad_norm),
@@ -126,27 +127,27 @@ class Progress:
         log_values(self._accelerator, values, global_step)
         self._journal.log(values, global_step)
         dropped = sum(self._dropped.total().values())
-        if dropped and dropped >= 2 * self._warned_at:  # at ever longer intervals
+        if dropped and dropped >= 2 * self._warned_at:  # each time twice as many
             self._warned_at = dropped
             logger.warning("samples dropped so far%s: %d (%s)", self._of_ranks(), dropped, self._dropped)
         return values
 
     def record(self, values: Mapping[str, float], global_step: int) -> None:
-        """Logs what validation measured, and rebuilds the report, which shows what it drew."""
+        """Logs the `values` that validation measured, and writes the report, which shows its pictures."""
         if values:
             log_values(self._accelerator, values, global_step)
             self._journal.log(values, global_step)
-        self._rebuild_report()
+        self._write_report()
 
-    def _rebuild_report(self) -> None:
+    def _write_report(self) -> None:
         if self._journal.enabled:
             write_report(self._output_dir)
 
     def _remedy(self) -> str:
-        good = list_checkpoints(self._output_dir)  # none is written of values that are not finite
+        good = list_checkpoints(self._output_dir)  # none is saved once values are not finite
         return (
             f"The last good checkpoint is {good[-1] if good else 'none'}: resume with a lower --learning_rate, a lower "
-            "--max_grad_norm or --mixed_precision bf16 in place of fp16."
+            "--max_grad_norm, or --mixed_precision bf16 instead of fp16."
         )
 
     def _of_ranks(self) -> str:
@@ -154,20 +155,20 @@ class Progress:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time inside this context (a checkpoint, validation) does not count."""
-        float(self._loss)  # waits for the steps that a GPU has yet to do: theirs counts
+        """Time inside this context (a checkpoint, validation) is left out of the speed."""
+        float(self._loss)  # waits for the steps that are queued on a GPU, whose time does count
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
 
     def close(self, global_step: int, reason: str | None) -> None:
-        """Ends bar, journal, report and data loader, and says how many samples all ranks dropped, and why.
+        """Closes the bar, the journal and the data loader, and logs how many samples all ranks dropped, and why.
 
-        The run is at `global_step`; if that is not its last, the `reason` is logged, with how to resume.
+        If `global_step` is not the run's last, the `reason` is logged, with how to resume.
         """
         self._bar.close()
         self._journal.end(global_step, reason)
-        self._rebuild_report()
+        self._write_report()
         if self._loader is not None:
             self._loader.close()
         total = sum((Counter(dropped) for dropped in gather_object([self._dropped.total()])), Counter())
@@ -188,9 +189,9 @@ def start_progress(
     argv: Sequence[str] | None,
     dry_run: bool = False,
 ) -> Progress:
-    """The progress, with its journal in `output_dir`, of a launch that takes its `run` from `global_step` to `steps`.
+    """The `Progress` of a launch from `global_step` to `steps`, with its journal in `output_dir`.
 
-    `run` and `argv` are what `describe_launch` takes. Of a `dry_run` nothing is written down.
+    `run` and `argv` are those of `describe_launch`. A `dry_run` has no journal.
     """
     journal = Journal(
         output_dir,

@@ -1,14 +1,14 @@
-"""Every random draw of training comes from (seed, rank, batch): nothing to save, nothing to disturb."""
+"""Random draws of training depend on (seed, rank, batch) alone: a checkpoint need not save any generator's state."""
 
 import numpy as np
 import torch
 
 
 class BatchGenerators:
-    """Random generators of one rank, one for each batch that it trains on.
+    """The random generators of one rank, one for each batch that it trains on.
 
-    A batch's draws depend on nothing that happened before it: not on the batches skipped by a resume, nor on
-    validation. Ranks draw different numbers.
+    A batch's draws do not depend on what happened before: not on the batches that a resume skips, nor on validation.
+    Different ranks draw different numbers.
     """
 
     def __init__(self, seed: int, rank: int, device: torch.device | str):
@@ -16,9 +16,9 @@ class BatchGenerators:
         self._generator = torch.Generator(device=device)
 
     def at(self, batch: int) -> torch.Generator:
-        """The generator for the `batch`-th batch (0, 1, …) of this rank; torch's global one is seeded alike.
+        """The generator for batch number `batch` (0, 1, …) of this rank; also seeds torch's global generator.
 
-        The global generator serves what takes no generator: dropout.
+        The global one is for dropout, which takes no generator.
         """
         state = int(np.random.SeedSequence((self.seed, self.rank, batch)).generate_state(1, np.uint64)[0])
         state &= 2**63 - 1

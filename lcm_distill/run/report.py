@@ -1,4 +1,4 @@
-"""The run's report: one HTML file with its curves, its pictures over time, its flags and the command to resume it."""
+"""Builds a run's report: one HTML file with its curves, pictures over time, flags and the command to resume it."""
 
 import base64
 import bisect
@@ -29,14 +29,14 @@ from lcm_distill.run import journal
 logger = logging.getLogger(__name__)
 
 NAME = "report.html"
-MOST_POINTS = 1000  # of a curve; a screen has no more
+MOST_POINTS = 1000  # of a curve; more cannot be seen on a screen
 MOST_GRIDS = 40
 GRID_WIDTH = 1600  # pixels
-GRID_PIXELS = 1600 * 1600  # forty grids of this size, dense as photographs, are 50 MB of HTML; the usual ones 1 to 20
+GRID_PIXELS = 1600 * 1600  # forty grids of this size are 50 MB of HTML if they are photographs, 1 to 20 MB in practice
 GRID_QUALITY = 85
 
-# What the programs log by themselves, last; validation values, whatever their names, come before, the loss first.
-_USUAL = ("grad_norm", "lr", "samples_per_second", "data_wait")
+# What the programs always log comes last; the loss comes first, other values (of the validation) between.
+_ALWAYS_LOGGED = ("grad_norm", "lr", "samples_per_second", "data_wait")
 _TITLES = {
     "loss": "Loss",
     "distance/student": "Student's distance from the teacher",
@@ -68,16 +68,18 @@ class Grid(NamedTuple):
 
 
 def collect_curves(entries: Iterable[Mapping[str, Any]]) -> dict[str, tuple[Steps, Values]]:
-    """By name, the (steps, values) that the journal's lines hold of it, ascending; of two at one step the later.
+    """The (steps, values) of each name in the journal's lines, by ascending step; of two at one step the later.
 
-    What is not a finite number is left out.
+    Values that are not finite numbers are left out.
     """
     found: dict[str, dict[int, float]] = {}
     for entry in entries:
         for name, value in entry.items():
             if name not in ("step", "time") and isinstance(value, (int, float)) and math.isfinite(value):
                 found.setdefault(name, {})[entry["step"]] = value
-    names = sorted(found, key=lambda name: (name != "loss", _USUAL.index(name) if name in _USUAL else -1))
+    names = sorted(
+        found, key=lambda name: (name != "loss", _ALWAYS_LOGGED.index(name) if name in _ALWAYS_LOGGED else -1)
+    )
     return {name: _arrays(found[name]) for name in names}
 
 
@@ -87,7 +89,7 @@ def _arrays(points: Mapping[int, float]) -> tuple[Steps, Values]:
 
 
 def thin(steps: Steps, values: Values, most: int = MOST_POINTS) -> tuple[Steps, Values]:
-    """At most `most` of the points: the first and the last, and the least and the greatest of each stretch between."""
+    """At most `most` of the points: the first, the last, and the minimum and maximum of each interval between them."""
     if len(steps) <= most:
         return steps, values
     edges = np.linspace(1, len(steps) - 1, (most - 2) // 2 + 1).astype(int)
@@ -99,9 +101,9 @@ def thin(steps: Steps, values: Values, most: int = MOST_POINTS) -> tuple[Steps, 
 
 
 def smooth(steps: Steps, values: Values, most: int = 300) -> tuple[Steps, Values] | None:
-    """The mean over a twentieth of the points around each, at `most` of them; None for a curve that is not noisy.
+    """A moving average over a twentieth of the points, at `most` of them; None for a curve that is not noisy.
 
-    Of all points, not of thinned ones, whose extremes are not where the middle is.
+    It averages all points, not the thinned ones, which are extremes.
     """
     travelled, span = np.abs(np.diff(values)).sum(), np.ptp(values) if len(values) else 0.0
     if len(values) < 30 or travelled < 4 * span or span == 0:
@@ -132,23 +134,23 @@ def _curve(name: str, steps: Steps, values: Values) -> dict[str, Any]:
 
 
 def find_grids(folder: Path, launches: Sequence[Mapping[str, Any]]) -> list[Grid]:
-    """The grids in a run's `validation/`, by step, without those of a course that a later launch gave up."""
+    """The grids in a run's `validation/`, by step, without those of steps that a later launch repeats."""
     grids = []
     for path in folder.glob("step-*.png"):
         if match := re.fullmatch(r"step-(\d+)\.png", path.name):
             step = int(match[1])
-            written = path.stat().st_mtime if path.exists() else math.inf  # a link to nothing is told of later
-            given_up = any(
+            written = path.stat().st_mtime if path.exists() else math.inf  # a broken link is reported later
+            abandoned = any(
                 step > launch.get("global_step", 0) and written < launch.get("started", 0) for launch in launches
             )
-            grids += [] if given_up else [Grid(step, path)]
+            grids += [] if abandoned else [Grid(step, path)]
     return sorted(grids)
 
 
 def thin_grids(grids: Sequence[Grid], most: int = MOST_GRIDS) -> list[Grid]:
     """The first, the last, and every second, fourth, … grid between, so that there are at most `most`.
 
-    Powers of two: a run that goes on drops grids, but never takes one back, so that none is encoded twice.
+    By powers of two: as a run continues, it drops grids but never takes one back, so that none is encoded twice.
     """
     stride = 1
     while math.ceil((len(grids) - 1) / stride) + 1 > most:
@@ -156,9 +158,9 @@ def thin_grids(grids: Sequence[Grid], most: int = MOST_GRIDS) -> list[Grid]:
     return list(dict.fromkeys([*grids[::stride], *grids[-1:]]))
 
 
-@functools.lru_cache(maxsize=2 * MOST_GRIDS)  # the next report of the run encodes its newest grid alone
+@functools.lru_cache(maxsize=2 * MOST_GRIDS)  # the run's next report encodes only its newest grid
 def _encoded(path: Path, written: int, size: int) -> tuple[str, int, int]:
-    """(a grid as the base64 of a JPEG, its width, its height); `written` and `size` tell an overwritten file."""
+    """(a grid as a JPEG in base64, its width, its height); `written` and `size` identify an overwritten file."""
     picture, _ = decode_picture(path.read_bytes())
     scale = min(1.0, GRID_WIDTH / picture.width, math.sqrt(GRID_PIXELS / (picture.width * picture.height)))
     if scale < 1:
@@ -181,7 +183,7 @@ def _pictures(grids: Sequence[Grid]) -> tuple[str, list[int], list[str]]:
             broken.append(grid.path.name)
             continue
         source = f'src="data:image/jpeg;base64,{data}" width="{width}" height="{height}"'
-        shown.append((grid.step, f'<img {source} decoding="sync" alt="What was drawn at step {grid.step:,}"'))
+        shown.append((grid.step, f'<img {source} decoding="sync" alt="Pictures generated at step {grid.step:,}"'))
     images = [f"{tag}{'' if place == len(shown) - 1 else ' hidden'}>" for place, (_, tag) in enumerate(shown)]
     return "\n".join(images), [step for step, _ in shown], broken
 
@@ -190,7 +192,7 @@ def _pictures(grids: Sequence[Grid]) -> tuple[str, list[int], list[str]]:
 
 
 class _Page(string.Template):
-    """The template's places are called @@name: its CSS has percent signs and its script has dollars."""
+    """A template with placeholders @@name: its CSS has percent signs and its script has dollar signs."""
 
     delimiter = "@@"
 
@@ -224,13 +226,13 @@ def _value(value: Any) -> str:
 
 
 def _changes(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """What has another value in `now` than `before`, with its old value; nothing where there is no `before`."""
+    """The flags whose values in `now` and `before` differ, with the old values; none if `before` is empty."""
     names = [name for name in now if name not in _NOT_COMPARED] if before else []
     return {name: before.get(name) for name in names if before.get(name) != now[name]}
 
 
 def _pairs(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
-    """Names and values as <dt> and <dd>; those that differ from `before` are marked, with what they were."""
+    """Names and values as <dt> and <dd>; those that differ from `before` are marked, with the old value."""
     changed = _changes(now, before)
     pairs = []
     for name, value in now.items():
@@ -242,29 +244,29 @@ def _pairs(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
     return "\n".join(pairs)
 
 
-def _heard(launches: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str, Any]]) -> list[tuple[float, int]]:
-    """For each launch, the time and the step of the last that the journal has of it."""
+def _last_seen(launches: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str, Any]]) -> list[tuple[float, int]]:
+    """The time and the step of each launch's last line in the journal."""
     starts = [launch.get("started", 0.0) for launch in launches]
-    heard = [(start, launch.get("global_step", 0)) for start, launch in zip(starts, launches, strict=True)]
-    words = [
+    last_seen = [(start, launch.get("global_step", 0)) for start, launch in zip(starts, launches, strict=True)]
+    lines = [
         (bisect.bisect(starts, entry.get("time", 0.0)) - 1, entry.get("time", 0.0), entry["step"]) for entry in entries
     ]
     ends = [_mapping(launch, "end") for launch in launches]
-    words += [(place, end["time"], end["global_step"]) for place, end in enumerate(ends) if end]
-    for place, moment, step in words:
+    lines += [(place, end["time"], end["global_step"]) for place, end in enumerate(ends) if end]
+    for place, moment, step in lines:
         if place >= 0:
-            heard[place] = (max(heard[place][0], moment), max(heard[place][1], step))
-    return heard
+            last_seen[place] = (max(last_seen[place][0], moment), max(last_seen[place][1], step))
+    return last_seen
 
 
-def _launch_rows(launches: Sequence[Mapping[str, Any]], heard: Sequence[tuple[float, int]]) -> str:
+def _launch_rows(launches: Sequence[Mapping[str, Any]], last_seen: Sequence[tuple[float, int]]) -> str:
     rows = []
     for number, launch in enumerate(launches):
         flags, machine, end = (_mapping(launch, name) for name in ("flags", "machine", "end"))
         before = _mapping(launches[number - 1], "flags") if number else {}
         changes = [f"{name}: {_value(was)} → {_value(flags[name])}" for name, was in _changes(flags, before).items()]
-        last, step = heard[number]
-        how = end.get("reason") if end else "broken off" if number + 1 < len(launches) else None
+        last, step = last_seen[number]
+        how = end.get("reason") if end else "killed" if number + 1 < len(launches) else None
         cells = [
             str(number + 1),
             _when(launch.get("started")),
@@ -279,34 +281,36 @@ def _launch_rows(launches: Sequence[Mapping[str, Any]], heard: Sequence[tuple[fl
 
 
 def _state(
-    launch: Mapping[str, Any], heard: Sequence[tuple[float, int]], entries: Sequence[Mapping[str, Any]]
+    launch: Mapping[str, Any], last_seen: Sequence[tuple[float, int]], entries: Sequence[Mapping[str, Any]]
 ) -> tuple[str, str, int, int | None]:
-    """(what the run does, in a word; more of it; its last known step; its planned steps, if known)."""
+    """(the run's state in one word; a detail of it; its last known step; its planned steps, if known)."""
     end, steps = _mapping(launch, "end"), launch.get("steps")
     steps = steps if isinstance(steps, int) and steps > 0 else None
-    moment = heard[-1][0] if heard else entries[-1].get("time")
-    step = max([heard[-1][1] if heard else 0, *(entry["step"] for entry in entries)])
+    moment = last_seen[-1][0] if last_seen else entries[-1].get("time")
+    step = max([last_seen[-1][1] if last_seen else 0, *(entry["step"] for entry in entries)])
     if steps and step >= steps:
         return "Finished", _when(moment), step, steps
     if end:
         reason = f"{end['reason']}, " if end.get("reason") else ""
         return "Stopped", f"{reason}{_when(moment)}", step, steps
-    return "Training", f"last heard of {_when(moment)}", step, steps
+    return "Training", f"last value at {_when(moment)}", step, steps
 
 
 def _teacher(flags: Mapping[str, Any]) -> str:
-    """The teacher's name: a Hub id as it is, of a path the end."""
+    """The teacher's name: a Hub id, or the last part of a path."""
     name = str(flags.get("pretrained_teacher_model", ""))
     return name if name.count("/") == 1 and name[0] not in "/.~" else Path(name).name
 
 
 def _figures(curves: Mapping[str, tuple[Steps, Values]], seconds: float) -> str:
-    """The latest values as <dt> and <dd>: a page without its script has them at least."""
+    """The latest values as <dt> and <dd>, which are shown also where scripts are blocked."""
     pairs = []
     for name, (_, values) in curves.items():
         if name in ("grad_norm", "lr"):
             continue
-        mean = float(values[-max(1, len(values) // 20) :].mean())  # of the last twentieth: one value is mostly noise
+        mean = float(
+            values[-max(1, len(values) // 20) :].mean()
+        )  # over the last twentieth: a single value is mostly noise
         pairs.append((_title(name), f"{100 * mean:.3g} %" if name == "data_wait" else f"{mean:.4g}"))
     pairs = [*pairs[:5], ("Training time", _long(seconds))]
     return "\n".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in pairs)
@@ -323,20 +327,20 @@ def _left_out(grids: Sequence[Grid], shown: Sequence[int], broken: Sequence[str]
 
 
 def _command_note(launch: Mapping[str, Any]) -> str:
-    notes = ["The launcher’s own options (accelerate launch --config_file …) are not recorded: give them as before."]
+    notes = ["The launcher’s own options (accelerate launch --config_file …) are not recorded: add them as before."]
     if "…" in str(launch.get("command")):
-        notes.append("Where it says …, a command or the query of a URL was left out, since it may be a secret.")
+        notes.append("A … stands for a command or the query of a URL, which may hold a secret.")
     if _mapping(launch, "flags").get("push_to_hub"):
-        notes.append("A token for the Hub is never in it: give it again, or log in with hf auth login.")
+        notes.append("It never has the Hub token: give it again, or log in with hf auth login.")
     return " ".join(notes)
 
 
 def build_report(output_dir: str | Path) -> Path:
-    """Writes `output_dir/report.html` anew, under another name until it is whole, and returns its path.
+    """Writes `output_dir/report.html`, under a temporary name until it is complete, and returns its path.
 
     Raises:
-        UsageError: there is no training.jsonl, or it holds nothing.
-        OSError: the journal cannot be read, or the report not be written.
+        UsageError: there is no training.jsonl, or it is empty.
+        OSError: the journal cannot be read, or the report cannot be written.
     """
     folder = Path(output_dir)
     if not (folder / journal.NAME).is_file():
@@ -351,15 +355,15 @@ def build_report(output_dir: str | Path) -> Path:
     curves = collect_curves(entries)
     grids = find_grids(folder / "validation", launches)
     images, shown, broken = _pictures(grids)
-    heard = _heard(launches, entries)
-    seconds = sum(last - each.get("started", last) for (last, _), each in zip(heard, launches, strict=True))
-    state, more, step, steps = _state(launch, heard, entries)
-    went_on = [each.get("global_step", 0) for each in launches]
+    last_seen = _last_seen(launches, entries)
+    seconds = sum(last - each.get("started", last) for (last, _), each in zip(last_seen, launches, strict=True))
+    state, more, step, steps = _state(launch, last_seen, entries)
+    resumed_at = [each.get("global_step", 0) for each in launches]
     data = {
         "curves": [_curve(name, *points) for name, points in curves.items()],
         "grids": shown,
-        # A launch that a later one went back behind left nothing in the curves.
-        "resumed": sorted({start for place, start in enumerate(went_on) if 0 < start <= min(went_on[place:])}),
+        # Curves have no points of a launch after the step that a later one resumed at.
+        "resumed": sorted({start for place, start in enumerate(resumed_at) if 0 < start <= min(resumed_at[place:])}),
     }
     left_out = _left_out(grids, shown, broken)
     page = _Page(resources.files(__package__).joinpath("report_template.html").read_text(encoding="utf-8")).substitute(
@@ -384,9 +388,9 @@ def build_report(output_dir: str | Path) -> Path:
         unset=_text(", ".join(name for name, value in flags.items() if value is None and name not in changed)),
         versions=_pairs(_mapping(launch, "versions"), _mapping(before, "versions")),
         machine=_pairs(_mapping(launch, "machine"), _mapping(before, "machine")),
-        launches=_launch_rows(launches, heard),
+        launches=_launch_rows(launches, last_seen),
         written=_when(time.time()),
-        # Inside a script element only "<" can end it, and no JSON needs one.
+        # Only "<" can end a script element, and JSON does not need it.
         data=json.dumps(data).replace("<", "\\u003c"),
     )
     report, partial = folder / NAME, folder / f".{NAME}.partial"
@@ -401,9 +405,9 @@ def build_report(output_dir: str | Path) -> Path:
 
 
 def write_report(output_dir: str | Path) -> Path | None:
-    """`build_report` for a run that trains: what goes wrong is logged, never raised. The main process calls it."""
+    """`build_report` during a run: an error is logged, never raised. Only the main process calls it."""
     try:
         return build_report(output_dir)
-    except Exception as error:  # noqa: BLE001 - a report is not worth a run
-        logger.error("the report could not be written (%s: %s); the run goes on", type(error).__name__, error)
+    except Exception as error:  # noqa: BLE001 - a report must not end a run
+        logger.error("the report could not be written (%s: %s); the run continues", type(error).__name__, error)
         return None

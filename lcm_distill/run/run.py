@@ -1,7 +1,7 @@
 """One launch of a training program, and everything around its loop: `Run`.
 
     run = Run(PROGRAM, args.launch, architecture, args.flat(), argv=argv)
-    plan = run.plan(...)                                      # length and learning rate; Hub and trackers are open
+    plan = run.plan(...)                                      # length and learning rate; opens Hub and trackers
     run.start(parts, loader, optimizer, lr_scheduler, student, validation)
     batches = run.batches()
     while not run.finished:
@@ -16,7 +16,7 @@
     if run.finish(): ...                                      # the export
     run.end()
 
-It counts steps and batches, and has no training of its own: networks, objective and loop are the program's.
+`Run` counts steps and batches. It does not train: networks, objective and loop are the program's.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from lcm_distill.data.stream import ShardLoader
 from lcm_distill.export.hub import HubUpload, open_hub
 from lcm_distill.flags import LaunchFlags, LengthFlags, OptimizationFlags
 from lcm_distill.redaction import public_flags
-from lcm_distill.run.accelerator import settle_seed, start_accelerator
+from lcm_distill.run.accelerator import choose_seed, start_accelerator
 from lcm_distill.run.checkpoint import CheckpointPart, Checkpoints, find_run
 from lcm_distill.run.optim import keeping_hyperparameters
 from lcm_distill.run.plan import TrainingPlan, log_plan, plan_training
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Due:
-    """What is to be done after an optimizer step."""
+    """What to do after an optimizer step."""
 
     log: bool
     save: bool
@@ -56,23 +56,26 @@ class Due:
 
 
 class Run:
-    """A launch of `program`; every rank makes one and calls every method.
+    """One launch of `program`, new or resumed. Every rank has one and calls every method.
 
-    `launch` are its own flags, `flags` all flags by name, to be recorded. `architecture` is what a checkpoint must
-    have in common with this run for its weights to fit. `argv` is what the
-    program's `main` was given (None: the shell's command line). `can_split`: the program can split what it trains over
-    the ranks (FSDP, ZeRO).
+    Args:
+        launch: the flags of the launch itself.
+        architecture: what must be equal in a checkpoint for its weights to fit.
+        flags: all flags by name, to be recorded.
+        argv: the arguments of the program's `main` (None: the shell's command line).
+        can_split: the program can split what it trains over the ranks (FSDP, ZeRO).
 
     Attributes:
         accelerator: Accelerate's.
-        seed: the run's, of the checkpoint if one is resumed.
-        flags: all flags as they may be written down.
+        seed: that of the checkpoint if one is resumed.
+        flags: all flags without secrets, as they may be written to files.
         global_step: optimizer steps done.
         output_dir: None in a dry run, which writes nothing.
+        hub: the upload of the result; None without --push_to_hub and on other ranks than the main one.
 
     Raises:
-        UsageError: trackers that are not there; a checkpoint that is not this program's, this architecture's or this
-            seed's; a folder with another run in it; what `start_accelerator` refuses.
+        UsageError: unknown or missing trackers; a checkpoint of another program, architecture or seed; a folder that
+            holds another run; what `start_accelerator` refuses.
     """
 
     def __init__(
@@ -95,7 +98,7 @@ class Run:
             dry_run=launch.dry_run,
         )
         self.accelerator = start_accelerator(launch, trackers, can_split=can_split)
-        self.seed = settle_seed(self._resumed.get("seed", launch.seed))
+        self.seed = choose_seed(self._resumed.get("seed", launch.seed))
         self.flags = public_flags(flags)
         self.output_dir = None if launch.dry_run else launch.output_dir
         self.global_step: int = self._resumed.get("global_step", 0)
@@ -106,7 +109,7 @@ class Run:
         self.hub: HubUpload | None = None
 
     def inspect(self, shards: list[str], preparation: Preparation) -> ShardReport:
-        """`inspect_shards`, and logs what it found."""
+        """`inspect_shards`; logs its report."""
         report = inspect_shards(shards, preparation)
         logger.info("%s", report)
         return report
@@ -118,11 +121,11 @@ class Run:
         batch_size: int,
         count_samples: Callable[[], int | None],
     ) -> TrainingPlan:
-        """Works out the run's length and learning rate, then opens Hub and trackers, before any weights are loaded.
+        """Computes the run's length and learning rate, and opens Hub and trackers. Call it before loading weights.
 
         `batch_size` is that of one process. `count_samples` counts the samples of the shards, None if it cannot; it is
-        called only if the flags do not give the length. A dry run takes one step. `UsageError` for a length that is not
-        known, a Hub that refuses, a tracker that does not start.
+        called only if the flags do not give the length. A dry run takes one step. `UsageError` for an unknown length, a
+        refusal by the Hub, a tracker that does not start.
         """
         launch = self._launch
         self._plan = plan_training(
@@ -149,9 +152,9 @@ class Run:
         student: torch.nn.Module,
         validation: Validation,
     ) -> None:
-        """Loads the checkpoint that is resumed, if any, and logs what is about to happen.
+        """Loads the checkpoint that is resumed, if any, and logs the plan.
 
-        `parts` are what a checkpoint holds, by folder name; `student` is what trains.
+        `parts` are what a checkpoint holds, by folder name; `student` is the network that trains.
         """
         launch, accelerator = self._launch, self.accelerator
         accelerator.register_for_checkpointing(lr_scheduler)
@@ -175,7 +178,7 @@ class Run:
         self._stopping = Stopping(accelerator, launch.max_train_time)
 
     def batches(self) -> Iterator[tuple[dict[str, Any], torch.Generator]]:
-        """Endless: the loader's batches, each with the generator of its random draws."""
+        """The loader's batches, without end, each with the generator of its random draws."""
         generators = BatchGenerators(self.seed, self.accelerator.process_index, self.accelerator.device)
         for batch in self._progress.batches(self._loader):
             generator = generators.at(self._batches)
@@ -184,7 +187,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is done, or the run was asked to stop."""
+        """Whether the last step is done or the run has to stop."""
         return self._stop or self.global_step >= self._plan.steps
 
     def add_loss(self, loss: torch.Tensor, pictures: int) -> None:
@@ -201,7 +204,7 @@ class Run:
         return False
 
     def step(self, grad_norm: torch.Tensor) -> Due:
-        """Counts one optimizer step, whose gradients had this norm before they were clipped; what is due after it."""
+        """Counts an optimizer step, with the norm of its gradients before clipping; returns what is due after it."""
         self.global_step += 1
         self._progress.step(grad_norm)
         step, launch = self.global_step, self._launch
@@ -219,12 +222,12 @@ class Run:
         self._progress.log(self.global_step, self._lr_scheduler)
 
     def save(self) -> None:
-        """Writes a checkpoint. `SaveError` if it cannot be written and the run is about to stop with it."""
+        """Writes a checkpoint. `SaveError` if it cannot be written and the run is about to stop."""
         with self._progress.paused():
-            self._checkpoints.save(self.global_step, self._run_json(), self._loader.state_dict(), must=self._stop)
+            self._checkpoints.save(self.global_step, self._run_json(), self._loader.state_dict(), required=self._stop)
 
     def validate(self) -> None:
-        """Draws and measures, logs the distances, and with --keep_best keeps a checkpoint that is closer than any."""
+        """Generates the validation pictures, logs the distances and, with --keep_best, keeps the closest checkpoint."""
         with self._progress.paused():
             distances = self._validation(self.global_step)
             self._progress.record(distances, self.global_step)
@@ -236,7 +239,7 @@ class Run:
         return {**self._record, "batches": self._batches}
 
     def finish(self) -> bool:
-        """Ends the progress bar, the journal and the data loader; whether there is a result to export."""
+        """Closes the progress bar, the journal and the data loader; returns whether there is a result to export."""
         self._progress.close(self.global_step, self._stopping.reason)
         self._stopping.close()
         if self._launch.dry_run:
@@ -244,5 +247,5 @@ class Run:
         return self.global_step >= self._plan.steps and not self._launch.dry_run
 
     def end(self) -> None:
-        """Closes the trackers and the process group, then uploads what was exported; every rank calls it last."""
+        """Closes the trackers and the process group, then uploads the exported result; every rank calls it last."""
         end_training(self.accelerator, self.hub)

@@ -1,6 +1,6 @@
-"""When a run stops before its last step: on a signal, or by the clock. Every rank stops after the same step.
+"""Stopping before the last step: on a signal, or when the time is over. Every rank stops after the same step.
 
-SIGTERM, SIGINT (Ctrl-C) and SIGUSR1, which clusters send before they take a machine back, let the step finish; the
+After SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, which clusters send before they end a job, the step is finished, then the
 program saves a checkpoint and exits. A second signal ends it at once.
 """
 
@@ -20,13 +20,13 @@ from accelerate import Accelerator
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_ECHO = 2.0  # seconds: a Ctrl-C comes from the terminal and again from the launcher, which is not a second one
+_ECHO = 2.0  # seconds: one Ctrl-C arrives twice, from the terminal and from the launcher
 
 
 class Stopping:
-    """Listens for reasons to stop until `close`; every rank makes one before its first step.
+    """Listens for signals until `close`; every rank creates one before its first step.
 
-    `max_seconds` from then on are a reason too; None for no limit.
+    The run also stops `max_seconds` after that (None: no limit), and when its launcher has died.
     """
 
     def __init__(self, accelerator: Accelerator, max_seconds: float | None):
@@ -34,14 +34,14 @@ class Stopping:
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self._limit = max_seconds
         self._signalled = 0.0
-        # The launcher's death would leave an orphan that holds the GPU; without a launcher, parents may come and go.
+        # When a launcher dies, its orphans would keep the GPU; without a launcher, the parent, a shell, may well end.
         launched = any(name.startswith(("ACCELERATE_", "TORCHELASTIC_")) for name in os.environ)
         self._parent = os.getppid() if launched else None
         self._previous_handlers: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
             self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-        # Ranks hear of a signal at different moments. They agree on the processors, without the devices: what one
-        # knows at a step, all act on at the next.
+        # Ranks receive a signal at different steps. They agree over gloo, without waiting for the devices: what one of
+        # them knows at a step, all of them act on at the next.
         self._group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
         self._pending: tuple[Any, torch.Tensor] | None = None
 

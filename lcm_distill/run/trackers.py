@@ -1,4 +1,4 @@
-"""Trackers (tensorboard, wandb, ...): one that fails is left out from then on; it never ends the run."""
+"""Trackers (tensorboard, wandb, …): one that fails is removed and never ends the run."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def parse_trackers(report_to: str | None) -> list[str]:
-    """The trackers named in `--report_to`, joined by commas or spaces; "all" is every installed one."""
+    """The trackers in `--report_to`, separated by commas or spaces; "all" means every installed one."""
     names = [name for name in (report_to or "none").lower().replace(",", " ").split() if name != "none"]
     installed = [str(getattr(name, "value", name)) for name in get_available_trackers()]
     known = [str(getattr(name, "value", name)) for name in LOGGER_TYPE_TO_CLASS]
@@ -25,7 +25,7 @@ def parse_trackers(report_to: str | None) -> list[str]:
         return installed
     for name in names:
         if name not in known:
-            raise UsageError(f"--report_to {name}: no such tracker; choose among {', '.join(known)}, all and none.")
+            raise UsageError(f"--report_to {name}: no such tracker; choose from {', '.join(known)}, all and none.")
         if name not in installed:
             raise UsageError(
                 f"--report_to {name}: its package is not installed; pip install {name}, or choose another."
@@ -38,9 +38,9 @@ def start_trackers(
 ) -> dict[str, str]:
     """Starts the trackers with the run's `flags` as their configuration; they write into the logging folder.
 
-    A run that goes on (`resumed`, its run.json) goes on in them: in wandb the same run, in tensorboard the same curve,
-    without what it drew beyond the checkpoint. Returns what that takes: a tracker's name to what it calls
-    this run (wandb's alone, on the main process). `UsageError` if one does not start.
+    A resumed run (`resumed` is its run.json) continues in wandb as the same run, and in tensorboard as the same curve
+    without the points after the checkpoint. Returns what this needs: the trackers' ids of this run by tracker (only
+    wandb's, on the main process). `UsageError` if one does not start.
     """
     if not accelerator.log_with:
         return {}
@@ -57,7 +57,7 @@ def start_trackers(
             options["wandb"] |= {"id": run, "resume": "allow"}
     try:
         accelerator.init_trackers(project, config=config, init_kwargs=options)
-    except Exception as error:  # each tracker has its own: no login, no connection, no such project
+    except Exception as error:  # a different class in each tracker: no login, no connection, no such project
         raise UsageError(
             f"--report_to: a tracker did not start ({str(error).strip().splitlines()[0]}). Log in to it, choose "
             "another, or set WANDB_MODE=offline for wandb without a connection."
@@ -69,14 +69,14 @@ def start_trackers(
     }
 
 
-def _with_each(accelerator: Accelerator, action: Callable[[GeneralTracker], None]) -> None:
+def _for_each(accelerator: Accelerator, action: Callable[[GeneralTracker], None]) -> None:
     for tracker in list(accelerator.trackers):
         try:
             action(tracker)
         except Exception as error:  # noqa: BLE001 - a lost connection, a full disk, a run deleted on the server
             accelerator.trackers.remove(tracker)
             logger.error(
-                "the tracker %s failed (%s: %s); it gets nothing more, the run goes on",
+                "the tracker %s failed (%s: %s) and is removed; the run continues",
                 tracker.name,
                 type(error).__name__,
                 error,
@@ -84,12 +84,12 @@ def _with_each(accelerator: Accelerator, action: Callable[[GeneralTracker], None
 
 
 def log_values(accelerator: Accelerator, values: Mapping[str, float], global_step: int) -> None:
-    """Sends numbers by name to every tracker."""
-    _with_each(accelerator, lambda tracker: tracker.log(dict(values), step=global_step))
+    """Sends `values`, numbers by name, to every tracker."""
+    _for_each(accelerator, lambda tracker: tracker.log(dict(values), step=global_step))
 
 
 def log_pictures(accelerator: Accelerator, rows: Mapping[str, Sequence[Image.Image]], global_step: int) -> None:
-    """Sends each row of pictures to every tracker that takes pictures: "student, 4 steps" as `student_4_steps`."""
+    """Sends `rows` of pictures to every tracker that takes pictures; "student, 4 steps" is tagged `student_4_steps`."""
 
     def send(tracker: GeneralTracker) -> None:
         for label, pictures in rows.items():
@@ -100,20 +100,19 @@ def log_pictures(accelerator: Accelerator, rows: Mapping[str, Sequence[Image.Ima
             elif hasattr(tracker, "log_images"):
                 tracker.log_images({tag: list(pictures)}, step=global_step)
             else:
-                logger.warning("the tracker %s takes no pictures; they are in the output folder", tracker.name)
+                logger.warning("the tracker %s does not take pictures; they are in the output folder", tracker.name)
                 break
 
-    _with_each(accelerator, send)
+    _for_each(accelerator, send)
 
 
 def end_training(accelerator: Accelerator, hub: HubUpload | None = None) -> None:
-    """Closes the trackers and the process group, once all ranks are here; every rank calls it last.
+    """Waits for all ranks and closes the trackers and the process group; every rank calls it last.
 
-    What is staged for the `hub` is uploaded after that, when the other ranks are gone: none can be kept waiting for so
-    long.
+    What is staged for the `hub` is uploaded after that: an upload takes longer than the other ranks could wait.
     """
     accelerator.wait_for_everyone()
-    _with_each(accelerator, lambda tracker: tracker.finish())
+    _for_each(accelerator, lambda tracker: tracker.finish())
     accelerator.trackers = []
     accelerator.end_training()
     if hub:

@@ -1,4 +1,4 @@
-"""Validation pictures: drawn as a user would draw them, shown on disk and in every tracker."""
+"""Validation: pictures generated as a user would, on disk and in every tracker, and distances to the teacher."""
 
 import contextlib
 import logging
@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 
-from lcm_distill.distributed.fsdp import is_split, release
+from lcm_distill.distributed.fsdp import free_gathered, is_split
 from lcm_distill.flags import DistillationFlags, ValidationFlags
 from lcm_distill.models.vae import decode_latents
 from lcm_distill.run.trackers import log_pictures
@@ -26,37 +26,37 @@ logger = logging.getLogger(__name__)
 
 
 def check_validation(flags: ValidationFlags, student_sampler: Any, teacher_sampler: Any) -> list[str] | None:
-    """The prompts that the flags name, None for none; `UsageError` for these, or for more steps than a sampler has."""
+    """The prompts in the flags, None without any; `UsageError` for prompts that cannot be read or too many steps."""
     check_steps("--validation_inference_steps", max(flags.validation_inference_steps), student_sampler)
     check_steps("--validation_teacher_steps", flags.validation_teacher_steps, teacher_sampler)
     return read_prompts(flags.validation_prompts)
 
 
 def validation_guidance_scale(flags: ValidationFlags, distillation: DistillationFlags) -> float:
-    """The flag's, or else the pipelines' guidance_scale 8 brought into the trained range [w_min + 1, w_max + 1]."""
+    """The flag's value, else 8 clamped to the trained range of guidance_scale, w_min + 1 to w_max + 1."""
     chosen = flags.validation_guidance_scale
     return min(max(8.0, distillation.w_min + 1), distillation.w_max + 1) if chosen is None else chosen
 
 
 class Validation:
-    """Draws the prompts with every pipeline, and measures how far the students are from their teacher.
+    """Generates pictures of the prompts with every pipeline, and measures the students' distances to the teacher.
 
-    `pipelines` and `teacher` are functions that build a pipeline. They are called for each drawing, inside the context
-    `all_loaded` (`FrozenParts.complete`): what only drawing needs is loaded only then. Without prompts or pictures
-    nothing is drawn.
+    `pipelines`, by their labels, and `teacher` are functions that build a pipeline. They are called at each validation,
+    inside the context `all_loaded` (`FrozenParts.all_on_device`): what only pipelines need is loaded only then. Without
+    prompts or pictures nothing is generated.
 
-    A grid has a row for each pipeline and each of --validation_inference_steps, "student, 4 steps", all from the same
-    noise; a number given twice is drawn once. The first row is the `teacher`'s, drawn once, in
-    --validation_teacher_steps of DDIM at `teacher_guidance_scale`: each of its pictures is the end of the trajectory
-    that a student is to jump to in one step, and how far off that jump lands is the distance
-    (`metrics.relative_distance`). With 0 teacher steps there is neither. At most `batch_size` pictures are drawn at
-    once, as many as are trained on: it needs no more of a GPU's memory than the guided teacher of the training. Grids
-    go to `validation/step-N.png` in `output_dir` and to every tracker; without an `output_dir` nowhere, and the teacher
-    takes one step (a dry run). Folder, seed and accelerator are the `run`'s. `contexts` has, by a pipeline's label, a
-    context to draw in.
+    A grid has a row for each pipeline and each number of --validation_inference_steps, "student, 4 steps", all from the
+    same noise. Its first row is the `teacher`'s, generated once, with --validation_teacher_steps of DDIM at
+    `teacher_guidance_scale`: the ends of the trajectories that a student should reach in one step. How far from them
+    the student's one step ends is the distance (`metrics.relative_distance`). With 0 teacher steps there is neither.
 
-    Every rank makes one and calls it; the main process draws while the others wait. With networks that are split over
-    the ranks all of them draw, the same: the main process's `prompts`.
+    At most `batch_size` pictures are generated at once, the training's batch size: that needs no more memory than the
+    guided teacher in training. Grids go to `validation/step-N.png` in the run's output folder and to every tracker; in
+    a dry run nowhere, and the teacher takes one step. Picture number k has the seed `run.seed` + k. `contexts` has, by
+    a pipeline's label, a context to generate in.
+
+    Every rank has one and calls it; the main process generates while the others wait. If networks are split over the
+    ranks, all ranks generate the same pictures, of the main process's `prompts`.
     """
 
     def __init__(
@@ -94,16 +94,16 @@ class Validation:
         self._batch_size = min(batch_size, images_per_prompt)
         self._teacher_row: dict[str, list[Image.Image]] = {}
         self._ends = torch.empty(0)
-        self.measured: dict[str, float] = {}  # the last distances, by what they are in words
+        self.measured: dict[str, float] = {}  # the last distances, by a description of each
 
     def __call__(self, global_step: int) -> dict[str, float]:
-        """Draws the grid of `global_step`; returns "distance/student" and the like, the same on every rank."""
+        """Generates the grid of `global_step`; returns the distances ("distance/student"), the same on every rank."""
         distances: dict[str, float] = {}
         if not self._prompts:
             return distances
         if self._accelerator.is_main_process or is_split(self._accelerator):
             with self._all_loaded():
-                fresh = self._draw(distances)
+                fresh = self._generate(distances)
             if self._output_dir is not None and self._accelerator.is_main_process:
                 self._write(self._teacher_row | fresh, global_step)
                 log_pictures(self._accelerator, fresh, global_step)
@@ -115,14 +115,14 @@ class Validation:
         }
         if distances and self._output_dir is not None:
             logger.info(
-                "step %d: %s from the teacher's own answer (0 is perfect)",
+                "step %d: distance to the teacher %s (0 is perfect)",
                 global_step,
                 ", ".join(f"{name.removeprefix('distance/')} {value:.3f}" for name, value in distances.items()),
             )
         return distances
 
-    def _draw(self, distances: dict[str, float]) -> dict[str, list[Image.Image]]:
-        """The rows of this drawing; fills `distances`."""
+    def _generate(self, distances: dict[str, float]) -> dict[str, list[Image.Image]]:
+        """The rows generated now; fills `distances`."""
         fresh: dict[str, list[Image.Image]] = {}
         if self._teacher_steps and not self._teacher_row:
             pipeline = self._teacher()
@@ -141,7 +141,7 @@ class Validation:
         return fresh
 
     def _latents(self, label: str, pipeline: Any, steps: int, guidance_scale: float) -> torch.Tensor:
-        # Compiled networks draw uncompiled: their other batch size and resolution would be compiled too.
+        # Compiled networks run uncompiled here: another batch size and resolution would be compiled anew.
         eager = torch.compiler.set_stance("force_eager")
         with eager, self._accelerator.autocast(), self._contexts.get(label, contextlib.nullcontext)():
             latents = generate_latents(
@@ -153,7 +153,7 @@ class Validation:
                 resolution=self._resolution,
                 batch_size=self._batch_size,
             )
-        release(pipeline.unet)
+        free_gathered(pipeline.unet)
         return latents.cpu()
 
     def _decode(self, pipeline: Any, latents: torch.Tensor) -> list[Image.Image]:
@@ -166,7 +166,7 @@ class Validation:
             path.parent.mkdir(parents=True, exist_ok=True)
             grid.save(path)
         except OSError as error:
-            logger.error("%s could not be written (%s); the run goes on", path, error)
+            logger.error("%s could not be written (%s); the run continues", path, error)
 
 
 def _steps_in_words(steps: int) -> str:

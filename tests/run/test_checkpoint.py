@@ -34,8 +34,8 @@ def test_latest_is_the_highest_step_not_the_last_name(tmp_path):
     assert path == tmp_path / "checkpoint-10" and run["global_step"] == 10
 
 
-def test_latest_passes_over_what_is_not_whole_and_says_so(tmp_path, caplog):
-    """The public programs pick a torn checkpoint as the latest."""
+def test_latest_ignores_incomplete_checkpoints_with_a_warning(tmp_path, caplog):
+    """The public programs pick an incomplete checkpoint as the latest."""
     make(tmp_path, 2)
     (tmp_path / "checkpoint-4").mkdir()
     (tmp_path / ".checkpoint-6.partial").mkdir()
@@ -86,7 +86,7 @@ def test_a_path_that_is_no_checkpoint_is_refused(tmp_path):
 
 def test_a_checkpoint_of_something_else_is_refused_with_the_difference(tmp_path):
     make(tmp_path, 1)
-    with pytest.raises(UsageError, match=r"another architecture \(dim: \[1, 2\] there, \[1, 3\] here"):
+    with pytest.raises(UsageError, match=r"another architecture \(dim: \[1, 2\] in the checkpoint, \[1, 3\] now"):
         find(tmp_path, architecture={"dim": (1, 3)})
     with pytest.raises(UsageError, match="was written by p"):
         find(tmp_path, program="q")
@@ -100,7 +100,7 @@ def test_tokens_are_never_written_and_changes_are_listed():
     assert flags == {"lr": 1, "resume_from_checkpoint": "latest"}
     secret = "pipe:curl -H 'Authorization: Bearer secret' https://host/{0..9}.tar"
     urls = [
-        "pipe:curl -s \\\n -H 'Authorization: Bearer secret' https://h/0.tar",  # a shell's line, carried on
+        "pipe:curl -s \\\n -H 'Authorization: Bearer secret' https://h/0.tar",  # a line continued, as in a shell
         "https://host/0.tar?sig=secret", f"a.tar::https://h/b.tar?secret::{secret}", "https://secret@h/a@b.tar",
         "https://alice:secret@host/0.tar::https://a:secret@h/1.tar", "https://h/0.tar?se=10:00:00Z&sig=secret::b.tar",
     ]  # fmt: skip
@@ -153,13 +153,13 @@ def test_save_restores_prunes_after_and_leaves_no_partial(tmp_path, monkeypatch)
     (tmp_path / "checkpoint-9").mkdir()
     (tmp_path / "checkpoint-9" / "run.json").write_text("{}")
     assert checkpoints.load(tmp_path / "checkpoint-3") == {"place": 3}
-    # A later checkpoint belongs to a course that is given up: the next `latest` must not return to it.
+    # A later checkpoint no longer belongs to the run: the next `latest` must not return to it.
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
     assert (tmp_path / "abandoned-checkpoint-9").is_dir()
     assert all(torch.equal(a, b) for a, b in zip(saved, unet.parameters(), strict=True))
     step()  # the optimizer's moments came back too
     assert all(torch.equal(a, b) for a, b in zip(after, unet.parameters(), strict=True))
-    checkpoints.save(3, {}, {})  # again, in place of the one that stands there
+    checkpoints.save(3, {}, {})  # again, replacing the one that exists
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
     for part in ("stream-0.pt", "optimizer.bin"):
         (tmp_path / "checkpoint-3" / part).unlink()
@@ -168,7 +168,7 @@ def test_save_restores_prunes_after_and_leaves_no_partial(tmp_path, monkeypatch)
     accelerator.free_memory()
 
 
-def test_removal_killed_halfway_leaves_no_torn_checkpoint(tmp_path, monkeypatch):
+def test_removal_killed_halfway_leaves_no_incomplete_checkpoint(tmp_path, monkeypatch):
     accelerator = Accelerator(cpu=True)
     unet = accelerator.prepare(tiny_unet())
     checkpoints = Checkpoints(accelerator, str(tmp_path), {"unet": UNetPart(unet)}, limit=1)
@@ -180,7 +180,7 @@ def test_removal_killed_halfway_leaves_no_torn_checkpoint(tmp_path, monkeypatch)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2"]
     assert list(tmp_path.glob(".checkpoint-*"))
     checkpoints.save(3, {}, {})
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"]  # what was left hidden is swept up
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"]  # hidden leftovers are removed
     accelerator.free_memory()
 
 
@@ -194,14 +194,14 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_as_latest(tmp_path, monkeyp
     )
     assert checkpoints.save(2, {}, {}) is None
     with pytest.raises(SaveError, match="full.*checkpoint-1"):
-        checkpoints.save(2, {}, {}, must=True)
+        checkpoints.save(2, {}, {}, required=True)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
     assert find_checkpoint("latest", str(tmp_path)) == tmp_path / "checkpoint-1"
     accelerator.free_memory()
 
 
-def test_the_best_checkpoint_stays_beside_the_newest(tmp_path):
-    """One is saved whenever the distance is less than ever; older ones go by a limit without it."""
+def test_the_best_checkpoint_is_kept_besides_the_newest(tmp_path):
+    """One is saved whenever the distance is smaller than before; the limit applies to the others."""
     accelerator = Accelerator(cpu=True)
     unet = accelerator.prepare(tiny_unet())
     checkpoints = Checkpoints(accelerator, str(tmp_path), {"unet": UNetPart(unet)}, limit=1)
@@ -214,14 +214,14 @@ def test_the_best_checkpoint_stays_beside_the_newest(tmp_path):
         find(tmp_path, resume="best")
     assert checkpoints.keep_if_best(0.5, 1, run, {}) and names() == ["checkpoint-1"]
     checkpoints.save(2, run, {})
-    assert not checkpoints.keep_if_best(0.6, 2, run, {})  # worse: what is there is not rated
+    assert not checkpoints.keep_if_best(0.6, 2, run, {})  # worse: the checkpoint of step 2 is not rated
     checkpoints.save(3, run, {})
     assert names() == ["checkpoint-1", "checkpoint-3"]
     assert not checkpoints.keep_if_best(0.5, 4, run, {}) and names() == ["checkpoint-1", "checkpoint-3"]
     assert find(tmp_path, resume="best")[0].name == "checkpoint-1"
     assert find(tmp_path)[0].name == "checkpoint-3"
     assert checkpoints.keep_if_best(0.4, 5, run, {})
-    assert names() == ["checkpoint-5"]  # the one before, and the newest before, are neither any more
+    assert names() == ["checkpoint-5"]  # the previous best and the previous newest are gone
     checkpoints.save(6, run, {})
     checkpoints.save(7, run, {})
     assert names() == ["checkpoint-5", "checkpoint-7"]
@@ -232,8 +232,8 @@ def test_the_best_checkpoint_stays_beside_the_newest(tmp_path):
     accelerator.free_memory()
 
 
-def test_what_was_saved_for_being_the_best_alone_goes_when_it_is_no_more(tmp_path):
-    """Distances fall with nearly every validation: without a limit each left a whole checkpoint on the disk."""
+def test_a_checkpoint_saved_only_as_the_best_goes_when_another_is(tmp_path):
+    """Distances fall with nearly every validation: without a limit each left a checkpoint on the disk."""
     accelerator = Accelerator(cpu=True)
     checkpoints = Checkpoints(accelerator, str(tmp_path), {"unet": UNetPart(tiny_unet())}, limit=None)
 
@@ -249,8 +249,8 @@ def test_what_was_saved_for_being_the_best_alone_goes_when_it_is_no_more(tmp_pat
     accelerator.free_memory()
 
 
-def test_distances_to_other_pictures_are_not_compared(tmp_path, caplog):
-    """Resumed with harder prompts, a run never had a best again: that of the easy ones stood for ever."""
+def test_distances_of_other_pictures_are_not_compared(tmp_path, caplog):
+    """Resumed with harder prompts, a run never had a best again: that of the easy ones was kept for good."""
     accelerator = Accelerator(cpu=True)
     checkpoints = Checkpoints(accelerator, str(tmp_path), {"unet": UNetPart(tiny_unet())}, limit=None)
 
@@ -261,7 +261,7 @@ def test_distances_to_other_pictures_are_not_compared(tmp_path, caplog):
     assert keep(0.5, 1) and not keep(0.6, 2, learning_rate=2) and not keep(0.6, 2, train_shards_path_or_url="b.tar")
     assert not caplog.records
     assert keep(0.9, 3, validation_prompts=["a", "b"])
-    assert "checkpoint-1 is the best no more: distances with another --validation_prompts do" in caplog.text
+    assert "checkpoint-1 is no longer the best: distances with another --validation_prompts cannot" in caplog.text
     assert find_checkpoint("best", str(tmp_path)).name == "checkpoint-3"
     assert not keep(0.95, 4, validation_prompts=["a", "b"])
     # The captions of the first shard are the prompts, unless there are others.
@@ -271,7 +271,7 @@ def test_distances_to_other_pictures_are_not_compared(tmp_path, caplog):
 
 
 def test_a_distance_that_is_no_number_is_never_the_best(tmp_path):
-    """Python's min holds on to a NaN that comes first: no later checkpoint was the best any more."""
+    """Python's min returns a NaN that comes first: no later checkpoint became the best."""
     accelerator = Accelerator(cpu=True)
     checkpoints = Checkpoints(accelerator, str(tmp_path), {"unet": UNetPart(tiny_unet())}, limit=None)
     assert not checkpoints.keep_if_best(math.nan, 1, {}, {}) and not list_checkpoints(tmp_path)
@@ -283,19 +283,19 @@ def test_a_distance_that_is_no_number_is_never_the_best(tmp_path):
     accelerator.free_memory()
 
 
-def test_a_torn_checkpoint_is_told_of_once_a_save(tmp_path, caplog):
-    """Pruning looked for the best anew beside each checkpoint, and told of the torn one each time."""
+def test_an_incomplete_checkpoint_is_reported_once_a_save(tmp_path, caplog):
+    """Pruning looked for the best once for each checkpoint, with a warning each time."""
     accelerator = Accelerator(cpu=True)
     for step in (1, 2, 3):
         make(tmp_path, step)
     (tmp_path / "checkpoint-0").mkdir()
     checkpoints = Checkpoints(accelerator, str(tmp_path), {"unet": UNetPart(tiny_unet())}, limit=9)
     checkpoints.save(4, {}, {})
-    assert caplog.text.count("checkpoint-0 is not a whole checkpoint") == 1
+    assert caplog.text.count("checkpoint-0 is not a complete checkpoint") == 1
     accelerator.free_memory()
 
 
-def test_a_best_checkpoint_that_cannot_be_written_is_no_best(tmp_path, monkeypatch, caplog):
+def test_a_best_checkpoint_that_cannot_be_written_is_not_the_best(tmp_path, monkeypatch, caplog):
     accelerator = Accelerator(cpu=True)
     unet = accelerator.prepare(tiny_unet())
     checkpoints = Checkpoints(accelerator, str(tmp_path), {"unet": UNetPart(unet)}, limit=None)
@@ -307,8 +307,8 @@ def test_a_best_checkpoint_that_cannot_be_written_is_no_best(tmp_path, monkeypat
     accelerator.free_memory()
 
 
-def test_a_part_that_fails_on_one_rank_keeps_none_waiting_in_the_next(tmp_path):
-    """Parts gather over the ranks: the main process left them at its first full disk, the others waited for it."""
+def test_a_part_that_fails_on_one_rank_does_not_block_the_others(tmp_path):
+    """Parts gather over the ranks: the main process left at its first full disk, and the others waited for it."""
 
     class Noting:
         def __init__(self, error=None):
@@ -322,11 +322,11 @@ def test_a_part_that_fails_on_one_rank_keeps_none_waiting_in_the_next(tmp_path):
     parts = {"unet": Noting(OSError("no room")), "unet_target": Noting(), "optimizer.bin": Noting(OSError("still"))}
     checkpoints = Checkpoints(Accelerator(cpu=True), str(tmp_path), parts, None)
     with pytest.raises(SaveError, match="no room"):
-        checkpoints.save(1, {}, {}, must=True)
+        checkpoints.save(1, {}, {}, required=True)
     assert all(part.saved for part in parts.values()) and list_checkpoints(tmp_path) == []
 
 
-def test_a_dry_run_restores_and_leaves_everything_as_it_is(tmp_path):
+def test_a_dry_run_loads_a_checkpoint_and_changes_nothing(tmp_path):
     accelerator = Accelerator(cpu=True)
     Checkpoints(accelerator, str(tmp_path), {"unet": UNetPart(tiny_unet())}, limit=1).save(1, {}, {"place": 1})
     make(tmp_path, 9)

@@ -1,4 +1,4 @@
-"""The journal: every value once, whatever became of the runs that wrote it, and no secret in it."""
+"""The journal: every value once, also after kills and resumes, and no secret in it."""
 
 import json
 import logging
@@ -38,7 +38,7 @@ def test_every_value_is_in_the_file_as_soon_as_it_is_logged(tmp_path, path):
     journal = Journal(tmp_path, LAUNCH)
     journal.log({"loss": 0.5, "lr": torch.tensor(1e-4)}, 10)
     assert [(line["step"], line["loss"]) for line in strict(path)[1:]] == [(10, 0.5)]
-    journal.log({"distance": 3}, 10)  # the validation behind the same step
+    journal.log({"distance": 3}, 10)  # the validation after the same step
     journal.log({"loss": 0.25}, 20)
     journal.end(20, "SIGTERM")
     launches, entries = read_journal(path)
@@ -83,7 +83,7 @@ def test_a_resumed_run_has_each_step_once(tmp_path, path):
 
 
 def test_a_new_run_starts_the_journal_afresh(tmp_path, path):
-    """A run that was killed before its first checkpoint left one; the same command then starts at step 0."""
+    """A run that was killed before its first checkpoint left a journal; the same command then starts at step 0."""
     Journal(tmp_path, LAUNCH).log({"loss": 1}, 10)
     Journal(tmp_path, LAUNCH).log({"loss": 2}, 10)
     launches, entries = read_journal(path)
@@ -112,7 +112,7 @@ def test_other_ranks_and_dry_runs_write_nothing(tmp_path):
     assert (launch["steps"], launch["global_step"], launch["seed"]) == (9, 4, 3)
 
 
-def test_a_disk_that_fails_is_told_once_and_never_ends_the_run(tmp_path, path, caplog):
+def test_a_disk_error_is_logged_once_and_never_ends_the_run(tmp_path, path, caplog):
     folder = tmp_path / "out"
     folder.mkdir()
     journal = Journal(folder, LAUNCH)
@@ -120,7 +120,7 @@ def test_a_disk_that_fails_is_told_once_and_never_ends_the_run(tmp_path, path, c
     for step in (10, 20):
         journal.log({"loss": 1}, step)
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
-    assert "training.jsonl could not be written" in caplog.text and "the run goes on" in caplog.text
+    assert "training.jsonl could not be written" in caplog.text and "the run continues" in caplog.text
     folder.mkdir()
     journal.log({"loss": 1}, 30)
     assert [entry["step"] for entry in read_journal(folder / "training.jsonl")[1]] == [30]
@@ -134,7 +134,9 @@ def test_a_line_that_was_cut_short_does_not_take_the_next_with_it(tmp_path, path
     journal = Journal(tmp_path, LAUNCH)
     journal.log({"loss": 1}, 10)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 8, before[1]))  # a full disk, but of this process
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (path.stat().st_size + 8, before[1])
+    )  # as on a full disk, for this process alone
     try:
         journal.log({"loss": 2}, 20)
     finally:
@@ -144,16 +146,16 @@ def test_a_line_that_was_cut_short_does_not_take_the_next_with_it(tmp_path, path
     assert [entry["step"] for entry in read_journal(path)[1]] == [10, 30]
 
 
-def test_a_launch_that_could_not_tidy_up_is_understood_by_the_reader(tmp_path, path):
+def test_repeated_steps_are_dropped_by_the_reader_too(tmp_path, path):
     journal = Journal(tmp_path, LAUNCH)
     for step in (10, 20, 30):
         journal.log({"loss": step}, step)
-    with open(path, "a") as file:  # as a launch that only added its line
+    with open(path, "a") as file:  # a launch whose rewrite of the file failed adds only its line
         file.write(json.dumps({"launch": {"global_step": 10}}) + "\n" + json.dumps({"step": 20, "loss": 200}) + "\n")
     assert [(entry["step"], entry["loss"]) for entry in read_journal(path)[1]] == [(10, 10), (20, 200)]
 
 
-def test_what_is_no_line_of_a_journal_is_passed_over(path):
+def test_other_lines_are_ignored(path):
     path.write_bytes(
         b'\xff\xfe\n\n[1]\n"text"\nnull\n{"step": "ten"}\n{"other": 1}\n{"launch": 3}\n{"end": {}}\n{"step": 5}\n'
     )
@@ -227,7 +229,8 @@ def test_the_command_is_in_lines_that_a_terminal_shows():
 
 def test_a_launch_is_described_without_secrets(tmp_path, monkeypatch):
     argv = [*NEEDED, "--hub_token", "hf_SECRET", "--train_shards_path_or_url", "pipe:SECRET", "--max_train_steps", "9"]
-    run = {"program": program.PROGRAM, "seed": 3, "flags": public_flags(program.parse_args(argv).flat()), "trackers": {}}
+    flags = public_flags(program.parse_args(argv).flat())
+    run = {"program": program.PROGRAM, "seed": 3, "flags": flags, "trackers": {}}
     accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=2, mixed_precision="bf16")
     monkeypatch.chdir(tmp_path)
     launch = describe_launch(accelerator, run, steps=9, argv=argv)

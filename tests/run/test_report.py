@@ -120,7 +120,7 @@ def test_what_is_not_noisy_is_not_smoothed(values):
 
 
 def test_at_most_forty_grids_with_the_first_and_the_last_and_none_comes_back():
-    """One that is left out once stays out as the run goes on: each is encoded once."""
+    """One that is left out once stays out as the run continues: each is encoded once."""
     before: set[int] = set()
     for count in range(1, 400):
         kept = [grid.step for grid in thin_grids([Grid(step, Path()) for step in range(count)])]
@@ -132,8 +132,8 @@ def test_at_most_forty_grids_with_the_first_and_the_last_and_none_comes_back():
     assert thin_grids([]) == []
 
 
-def test_grids_of_a_course_that_was_given_up_are_left_out(tmp_path):
-    """Resumed at 100 after it had drawn at 200 and 300, the run has drawn at 200 again."""
+def test_grids_of_steps_that_are_repeated_are_left_out(tmp_path):
+    """Resumed at 100 after validations at 200 and 300, the run has validated at 200 again."""
     paths = {step: add_grid(tmp_path, step, "white") for step in (100, 200, 300)}
     for step, written in {100: 1000, 200: 3000, 300: 1200}.items():
         os.utime(paths[step], (written, written))
@@ -151,7 +151,7 @@ def shown_pictures(page):
     return pictures, [bool(hidden) for *_, hidden in found]
 
 
-def test_grids_are_embedded_no_larger_than_told_and_encoded_once(tmp_path, monkeypatch):
+def test_grids_are_embedded_at_a_limited_size_and_encoded_once(tmp_path, monkeypatch):
     decoded = []
     decode = report.decode_picture
     monkeypatch.setattr(report, "decode_picture", lambda content: decoded.append(1) or decode(content))
@@ -165,7 +165,7 @@ def test_grids_are_embedded_no_larger_than_told_and_encoded_once(tmp_path, monke
     colours = [np.asarray(picture.convert("RGB")).mean((0, 1)).round().tolist() for picture in pictures]
     assert np.allclose(colours, np.eye(3) * 255, atol=3)
     add_grid(tmp_path, 40, "white")
-    add_grid(tmp_path, 30, "black", (80, 64))  # drawn again, by the run resumed
+    add_grid(tmp_path, 30, "black", (80, 64))  # again, by the resumed run
     pictures, hidden = shown_pictures(build_report(tmp_path).read_text())
     assert len(decoded) == 5 and len(pictures) == 4 and hidden == [True, True, True, False]
     assert pictures[2].size == (80, 64) and np.asarray(pictures[2]).max() < 3
@@ -181,14 +181,14 @@ def test_pictures_that_cannot_be_read_are_left_out_and_named(tmp_path):
     path = build_report(tmp_path)
     pictures, hidden = shown_pictures(path.read_text())
     assert len(pictures) == 1 and hidden == [False] and data_of(path)["grids"] == [10]
-    told = "Could not be read, and left out: step-000020.png, step-000030.png, step-000040.png."
-    assert told in path.read_text()
+    note = "Could not be read, and left out: step-000020.png, step-000030.png, step-000040.png."
+    assert note in path.read_text()
 
 
 # --- the page
 
 
-def test_the_page_says_what_the_run_is(tmp_path):
+def test_the_page_describes_the_run(tmp_path):
     folder = tmp_path / "lcm <b>"
     folder.mkdir()
     journal = Journal(folder, launch())
@@ -217,13 +217,13 @@ def test_the_page_says_what_the_run_is(tmp_path):
     assert data_of(path)["resumed"] == [200]
 
 
-def test_a_launch_that_a_later_one_went_back_behind_is_not_marked(tmp_path):
+def test_a_launch_whose_steps_are_repeated_is_not_marked(tmp_path):
     Journal(tmp_path, launch())
     for step in (100, 300, 200):
         Journal(tmp_path, launch(), global_step=step).log({"loss": 1.0}, step + 10)
     path = build_report(tmp_path)
     assert data_of(path)["resumed"] == [100, 200]
-    assert path.read_text().count("broken off") == 3
+    assert path.read_text().count("killed") == 3
 
 
 @pytest.mark.parametrize(
@@ -238,8 +238,8 @@ def test_the_state_of_a_run(tmp_path, last, reason, state):
     assert f'<span class="chip {state}">{state}</span>' in build_report(tmp_path).read_text()
 
 
-def test_a_journal_of_little_makes_a_report(tmp_path):
-    """One launch and no value; a value and no launch; launches of another version, that say less."""
+def test_a_nearly_empty_journal_makes_a_report(tmp_path):
+    """One launch and no value; a value and no launch; launches of another version, with less in them."""
     for lines in (
         ['{"launch": {}}'],
         ['{"step": 3}'],
@@ -249,7 +249,7 @@ def test_a_journal_of_little_makes_a_report(tmp_path):
         assert "Training" in build_report(tmp_path).read_text()
 
 
-def test_a_long_run_stays_light(tmp_path):
+def test_the_report_of_a_long_run_is_small(tmp_path):
     journal = Journal(tmp_path, launch())
     lines = "".join(
         json.dumps({"step": step, "time": 0.0, "loss": step % 97 / 97, "lr": 1e-6}) + "\n" for step in range(50_000)
@@ -287,7 +287,7 @@ def test_a_report_that_cannot_be_written_is_logged_and_leaves_the_old_one(tmp_pa
 def test_a_report_never_ends_a_run(tmp_path, caplog):
     """Whatever is wrong with the journal."""
     (tmp_path / "training.jsonl").write_text('{"launch": {"started": "yesterday"}}\n{"step": 1, "time": 0.0}\n')
-    assert write_report(tmp_path) is None and "the run goes on" in caplog.text
+    assert write_report(tmp_path) is None and "the run continues" in caplog.text
 
 
 def test_the_command_line(tmp_path, capsys):
@@ -337,7 +337,7 @@ COLOURS = {100: (220, 40, 40), 200: (40, 160, 60), 300: (50, 70, 200)}
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> Path:
-    """The report of a run of two launches and three grids, whose user means no good."""
+    """The report of a run of two launches and three grids, with hostile values."""
     folder = tmp_path_factory.mktemp("run")
     journal = Journal(folder, launch(validation_prompts=[EVIL]))
     rng = np.random.default_rng(0)
@@ -364,7 +364,7 @@ def quiet(page, path):
 
 
 def test_the_harness_sees_errors_and_requests(browser, tmp_path):
-    """Without this, a page that is found quiet might be one that nobody listens to."""
+    """Without this, a page without complaints might be one whose events are never received."""
     path = tmp_path / "loud.html"
     path.write_text(
         "<script>console.error('one'); setTimeout(() => { throw new Error('two'); })</script>"
@@ -382,7 +382,7 @@ def test_the_slider_moves_through_the_grids(browser, written):
     shown = "[...document.querySelectorAll('.stage img')].filter((image) => image.checkVisibility())"
 
     def seen():
-        """(the label, what a screen reader is told, the step whose colour is on the screen)."""
+        """(the label, what a screen reader reads, the step whose colour is on the screen)."""
         left, top, width, height = page.box(".stage")
         screen = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
         colour = screen.getpixel((int(left + width / 2), int(top + height / 2)))
@@ -423,14 +423,14 @@ def test_the_curves_show_values_and_change_their_scale(browser, written):
     assert page.evaluate(readout) == f"{curve['values'][-1]:.4g} at step 300"
 
     left, top, width, height = page.box(".chart svg")
-    told = []
+    steps = []
     for share in (0.3, 0.6, 0.9):
         page.hover(left + share * width, top + height / 2)
         value, step = re.fullmatch(r"([\d.]+) at step (\d+)", page.evaluate(readout)).groups()
         assert float(value) == pytest.approx(curve["values"][curve["steps"].index(int(step))], rel=1e-3)
         assert f"at step {step}" in page.evaluate("document.querySelectorAll('.chart output')[2].textContent")
-        told.append(int(step))
-    assert told == sorted(set(told)) and abs(told[1] - 0.6 * 300) < 25
+        steps.append(int(step))
+    assert steps == sorted(set(steps)) and abs(steps[1] - 0.6 * 300) < 25
     page.hover(5, 5)
     assert page.evaluate(readout).endswith("at step 300")
 
@@ -477,7 +477,7 @@ def test_nothing_that_a_user_wrote_runs(browser, written):
     assert page.evaluate(
         "[...document.querySelectorAll('.pairs dd')].some((cell) => cell.textContent.includes('<script>'))"
     )
-    # And if something did get in, it could reach nothing.
+    # Even if something did get in, it could not load anything.
     page.evaluate("document.body.append(Object.assign(new Image(), {src: 'http://127.0.0.1:9/x.png'}))")
     page.until("document.images[document.images.length - 1].complete")
     assert any("Content Security Policy" in text for text in page.complaints)

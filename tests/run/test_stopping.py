@@ -1,4 +1,4 @@
-"""Runs that end early: signals, the clock, a full disk, trackers and hubs that fail."""
+"""Runs that stop early or lose something: signals, the time limit, a full disk, trackers that fail."""
 
 import argparse
 import json
@@ -33,7 +33,7 @@ def test_times_as_people_and_clusters_write_them(text, seconds):
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1h", "1:00", "soon", "00:00:00", "nan", "inf"])
-def test_what_is_no_time_is_told(text):
+def test_what_is_not_a_time_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="is not a time"):
         flags.duration(text)
 
@@ -52,7 +52,7 @@ def signal_after(monkeypatch, number, step):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_finishes_the_step_saves_and_the_run_goes_on_as_if_nothing_were(
+def test_a_signal_finishes_the_step_and_saves_and_the_resumed_run_is_bitwise_the_same(
     number, command, run, tmp_path, monkeypatch, caplog
 ):
     options = {"steps": 4, "learning_rate": 1e-3, "dataloader_num_workers": 1}
@@ -86,14 +86,14 @@ def test_a_second_signal_ends_at_once(monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_the_clock_ends_a_run(command, run, tmp_path, caplog):
+def test_the_time_limit_stops_a_run(command, run, tmp_path, caplog):
     run(PROGRAM, command(steps=500, max_train_time="1s"))
     (last,) = list_checkpoints(tmp_path / "out")
     assert "--max_train_time 0:00:01 is over: stopped after step" in caplog.text
     assert 0 < json.loads((last / "run.json").read_text())["global_step"] < 500
 
 
-def test_the_launcher_s_death_ends_a_run(monkeypatch):
+def test_the_launcher_s_death_stops_a_run(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     stopping = Stopping(Accelerator(cpu=True), None)
     assert not stopping.requested()
@@ -121,8 +121,8 @@ def test_workers_leave_signals_to_the_run(command, run, tmp_path, monkeypatch, c
 # ------------------------------------------------------------------------------------------------- a full disk
 
 
-def test_a_checkpoint_that_cannot_be_written_is_told_and_tried_again(command, run, tmp_path, monkeypatch, caplog):
-    """Of steps 1 to 4 the disk is full at 2 and 3: both are told, nothing torn is left, 1 stays until 4 stands."""
+def test_a_checkpoint_that_cannot_be_written_is_logged_and_tried_again(command, run, tmp_path, monkeypatch, caplog):
+    """The disk is full at steps 2 and 3: both are logged, nothing incomplete is left, 1 is kept until 4 exists."""
     save = torch.save
     full = {"at": False}
 
@@ -146,11 +146,11 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_tried_again(command, ru
     monkeypatch.setattr(torch, "save", failing)
     monkeypatch.setattr(checkpoint_module.Checkpoints, "save", switching)
     run(PROGRAM, command(steps=4, checkpointing_steps=1, checkpoints_total_limit=1))
-    told = [r.getMessage() for r in caplog.records if "could not be written" in r.getMessage()]
-    assert len(told) == 2 and "No space left" in told[0] and "checkpoint-1. Make room" in told[1]
+    errors = [r.getMessage() for r in caplog.records if "could not be written" in r.getMessage()]
+    assert len(errors) == 2 and "No space left" in errors[0] and "checkpoint-1. Free disk space" in errors[1]
 
 
-def test_a_run_that_ends_on_a_full_disk_says_what_is_left(command, run, tmp_path, monkeypatch):
+def test_a_run_that_stops_on_a_full_disk_names_its_last_checkpoint(command, run, tmp_path, monkeypatch):
     run(PROGRAM, command(steps=1))
     with monkeypatch.context() as patch:
         signal_after(patch, signal.SIGTERM, 1)
@@ -182,7 +182,7 @@ def test_a_result_that_cannot_be_written_is_in_the_last_checkpoint(command, run,
 # ---------------------------------------------------------------------------------------------------- trackers
 
 
-def test_a_tracker_that_raises_is_left_out_and_the_run_goes_on(command, run, tmp_path, monkeypatch, caplog):
+def test_a_tracker_that_raises_is_removed_and_the_run_continues(command, run, tmp_path, monkeypatch, caplog):
     from accelerate.tracking import TensorBoardTracker
 
     calls = []
@@ -197,18 +197,18 @@ def test_a_tracker_that_raises_is_left_out_and_the_run_goes_on(command, run, tmp
     assert "the tracker tensorboard failed (ConnectionError: gone)" in caplog.text
 
 
-def test_the_other_trackers_hear_on(caplog):
-    heard = []
+def test_the_other_trackers_still_receive_values(caplog):
+    received = []
     bad = SimpleNamespace(name="bad", log=lambda *a, **k: 1 / 0)
-    good = SimpleNamespace(name="good", log=lambda values, step: heard.append(step))
+    good = SimpleNamespace(name="good", log=lambda values, step: received.append(step))
     accelerator = SimpleNamespace(trackers=[bad, good])
     log_values(accelerator, {"loss": 1.0}, 1)
     log_values(accelerator, {"loss": 1.0}, 2)
-    assert heard == [1, 2] and accelerator.trackers == [good]
+    assert received == [1, 2] and accelerator.trackers == [good]
 
 
-def test_a_resumed_run_goes_on_in_the_same_tracker_run(command, run, tmp_path, monkeypatch):
-    """wandb's run by its id; tensorboard's curve without what it drew beyond the checkpoint."""
+def test_a_resumed_run_continues_the_same_tracker_run(command, run, tmp_path, monkeypatch):
+    """wandb's run by its id; tensorboard's curve without the points after the checkpoint."""
     wandb = pytest.importorskip("wandb")
     started = []
     init = wandb.init
@@ -227,8 +227,8 @@ def test_a_resumed_run_goes_on_in_the_same_tracker_run(command, run, tmp_path, m
     assert [event.step for event in events.Scalars("loss")] == [1, 2]
 
 
-def test_ending_works_beside_the_main_thread():
-    """Signals can be heard in the main thread only; a notebook's worker thread has to do without."""
+def test_stopping_works_outside_the_main_thread():
+    """Only the main thread can handle signals; a notebook's worker thread has to do without."""
     found = []
 
     def elsewhere():

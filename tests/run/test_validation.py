@@ -99,7 +99,7 @@ def test_prompts_are_values_or_the_lines_of_txt_files(tmp_path, monkeypatch):
         ("wide.txt", "a cat".encode("utf-16"), "wide.txt is not UTF-8"),
     ],
 )
-def test_prompt_files_that_cannot_be_used_are_told(tmp_path, monkeypatch, value, content, words):
+def test_prompt_files_that_cannot_be_used_are_refused(tmp_path, monkeypatch, value, content, words):
     monkeypatch.chdir(tmp_path)
     if content == "folder":
         Path(value).mkdir()
@@ -400,16 +400,16 @@ def test_a_grid_of_the_toy_teacher_is_on_disk(pipelines, tmp_path, family):
     solver = DDIMSolver(schedule, 10)
     start = torch.cat([torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3 + k)) for k in range(2)])
     module = {"sd": sd, "sdxl": sdxl}[family]
-    conditioning = module.encode_captions(pipeline, PROMPTS) if family == "sd" else sdxl.with_time_ids(
-        sdxl.encode_captions(SimpleNamespace(**pipeline.components, force_zeros_for_empty_prompt=True), PROMPTS),
-        torch.tensor([[64, 64, 0, 0, 64, 64]] * 2),
-    )  # fmt: skip
+    parts = SimpleNamespace(**pipeline.components, force_zeros_for_empty_prompt=True)
+    conditioning = module.encode_captions(parts, PROMPTS)
+    if family == "sdxl":
+        conditioning["added_cond_kwargs"]["time_ids"] = torch.tensor([[64, 64, 0, 0, 64, 64]] * 2)
 
     def predict(x, timestep):
         timesteps = torch.full((2,), int(timestep))
         with torch.no_grad():
             output = unet_output(pipeline.unet, x, timesteps, conditioning)
-        return schedule.predict_sample(output, x, timesteps), schedule.predict_noise(output, x, timesteps)
+        return schedule.predict_x0(output, x, timesteps), schedule.predict_epsilon(output, x, timesteps)
 
     x = start
     for index in reversed(range(10)):
