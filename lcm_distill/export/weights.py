@@ -1,4 +1,4 @@
-"""What a finished run leaves for its users: weights that load with one line, a scheduler, a model card."""
+"""The result of a finished run: weights that load with one line, a scheduler, a model card."""
 
 import contextlib
 import dataclasses
@@ -16,15 +16,15 @@ from safetensors.torch import save_file
 
 from lcm_distill.distributed.fsdp import save_network
 from lcm_distill.errors import SaveError
-from lcm_distill.export.card import hub_id, model_card, without_folders
+from lcm_distill.export.card import build_model_card, parse_hub_id, strip_folders
 from lcm_distill.export.hub import HubUpload
 from lcm_distill.models.lora import STUDENT, TARGET, Lora
 from lcm_distill.models.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
-# What is uploaded: what users load, and nothing else (no checkpoints, optimizer states, logs or reports). The card, and
-# the one picture that it shows, come to these.
+# What is uploaded: only what users load (no checkpoints, optimizer states, logs or reports), besides the card and the
+# one picture that it shows.
 UPLOADED = (
     "config.json",
     "scheduler_config.json",
@@ -53,22 +53,24 @@ def export_full_student(
 ) -> None:
     """Writes `unet/`, `unet_target/`, and at the top the model with its fp16 variant, scheduler and card.
 
-    Every rank calls it: sharded networks are gathered first. The rest is the main process's.
+    Every rank calls it, since split networks are gathered first; the main process does the rest.
 
     The model at the top is the student, so that `UNet2DConditionModel.from_pretrained(output_dir)` and, with
-    `variant="fp16"`, its half-size twin both load. The card tells of the `teacher`, a guidance_scale to draw with,
-    the steps trained, the run's `settings` and what was `measured`, numbers by their names in words. All that users
-    load is staged for the `hub`, if there is one; its `push` uploads it. `family` is the module `sd` or `sdxl`.
+    `variant="fp16"`, its half-precision copy both load. The card names the `teacher`, a guidance_scale to use, the
+    steps trained, the run's `settings` and what was `measured`, numbers by a description. What users load is staged for
+    the `hub`, if there is one; its `push` uploads it. `family` is the module `sd` or `sdxl`.
     """
     folder = Path(output_dir)
     for network in (student, target):
-        network.register_to_config(_name_or_path="")  # else it is saved: where this machine keeps the teacher
+        network.register_to_config(_name_or_path="")  # else the config has the path of the teacher on this machine
     with _writing(folder):
         save_network(student, folder / "unet", folder)
         save_network(target, folder / "unet_target")
         if not PartialState().is_main_process:
             return
-        half = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float16)  # what is saved does load
+        half = UNet2DConditionModel.from_pretrained(
+            folder, torch_dtype=torch.float16
+        )  # also checks that what was saved loads
         half.register_to_config(_name_or_path="")
         half.save_pretrained(folder, variant="fp16")
         scheduler.save_pretrained(folder)
@@ -104,8 +106,8 @@ def export_lora_student(
 
     `pytorch_lora_weights.safetensors` is what `pipe.load_lora_weights(output_dir)` loads, with its alpha;
     `kohya_lora_weights.safetensors` holds the same weights under kohya's names. Both are float16, as shared LoRAs
-    are; `adapter/` is the float32 adapter. An averaged target's LoRA is in `target/`. `family`, card and `hub` are as
-    for a full student. Every rank may call it; the main process alone writes.
+    are; `adapter/` is the float32 adapter. The LoRA of an averaged target is in `target/`. `family`, card and `hub` are
+    as for a full student. Every rank may call it; only the main process writes.
     """
     if not PartialState().is_main_process:
         return
@@ -122,10 +124,10 @@ def export_lora_student(
         global_step,
         teacher=teacher,
         usage=lambda name, teacher: _LORA_USAGE.format(model=name, load=teacher.loading_code(family.PIPELINE)),
-        note="The guidance of the training is in the weights, so a `guidance_scale` of 1 to 2 is right; above 1, "
-        "negative prompts count. It goes together with a style LoRA through `pipe.set_adapters`, and onto fine-tunes "
-        "of its teacher. `kohya_lora_weights.safetensors` is the same LoRA for ComfyUI and A1111: sampler LCM, "
-        "2 to 8 steps, CFG 1 to 2.",
+        note="The guidance of the training is in the weights, so use a `guidance_scale` of 1 to 2; above 1, "
+        "negative prompts have an effect. It can be combined with a style LoRA by `pipe.set_adapters`, and works on "
+        "fine-tunes of its teacher. `kohya_lora_weights.safetensors` is the same LoRA for ComfyUI and A1111: "
+        "sampler LCM, 2 to 8 steps, CFG 1 to 2.",
         relation="adapter",
         settings=settings,
         tags=["lora", *family.TAGS],
@@ -135,13 +137,13 @@ def export_lora_student(
 
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """What cannot be written is a `SaveError`: the run is over, and its last checkpoint can write it again."""
+    """Turns an error into a `SaveError`: the run is over, but its last checkpoint still has the result."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - each writer has its own for a full disk
+    except Exception as error:  # noqa: BLE001 - a full disk is a different exception in each writer
         raise SaveError(
             f"the result could not be written ({type(error).__name__}: {error}). The run's last checkpoint has it: "
-            f"make room in {folder} and launch once more with --resume_from_checkpoint latest, which only writes it."
+            f"free disk space in {folder} and launch again with --resume_from_checkpoint latest, which only writes it."
         ) from error
 
 
@@ -155,33 +157,36 @@ def _finish(
     settings: Mapping[str, Any],
     **card: Any,
 ) -> None:
-    """Writes the card and stages the upload. `usage` makes code of where the model and its teacher are found."""
+    """Writes the card and stages the upload. `usage` makes the card's code from the model's name and its teacher."""
     licence, name, shown = {}, str(folder), teacher
     if hub:
-        licence = hub.ensure_repository(hub_id(teacher.model))
+        licence = hub.ensure_repository(parse_hub_id(teacher.model))
         name = hub.repo_id
-        # The public shall not read how the folders of this machine are called.
-        places = {field: without_folders(getattr(teacher, field)) for field in ("model", "vae", "config")}
+        # The public must not see the folders of this machine.
+        places = {field: strip_folders(getattr(teacher, field)) for field in ("model", "vae", "config")}
         shown = dataclasses.replace(teacher, **places)
     picture = f"validation/step-{global_step:06d}.png"
-    drawn = (folder / picture).is_file()
+    has_picture = (folder / picture).is_file()
     with _writing(folder):
-        model_card(
+        build_model_card(
             Path(name).resolve().name,
             base_model=teacher.model,
             usage=usage(name, shown),
             settings={**settings, "max_train_steps": global_step},
-            picture=picture if drawn else None,
+            picture=picture if has_picture else None,
             licence=licence,
             **card,
         ).save(folder / "README.md")
     logger.info("the result is in %s", folder)
     if hub:
-        hub.stage(["README.md", *_written(folder), *([picture] if drawn else [])], f"Distilled for {global_step} steps")
+        hub.stage(
+            ["README.md", *_list_uploaded(folder), *([picture] if has_picture else [])],
+            f"Distilled for {global_step} steps",
+        )
 
 
-def _written(folder: Path) -> list[str]:
-    """The files of `UPLOADED` that there are."""
+def _list_uploaded(folder: Path) -> list[str]:
+    """The files in `folder` that match `UPLOADED`."""
     found = [path for pattern in UPLOADED for path in sorted(folder.glob(pattern)) if path.is_file()]
     return [path.relative_to(folder).as_posix() for path in found]
 
@@ -191,8 +196,8 @@ def save_lora(folder: Path, lora: Lora, adapter: str, *, family: ModuleType) -> 
     base_model_version = family.base_model_version(lora.unet.config)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.to(torch.float16).cpu() for name, tensor in lora.state_dict(adapter).items()}
-    # Of the configuration, what every version of PEFT knows: a file made here loads there.
-    # Not the dropout: Diffusers would make layers of it, in training mode.
+    # Only the configuration that every version of PEFT has, so that older ones load the file. Not the dropout:
+    # Diffusers would create dropout layers, in training mode.
     known = ("r", "lora_alpha", "bias", "target_modules")
     config = {name: value for name, value in lora.config.to_dict().items() if name in known}
     config["target_modules"] = sorted(config["target_modules"])

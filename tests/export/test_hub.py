@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from diffusers import LCMScheduler, UNet2DConditionModel
 
 from lcm_distill.errors import UsageError
-from lcm_distill.export.card import hub_id, model_card, without_folders
+from lcm_distill.export.card import build_model_card, parse_hub_id, strip_folders
 from lcm_distill.export.hub import HubUpload
 from lcm_distill.export.weights import export_full_student
 from lcm_distill.models import sd
@@ -312,7 +312,7 @@ def test_the_licence_is_the_base_model_s_or_none(hub, result, caplog):
 
 def card(**options):
     known = dict(base_model="org/model", relation="finetune", usage="draw()", note="", settings={}, tags=["sd"])
-    return model_card("lcm", **known | options)
+    return build_model_card("lcm", **known | options)
 
 
 def test_the_card_has_what_the_hub_expects():
@@ -358,11 +358,15 @@ def test_the_card_of_a_local_teacher_names_no_folder(tmp_path):
     ],
 )  # fmt: skip
 def test_local_paths_are_not_for_the_public(value, public):
-    assert without_folders(value) == public
+    assert strip_folders(value) == public
 
 
 def test_hub_ids_are_told_from_folders(monkeypatch, tmp_path):
     (tmp_path / "org" / "model").mkdir(parents=True)
-    assert hub_id("org/model") == "org/model" and hub_id("/org/model") is None and hub_id("a/b/c") is None
+    assert (
+        parse_hub_id("org/model") == "org/model"
+        and parse_hub_id("/org/model") is None
+        and parse_hub_id("a/b/c") is None
+    )
     monkeypatch.chdir(tmp_path)
-    assert hub_id("org/model") is None
+    assert parse_hub_id("org/model") is None
