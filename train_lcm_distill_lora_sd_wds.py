@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         guidance_scale=1.0 if guidance_scale is None else guidance_scale,
         teacher_guidance_scale=1 + (w_min + w_max) / 2,
         resolution=resolution,
-        all_loaded=frozen.complete,
+        all_loaded=frozen.all_on_device,
         contexts={"teacher": lora.off, "target": lora.target},
     )
 

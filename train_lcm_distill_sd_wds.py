@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
         guidance_scale=guidance_scale,
         teacher_guidance_scale=guidance_scale,
         resolution=resolution,
-        all_loaded=frozen.complete,
+        all_loaded=frozen.all_on_device,
     )
 
     parts = {"unet": unets.UNetPart(student_unet), "unet_target": unets.UNetPart(target)}

@@ -31,8 +31,8 @@ def compile_networks(mode: str | None, *networks: torch.nn.Module) -> None:
         raise UsageError(f"--compile needs a compiler: install {compilers[0]} or clang, or leave out --compile.")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lcm_distill" / "inductor"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
-    # By default PyTorch falls back to uncompiled code after eight versions of a block. SDXL's residual blocks need 15, for
-    # each of student, teacher and target.
+    # By default PyTorch falls back to uncompiled code after eight versions of a block. SDXL's residual blocks need 15,
+    # for each of student, teacher and target.
     torch._dynamo.config.recompile_limit = 128
     torch._dynamo.config.accumulated_recompile_limit = 1024
     for network in networks:

@@ -1,4 +1,4 @@
-"""The two families of teachers, and the interface that their modules share."""
+"""The two families of teachers, and the interface that their modules implement."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -12,9 +12,9 @@ from lcm_distill.models.teacher import Teacher
 
 
 class Family(Protocol):
-    """What a family's module has: `sd` for Stable Diffusion 1.x and 2.x, `sdxl` for SDXL and SSD-1B.
+    """What a family's module provides: `sd` for Stable Diffusion 1.x and 2.x, `sdxl` for SDXL and SSD-1B.
 
-    A conditioning is keyword arguments of the U-Net: tensors `[B, …]`, or mappings of them.
+    A conditioning is a dict of keyword arguments for the U-Net: tensors `[B, …]`, or dicts of them.
     """
 
     @property
@@ -31,7 +31,7 @@ class Family(Protocol):
 
     @property
     def Frozen(self) -> Any:
-        """The `FrozenParts` of this family, nothing loaded yet."""
+        """This family's subclass of `FrozenParts`."""
 
     def load_frozen(
         self,
@@ -42,27 +42,27 @@ class Family(Protocol):
         unet_dtype: torch.dtype = torch.float32,
         encoding: Encoding | None = None,
     ) -> Any:
-        """`Frozen` with all that a training step needs loaded onto `device`."""
+        """A `Frozen` with all that a training step needs loaded onto `device`."""
 
     def text_fingerprint(self, teacher: Teacher) -> str:
-        """Tells what `encode_captions` gives for this teacher from what it gives for others."""
+        """Identifies the text encoders: equal for two teachers if `encode_captions` is."""
 
     def base_model_version(self, unet_config: Mapping[str, Any]) -> str:
         """The model's name in the metadata of kohya-format LoRAs."""
 
     def encode_captions(self, frozen: Any, captions: list[str]) -> dict[str, Any]:
-        """The text part of the conditioning for `captions`."""
+        """The text part of the conditioning of `captions`."""
 
     def batch_conditioning(self, frozen: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The conditioning of a batch of the stream, and that of the empty caption, of B rows or of 1."""
+        """(conditioning, unconditional) of a batch of the stream; the latter, of the empty caption, has B rows or 1."""
 
     def build_pipeline(self, frozen: Any, unet: UNet2DConditionModel, scheduler: Any) -> Any:
-        """A pipeline that draws with `unet` and the frozen parts."""
+        """A text-to-image pipeline of `unet` and the frozen parts."""
 
 
 FAMILIES: Mapping[str, Family] = {"sd": sd, "sdxl": sdxl}
 
 
 def family_of(unet_config: Mapping[str, Any]) -> Family:
-    """The family of a teacher, by the config of its U-Net."""
+    """The family of a teacher, from its U-Net's config."""
     return FAMILIES["sdxl" if unet_config.get("addition_embed_type") == "text_time" else "sd"]

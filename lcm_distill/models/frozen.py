@@ -1,4 +1,4 @@
-"""The parts of a teacher that do not train, each loaded when it is first needed; batches of any kind of shards."""
+"""The parts of a teacher that do not train, each loaded on first use; latents of batches, encoded or not."""
 
 import contextlib
 import functools
@@ -20,9 +20,9 @@ from lcm_distill.models.vae import encode_pixels, sample_moments, scale_and_shif
 class FrozenParts:
     """The parts, as attributes: networks in eval mode, without gradients, on `device`; tokenizers.
 
-    `kinds` are Diffusers' or Transformers' classes by name, `dtypes` what the networks among them are in; `text` are
-    the names of those that encode captions. What an `encoding` of the shards stands in for is not loaded before a
-    picture is drawn. `UsageError`, when a part is needed, if its weights are not there.
+    `kinds` are the Diffusers or Transformers classes of the parts, by name, `dtypes` those of the networks among them;
+    `text` names the parts that encode captions. Parts whose output the shards hold, by their `encoding`, are loaded
+    only when pictures are generated. Loading raises `UsageError` if a part's weights cannot be loaded.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class FrozenParts:
         self.dtypes = dict(dtypes)
         self.encoding = encoding
         self._teacher, self._kinds = teacher, dict(kinds)
-        self._idle = set() if encoding is None else {"vae", *(text if encoding.text else ())}
+        self._unused_in_training = set() if encoding is None else {"vae", *(text if encoding.text else ())}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in self._kinds:
@@ -62,41 +62,41 @@ class FrozenParts:
                 self.__dict__[name].to(device)
 
     def load_for_training(self) -> None:
-        """Loads all that a training step needs."""
-        self._load(name for name in self._kinds if name not in self._idle)
+        """Loads all parts that a training step needs."""
+        self._load(name for name in self._kinds if name not in self._unused_in_training)
 
     @contextlib.contextmanager
-    def complete(self) -> Iterator[None]:
-        """All parts are there and on the device; afterwards those that no training step needs are in main memory."""
+    def all_on_device(self) -> Iterator[None]:
+        """Inside, all parts are loaded and on the device; on exit those that training does not need move to the CPU."""
         self._load(self._kinds)
-        self._move(self._idle, self.device)
+        self._move(self._unused_in_training, self.device)
         try:
             yield
         finally:
-            self._move(self._idle, "cpu")
+            self._move(self._unused_in_training, "cpu")
 
-    def embedding(self, stored: torch.Tensor) -> torch.Tensor:
-        """An embedding from an encoded shard, on the device, in the dtype in which the text encoders would give it."""
-        on_device = stored.to(self.device, non_blocking=True)  # first: a cast in main memory would leave pinned memory
+    def to_embedding(self, stored: torch.Tensor) -> torch.Tensor:
+        """An embedding from an encoded shard, on the device, in the text encoders' dtype."""
+        on_device = stored.to(self.device, non_blocking=True)  # first: the copy that a cast makes would not be pinned
         return on_device.to(self.dtypes["text_encoder"])
 
     @functools.cached_property
     def scale_and_shift(self) -> dict[str, Any]:
-        """What `sample_moments` needs to know of the VAE, which need not be loaded for it."""
+        """What `sample_moments` needs of the VAE, without loading it."""
         return scale_and_shift(self._teacher.read_vae_config())
 
 
 def check_encoding(encoding: Encoding | None, teacher: Teacher, text_fingerprint: Callable[[Teacher], str]) -> None:
-    """`UsageError` unless `teacher` has the VAE, and the text encoders, that the shards were encoded with.
+    """`UsageError` unless the shards were encoded with the VAE, and the text encoders, of `teacher`.
 
-    Loads nothing. `text_fingerprint` is the family's.
+    Loads no networks. `text_fingerprint` is the family's.
     """
     if encoding is None:
         return
     scale = {"scaling_factor": encoding.scaling_factor, "shift_factor": encoding.shift_factor}
     if (teacher.fingerprint("vae", AutoencoderKL), scale_and_shift(teacher.read_vae_config())) != (encoding.vae, scale):
         raise UsageError(
-            f"{SHARDS_FLAG}: the latents were made with another VAE, {printable(encoding.vae_name)}. Name that as "
+            f"{SHARDS_FLAG}: the latents were encoded with another VAE, {printable(encoding.vae_name)}. Pass that as "
             f"{VAE_FLAG}, or encode the pictures again with this one (python -m lcm_distill.encode_shards)."
         )
     if encoding.text and encoding.text != text_fingerprint(teacher):
@@ -109,9 +109,9 @@ def check_encoding(encoding: Encoding | None, teacher: Teacher, text_fingerprint
 def batch_latents(
     frozen: FrozenParts, batch: Mapping[str, Any], batch_size: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Latents float32 `[B, C, h, w]` of a batch of the stream, by the same draws from `generator` for all shards.
+    """Latents float32 `[B, C, h, w]` of a batch of the stream, with the same draws from `generator` for all shards.
 
-    With "pixels" in it the VAE encodes, at most `batch_size` pictures at once; with "moments" it is not touched.
+    If the batch holds "pixels", the VAE encodes them, at most `batch_size` at once; "moments" need no VAE.
     """
     if "moments" not in batch:
         return encode_pixels(frozen.vae, batch["pixels"], batch_size, generator)
@@ -120,6 +120,6 @@ def batch_latents(
 
 
 def empty_batch(encoding: Encoding | None) -> dict[str, Any]:
-    """A batch of the empty caption alone, with its embeddings if the shards have them: the unconditional one."""
+    """The unconditional batch: one row with the empty caption, and its embeddings if the shards have them."""
     stored = {} if encoding is None else encoding.empty_caption
     return {"captions": [""]} | {name: torch.from_numpy(array)[None] for name, array in stored.items()}

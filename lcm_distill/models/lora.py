@@ -1,10 +1,10 @@
-"""The LoRA student of arXiv 2311.05556: one U-Net, which is the teacher while its adapter is off.
+"""LoRA students (LCM-LoRA, arXiv 2311.05556): one U-Net, which is the teacher while its adapter is off.
 
     lora = Lora(unet, rank=64, alpha=64)      unet(x) is the student
     with lora.off(): unet(x)                  the teacher
     with lora.target(): unet(x)               the target: the student, or a moving average of its adapter
 
-What trains is the adapter, in float32; the U-Net under it may be in a lower precision.
+Only the adapter trains, in float32; the U-Net under it may be in half precision.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import LoraFlags
 
-# LCM-LoRA's: attention, feed-forward, convolutions and the time embeddings of the residual blocks.
+# LCM-LoRA's: attention, feed-forward, convolutions and the residual blocks' time embeddings.
 TARGET_MODULES = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
     "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
@@ -35,10 +35,10 @@ STUDENT, TARGET = "student", "target"  # the adapters' names inside the U-Net
 
 
 def parse_target_modules(text: str | None, unet_config: Mapping[str, Any]) -> list[str]:
-    """`--lora_target_modules` as a sorted list: module names joined by commas, those of LCM-LoRA if None.
+    """`--lora_target_modules` as a sorted list: module names joined by commas; None: LCM-LoRA's.
 
-    A name stands for every module of a U-Net of `unet_config` whose path ends in it. `UsageError` unless each names
-    linear layers or convolutions; the weights need not be loaded for that.
+    A name stands for every module whose path ends in it. `UsageError` unless each name matches linear layers or
+    convolutions of a U-Net of `unet_config`; no weights are loaded.
     """
     if text is None:
         return sorted(TARGET_MODULES)
@@ -49,11 +49,11 @@ def parse_target_modules(text: str | None, unet_config: Mapping[str, Any]) -> li
         named = [m for path, m in unet.named_modules() if path == name or path.endswith(f".{name}")]
         if not named or not all(isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) for module in named):
             raise UsageError(
-                f"--lora_target_modules {name}: the teacher's U-Net has no linear layer or convolution of that name; "
-                f"the usual ones are {','.join(TARGET_MODULES)}."
+                f"--lora_target_modules {name}: the teacher's U-Net has no linear layers or convolutions of that name; "
+                f"LCM-LoRA's are {','.join(TARGET_MODULES)}."
             )
     if not chosen:
-        raise UsageError("--lora_target_modules names no module; leave it out for those of LCM-LoRA.")
+        raise UsageError("--lora_target_modules names no module; leave it out for LCM-LoRA's.")
     return sorted(chosen)
 
 
@@ -64,11 +64,11 @@ class AdapterShape:
     rank: int
     alpha: int
     target_modules: list[str]
-    average: bool  # whether the target is an adapter of its own
+    average: bool  # whether the target is a second adapter, the moving average of the student's
 
     @classmethod
     def from_flags(cls, flags: LoraFlags, unet_config: Mapping[str, Any]) -> "AdapterShape":
-        """`UsageError` for --lora_target_modules that a U-Net of `unet_config` does not have."""
+        """The shape that the flags describe; `UsageError` if a U-Net of `unet_config` lacks --lora_target_modules."""
         return cls(
             rank=flags.lora_rank,
             alpha=flags.lora_alpha,
@@ -77,7 +77,7 @@ class AdapterShape:
         )
 
     def architecture(self) -> dict[str, Any]:
-        """The shape under the names by which checkpoints hold it."""
+        """The shape as checkpoints record it, by flag."""
         return {
             "--lora_rank": self.rank,
             "--lora_alpha": self.alpha,
@@ -87,11 +87,11 @@ class AdapterShape:
 
 
 class Lora:
-    """An adapter put into `unet`, in place; freezes the U-Net's own weights.
+    """Adds an adapter to `unet`, in place, and freezes the U-Net's own weights.
 
-    Fresh, it changes nothing: its second factor is zero. The first comes from torch's global generator. With
-    `average`, a second adapter of the same weights is the target; `dropout` is the adapter's, 0 to 1, and acts in
-    the student's pass alone.
+    A new adapter changes nothing: its second factor is zero, and its first is drawn from PyTorch's global generator.
+    With `average`, a second adapter with the same weights is the target. `dropout`, in [0, 1), is the adapter's, and
+    applies to the student's pass only.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Lora:
             parameter.data = parameter.data.float()
         if average:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # PEFT asks whether two adapters are meant
+                warnings.simplefilter("ignore", UserWarning)  # PEFT's warning about a second adapter
                 unet.add_adapter(self.config, adapter_name=TARGET)
             for parameter, source in zip(self._find(TARGET), self._find(STUDENT), strict=True):
                 parameter.data = source.detach().clone()
@@ -124,20 +124,20 @@ class Lora:
         self._parameters = {name: self._find(name) for name in ([STUDENT, TARGET] if average else [STUDENT])}
         self._layers = [module for module in unet.modules() if isinstance(module, LoraLayer)]
         for layer in self._layers:
-            # Autocast casts to what it computes in. PEFT's cast to float32 before would have each layer keep a copy of
-            # its input for the backward pass.
+            # Autocast casts a layer's input itself. If PEFT cast it to float32 before, each layer would keep that copy
+            # for the backward pass.
             layer.cast_input_dtype_enabled = False
         self._dropouts = [module for module in unet.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
         unet.set_adapter(STUDENT)
 
     def parameters(self, adapter: str = STUDENT) -> list[torch.nn.Parameter]:
-        """The weights of one adapter, always in the same order."""
+        """The weights of one adapter, in the same order for all adapters."""
         return self._parameters[adapter]
 
     def _find(self, adapter: str) -> list[torch.nn.Parameter]:
         return [p for name, p in self.unet.named_parameters() if "lora_" in name and f".{adapter}." in name]
 
-    # PEFT's own switches also turn the gradients of all adapters off and on, for the hundreds of layers, at each pass.
+    # Not PEFT's own switches: these also set requires_grad of every adapter in hundreds of layers, at each pass.
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
@@ -153,7 +153,7 @@ class Lora:
 
     @contextlib.contextmanager
     def target(self) -> Iterator[None]:
-        """Inside, the U-Net is the target: with the averaged adapter if there is one, and without dropout."""
+        """Inside, the U-Net is the target: with the averaged adapter if it has one, and without dropout."""
         with self._without_dropout():
             self._activate(TARGET if self.average else STUDENT)
             try:
@@ -178,7 +178,7 @@ class Lora:
                 module.training = mode
 
     def state_dict(self, adapter: str = STUDENT) -> dict[str, torch.Tensor]:
-        """One adapter's weights under PEFT's names, without the adapter's name: `down_blocks.0….lora_A.weight`."""
+        """One adapter's weights by PEFT's names, without the adapter's name: `down_blocks.0….lora_A.weight`."""
         return get_peft_model_state_dict(self.unet, adapter_name=adapter)
 
     def part(self, adapter: str = STUDENT) -> "AdapterPart":
@@ -189,18 +189,17 @@ class Lora:
 def prepare_without_autocast(
     accelerator: Accelerator, unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer
 ) -> tuple[Any, AcceleratedOptimizer]:
-    """`accelerator.prepare(unet, optimizer)`, less the autocast that it wraps around the U-Net's forward pass.
+    """`accelerator.prepare(unet, optimizer)`, without the autocast that it wraps around the U-Net's forward pass.
 
-    The U-Net is the teacher too, which computes without autocast when it is in half precision: the program's loop says
-    where there is one.
+    The U-Net is also the teacher, which in half precision runs without autocast: the training loop sets it itself.
     """
     prepared = accelerator.prepare(unet, optimizer)
-    vars(unet).pop("forward", None)  # in full precision there is none
+    vars(unet).pop("forward", None)  # the wrapper, which full precision does not have
     return prepared
 
 
 class AdapterPart:
-    """An adapter on the disk in PEFT's layout: `PeftModel.from_pretrained(unet, folder)` loads it."""
+    """An adapter as a part of a checkpoint, in PEFT's format: `PeftModel.from_pretrained(unet, folder)` loads it."""
 
     _PREFIX = "base_model.model."
     _FILE = "adapter_model.safetensors"
@@ -219,5 +218,5 @@ class AdapterPart:
         weights = {name.removeprefix(self._PREFIX): tensor for name, tensor in weights.items()}
         expected = self._lora.state_dict(self._adapter)
         if weights.keys() != expected.keys():
-            raise ValueError(f"{folder}: the adapter's modules are not those of this run")
+            raise ValueError(f"{folder}: the adapter has other modules than this run's")
         set_peft_model_state_dict(self._lora.unet, weights, adapter_name=self._adapter)

@@ -1,4 +1,4 @@
-"""The Stable Diffusion 1.x / 2.x family: load the frozen parts, encode captions, build the sampling pipeline."""
+"""The Stable Diffusion 1.x / 2.x family: frozen parts, conditioning, pipeline."""
 
 import functools
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ TAGS = ["stable-diffusion"]  # of the model card
 
 
 class Frozen(FrozenParts):
-    """The parts that do not train; `unet` is the teacher."""
+    """The teacher's parts, none of which trains; `unet` is the teacher itself."""
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
@@ -43,7 +43,7 @@ class Frozen(FrozenParts):
 
     @functools.cached_property
     def empty_conditioning(self) -> dict[str, torch.Tensor]:
-        """The conditioning of the unconditional branch, `[1, tokens, dim]`: that of the empty caption."""
+        """The conditioning of the empty caption, `[1, tokens, dim]`."""
         return _text_conditioning(self, empty_batch(self.encoding))
 
 
@@ -55,11 +55,11 @@ def load_frozen(
     unet_dtype: torch.dtype = torch.float32,
     encoding: Encoding | None = None,
 ) -> Frozen:
-    """Loads what does not train onto `device`: text encoder and VAE in `dtype`, the teacher's U-Net in `unet_dtype`.
+    """Loads the frozen parts onto `device`: text encoder and VAE in `dtype`, the teacher's U-Net in `unet_dtype`.
 
-    A student made from the U-Net needs it in float32: what trains must not start from rounded weights. The
-    autoencoders of SD 1.x and 2.x are safe in half precision. What the shards' `encoding` makes needless waits.
-    `UsageError` if weights are not there.
+    A full student is copied from the U-Net, which must then be float32: training must not start from rounded weights.
+    The VAEs of SD 1.x and 2.x are safe in half precision. Parts that the shards' `encoding` replaces are loaded later,
+    if at all. `UsageError` if weights cannot be loaded.
     """
     frozen = Frozen(teacher, device=device, dtype=dtype, unet_dtype=unet_dtype, encoding=encoding)
     frozen.load_for_training()
@@ -67,18 +67,18 @@ def load_frozen(
 
 
 def text_fingerprint(teacher: Teacher) -> str:
-    """Tells what `encode_captions` gives for this teacher from what it gives for others, as `Teacher.fingerprint`."""
+    """Identifies the text encoder's weights (`Teacher.fingerprint`)."""
     return teacher.fingerprint("text_encoder", CLIPTextModel)
 
 
 def base_model_version(unet_config: Mapping[str, Any]) -> str:
-    """The model's name in the metadata of kohya-format LoRAs, by which programs tell what a LoRA fits."""
+    """The model's name in the metadata of kohya-format LoRAs, by which other programs know what a LoRA fits."""
     return "sd_v2" if unet_config.get("cross_attention_dim") == 1024 else "sd_v1"
 
 
 @torch.no_grad()
 def encode_captions(frozen: Frozen, captions: list[str]) -> dict[str, torch.Tensor]:
-    """The U-Net's conditioning for `captions`: `encoder_hidden_states`, `[B, tokens, dim]`."""
+    """The U-Net's conditioning of `captions`: `encoder_hidden_states` `[B, tokens, dim]`."""
     tokens = frozen.tokenizer(
         captions,
         padding="max_length",
@@ -86,7 +86,7 @@ def encode_captions(frozen: Frozen, captions: list[str]) -> dict[str, torch.Tens
         truncation=True,
         return_tensors="pt",
     )
-    # As in the pipelines, the mask counts only for text encoders whose config asks for it.
+    # As in the pipelines, the mask is used only if the text encoder's config asks for it.
     use_mask = getattr(frozen.text_encoder.config, "use_attention_mask", False)
     device = frozen.text_encoder.device
     mask = tokens.attention_mask.to(device, non_blocking=True) if use_mask else None
@@ -97,19 +97,19 @@ def encode_captions(frozen: Frozen, captions: list[str]) -> dict[str, torch.Tens
 def batch_conditioning(
     frozen: Frozen, batch: Mapping[str, Any]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The conditioning of a batch of the stream, `[B, tokens, dim]`, and the empty caption's, `[1, tokens, dim]`."""
+    """(conditioning, unconditional) of a batch of the stream: `[B, tokens, dim]`, and `[1, tokens, dim]`."""
     return _text_conditioning(frozen, batch), frozen.empty_conditioning
 
 
 def _text_conditioning(frozen: Frozen, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """A batch's stored embeddings, or else its captions, encoded."""
+    """The batch's stored embeddings if it has them, else its captions, encoded."""
     if "encoder_hidden_states" not in batch:
         return encode_captions(frozen, batch["captions"])
-    return {"encoder_hidden_states": frozen.embedding(batch["encoder_hidden_states"])}
+    return {"encoder_hidden_states": frozen.to_embedding(batch["encoder_hidden_states"])}
 
 
 def build_pipeline(frozen: Frozen, unet: UNet2DConditionModel, scheduler: LCMScheduler) -> StableDiffusionPipeline:
-    """A pipeline that draws with `unet` and the frozen parts; it shares their weights."""
+    """A pipeline of `unet` and the frozen parts, which it shares, not copies."""
     pipeline = PIPELINE(
         vae=frozen.vae,
         text_encoder=frozen.text_encoder,

@@ -1,4 +1,4 @@
-"""The Stable Diffusion XL family (SSD-1B too): load the frozen parts, encode captions and sizes, build the pipeline."""
+"""The Stable Diffusion XL family (SSD-1B too): frozen parts, conditioning on captions and sizes, pipeline."""
 
 import functools
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ TAGS = ["stable-diffusion-xl"]  # of the model card
 
 
 class Frozen(FrozenParts):
-    """The parts that do not train; `unet` is the teacher.
+    """The teacher's parts, none of which trains; `unet` is the teacher itself.
 
-    With `force_zeros_for_empty_prompt`, as in SDXL's own config, the empty caption is zeros, not its encoding.
+    With `force_zeros_for_empty_prompt`, as in SDXL's own config, the empty caption is encoded as zeros.
     """
 
     tokenizer: CLIPTokenizer
@@ -47,23 +47,23 @@ class Frozen(FrozenParts):
         super().__init__(
             teacher, device=device, kinds=kinds | networks, dtypes=dtypes, text=tuple(kinds), encoding=encoding
         )
-        self.force_zeros_for_empty_prompt: bool = forces_zeros(teacher)
+        self.force_zeros_for_empty_prompt: bool = uses_zeros_for_empty_caption(teacher)
 
     @functools.cached_property
     def empty_conditioning(self) -> dict[str, Any]:
-        """The text part of the unconditional branch's conditioning, with a batch of 1: that of the empty caption."""
+        """The text part of the empty caption's conditioning, with a batch of 1."""
         return _text_conditioning(self, empty_batch(self.encoding))
 
 
 def text_fingerprint(teacher: Teacher) -> str:
-    """Tells what `encode_captions` gives for this teacher from what it gives for others, as `Teacher.fingerprint`."""
+    """Identifies the text encoders' weights (`Teacher.fingerprint`), and how the empty caption is encoded."""
     kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     prints = [teacher.fingerprint(part, kind) for part, kind in kinds.items()]
-    return "-".join([*prints, "zeros" if forces_zeros(teacher) else "encoded"])
+    return "-".join([*prints, "zeros" if uses_zeros_for_empty_caption(teacher) else "encoded"])
 
 
-def forces_zeros(teacher: Teacher) -> bool:
-    """Whether the teacher's pipeline has zeros for the empty caption."""
+def uses_zeros_for_empty_caption(teacher: Teacher) -> bool:
+    """Whether the teacher's pipeline encodes the empty caption as zeros."""
     return teacher.read_config(PIPELINE, None).get("force_zeros_for_empty_prompt", True)
 
 
@@ -75,11 +75,12 @@ def load_frozen(
     unet_dtype: torch.dtype = torch.float32,
     encoding: Encoding | None = None,
 ) -> Frozen:
-    """Loads what does not train onto `device`: text encoders in `dtype`, the teacher's U-Net in `unet_dtype`.
+    """Loads the frozen parts onto `device`: text encoders in `dtype`, the teacher's U-Net in `unet_dtype`.
 
-    A student made from the U-Net needs it in float32: what trains must not start from rounded weights. The VAE is
-    in `dtype` only if its config says that half precision is safe for it (`force_upcast` false); SDXL's own
-    overflows there. What the shards' `encoding` makes needless waits. `UsageError` if weights are not there.
+    A full student is copied from the U-Net, which must then be float32: training must not start from rounded weights.
+    The VAE is in `dtype` only if its config marks half precision as safe (`force_upcast` false), in which SDXL's own
+    overflows. Parts that the shards' `encoding` replaces are loaded later, if at all. `UsageError` if weights cannot be
+    loaded.
     """
     frozen = Frozen(teacher, device=device, dtype=dtype, unet_dtype=unet_dtype, encoding=encoding)
     frozen.load_for_training()
@@ -87,16 +88,16 @@ def load_frozen(
 
 
 def base_model_version(unet_config: Mapping[str, Any]) -> str:
-    """The model's name in the metadata of kohya-format LoRAs, by which programs tell what a LoRA fits."""
+    """The model's name in the metadata of kohya-format LoRAs, by which other programs know what a LoRA fits."""
     return "sdxl_base_v1-0"
 
 
 @torch.no_grad()
 def encode_captions(frozen: Frozen, captions: list[str]) -> dict[str, Any]:
-    """The text part of the U-Net's conditioning; `batch_conditioning` adds the sizes.
+    """The text part of the U-Net's conditioning, to which `batch_conditioning` adds the sizes.
 
-    `encoder_hidden_states` `[B, tokens, dim]` are the last but one hidden states of both text encoders side by side,
-    `text_embeds` `[B, dim]`, among `added_cond_kwargs`, the pooled embedding of the second.
+    `encoder_hidden_states` `[B, tokens, dim]`: the penultimate hidden states of both text encoders, concatenated;
+    `text_embeds` `[B, dim]`, in `added_cond_kwargs`: the pooled embedding of the second.
     """
     hidden, pooled = [], torch.empty(0)
     for tokenizer, text_encoder in (
@@ -108,7 +109,7 @@ def encode_captions(frozen: Frozen, captions: list[str]) -> dict[str, Any]:
         ).input_ids
         output = text_encoder(ids.to(text_encoder.device, non_blocking=True), output_hidden_states=True)
         hidden.append(output.hidden_states[-2])
-        pooled = output[0]  # of the last one: its projected embedding
+        pooled = output[0]  # the second encoder's, which is kept, is the projected embedding
     states = torch.cat(hidden, dim=-1)
     if frozen.force_zeros_for_empty_prompt and "" in captions:
         empty = torch.tensor([caption == "" for caption in captions]).to(states.device, non_blocking=True)
@@ -118,39 +119,39 @@ def encode_captions(frozen: Frozen, captions: list[str]) -> dict[str, Any]:
 
 
 def batch_conditioning(frozen: Frozen, batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The conditioning of a batch of the stream, and that of the empty caption (its text part with a batch of 1).
+    """(conditioning, unconditional) of a batch of the stream; the text part of the latter has a batch of 1.
 
-    Both have the time ids of the batch's pictures: the pipeline, too, gives the unconditional branch the same sizes.
+    Both have the time ids of the batch's pictures, as in the pipelines, whose two branches have the same sizes.
     """
     ids = time_ids(batch)
     return _with_time_ids(_text_conditioning(frozen, batch), ids), _with_time_ids(frozen.empty_conditioning, ids)
 
 
 def _text_conditioning(frozen: Frozen, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch's stored embeddings, or else its captions, encoded."""
+    """The batch's stored embeddings if it has them, else its captions, encoded."""
     if "encoder_hidden_states" not in batch:
         return encode_captions(frozen, batch["captions"])
-    states, pooled = (frozen.embedding(batch[name]) for name in ("encoder_hidden_states", "text_embeds"))
+    states, pooled = (frozen.to_embedding(batch[name]) for name in ("encoder_hidden_states", "text_embeds"))
     return {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": pooled}}
 
 
 def time_ids(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """SDXL's micro-conditioning, int64 `[B, 6]`: original height and width, crop top and left, target height and width.
 
-    Of a batch of the stream: its `original_sizes`, `crop_top_lefts` and `target_sizes`, `[B, 2]` each, in pixels.
+    `batch` holds `original_sizes`, `crop_top_lefts` and `target_sizes`, int64 `[B, 2]` each, in pixels.
     """
     return torch.cat([batch["original_sizes"], batch["crop_top_lefts"], batch["target_sizes"]], dim=1)
 
 
 def _with_time_ids(conditioning: dict[str, Any], ids: torch.Tensor) -> dict[str, Any]:
-    """`conditioning` with the time ids, int64 `[B, 6]`, on its device."""
+    """A copy of `conditioning` with the time ids, int64 `[B, 6]`, on its device."""
     added = conditioning["added_cond_kwargs"]
     on_device = ids.to(added["text_embeds"].device, non_blocking=True)
     return conditioning | {"added_cond_kwargs": added | {"time_ids": on_device}}
 
 
 def build_pipeline(frozen: Frozen, unet: UNet2DConditionModel, scheduler: LCMScheduler) -> StableDiffusionXLPipeline:
-    """A pipeline that draws with `unet` and the frozen parts; it shares their weights."""
+    """A pipeline of `unet` and the frozen parts, which it shares, not copies."""
     pipeline = PIPELINE(
         vae=frozen.vae,
         text_encoder=frozen.text_encoder,

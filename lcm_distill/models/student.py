@@ -1,4 +1,4 @@
-"""The U-Nets of a distillation: a full student that starts as its teacher, its slow copy, the target; how they run."""
+"""Full students: a U-Net that starts as its teacher, its target, how they are checked, saved, sped up."""
 
 import copy
 import logging
@@ -20,16 +20,16 @@ logger = logging.getLogger(__name__)
 
 
 def full_student_architecture(teacher_config: Mapping[str, Any], flags: FullStudentFlags) -> dict[str, Any]:
-    """What a checkpoint of a full student must have in common with a run for its weights to fit."""
+    """The architecture of a full student of this teacher: a checkpoint's must be equal for its weights to fit."""
     return architecture({**teacher_config, "time_cond_proj_dim": flags.unet_time_cond_proj_dim})
 
 
 def student_from_teacher(teacher: UNet2DConditionModel, time_cond_proj_dim: int) -> UNet2DConditionModel:
-    """A float32 copy of `teacher` with a guidance embedding of that width (`timestep_cond`, `[B, dim]`).
+    """A float32 copy of `teacher`, on the CPU, that takes a guidance embedding (`timestep_cond`, `[B, dim]`).
 
-    The projection of the embedding starts at zero, so the untrained student is the teacher, whatever w.
+    The projection of the embedding starts at zero, so that the untrained student equals the teacher for every w.
     """
-    with init_empty_weights():  # drawing weights at random, to be replaced, would take longer than all the rest
+    with init_empty_weights():  # initializing weights at random, to be replaced, would take longer than all the rest
         student = UNet2DConditionModel.from_config(teacher.config, time_cond_proj_dim=time_cond_proj_dim)
     weights = {name: weight.to("cpu", torch.float32, copy=True) for name, weight in teacher.state_dict().items()}
     projection = "time_embedding.cond_proj.weight"
@@ -39,24 +39,23 @@ def student_from_teacher(teacher: UNet2DConditionModel, time_cond_proj_dim: int)
 
 
 def target_from_student(student: UNet2DConditionModel) -> UNet2DConditionModel:
-    """The target network: a frozen float32 copy, never in training mode (no dropout)."""
+    """The target: a frozen float32 copy in eval mode (no dropout)."""
     return copy.deepcopy(student).requires_grad_(False).eval()
 
 
 def cast(network: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Casts a frozen network in place, by `nn.Module`'s own cast: Diffusers' warns of modules that are not there."""
+    """Casts a frozen network in place, with `nn.Module.to`: Diffusers' warns about modules that the network lacks."""
     torch.nn.Module.to(network, dtype=dtype)
 
 
-# The devices whose convolutions in half precision want it; a CPU's are indifferent.
+# The device types whose half-precision convolutions are faster with it; on a CPU it makes no difference.
 CHANNELS_LAST: tuple[str, ...] = ("cuda",)
 
 
 def to_channels_last(*networks: torch.nn.Module) -> None:
-    """Lays the weights of convolutions out as [out, height, width, in], in place, where the device is quicker with it.
+    """Puts convolutions' weights in channels-last memory format, in place, on devices that are faster with it.
 
-    A convolution then gives its output in that layout, and takes its input in either. The numbers are the same up to
-    rounding.
+    A convolution then returns its output in that format, and accepts either. Results are equal up to rounding.
     """
     for network in networks:
         if next(network.parameters()).device.type in CHANNELS_LAST:
@@ -64,7 +63,7 @@ def to_channels_last(*networks: torch.nn.Module) -> None:
 
 
 class UNetPart:
-    """A U-Net as a `CheckpointPart`, as Diffusers saves it, in one piece even where it is sharded."""
+    """A U-Net as a part of a checkpoint, in Diffusers' format; complete even if it is split over ranks."""
 
     def __init__(self, unet: UNet2DConditionModel):
         self._unet = unet
@@ -77,7 +76,7 @@ class UNetPart:
 
 
 def architecture(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What two U-Nets must share for one's weights to fit the other: their config, less names and versions."""
+    """What two U-Nets must share for one's weights to fit the other: the config, without names and versions."""
     return {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in config.items()
@@ -86,7 +85,7 @@ def architecture(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def apply_speed_flags(flags: SpeedFlags, trained: UNet2DConditionModel, *others: UNet2DConditionModel) -> None:
-    """Attention, gradient checkpointing (of what trains alone) and compiling as the flags say, in place."""
+    """Sets attention, gradient checkpointing (of `trained` only) and compilation by the flags, in place."""
     if flags.enable_xformers_memory_efficient_attention:
         enable_xformers(trained, *others)
     if flags.gradient_checkpointing:
@@ -95,7 +94,7 @@ def apply_speed_flags(flags: SpeedFlags, trained: UNet2DConditionModel, *others:
 
 
 def enable_xformers(*unets: UNet2DConditionModel) -> None:
-    """Switches `unets` to xformers' attention; where that does not work, one warning says why it stays PyTorch's."""
+    """Switches `unets` to xformers' attention; if that fails, logs one warning with the reason and keeps PyTorch's."""
     reason = None
     if not torch.cuda.is_available():
         reason = "it needs a CUDA GPU"
@@ -105,16 +104,16 @@ def enable_xformers(*unets: UNet2DConditionModel) -> None:
         try:
             for unet in unets:
                 unet.enable_xformers_memory_efficient_attention()
-        except Exception as error:  # xformers fails in many ways when it was built for another torch or GPU
+        except Exception as error:  # xformers fails in many ways when built for another PyTorch or GPU
             reason = str(error)
             for unet in unets:
                 unet.disable_xformers_memory_efficient_attention()
     if reason:
-        logger.warning("xformers' attention is not used (%s); PyTorch's own, as fast, takes its place", reason)
+        logger.warning("xformers' attention is not used (%s); PyTorch's own, which is as fast, is", reason)
 
 
 def check_teacher_config(config: Mapping[str, Any], *, family: str) -> None:
-    """`UsageError` if the teacher's U-Net config is not one that `family`, "sd" or "sdxl", can distil."""
+    """`UsageError` if the programs of `family`, "sd" or "sdxl", cannot distil a teacher with this U-Net config."""
     is_sdxl = config.get("addition_embed_type") == "text_time"
     if is_sdxl != (family == "sdxl"):
         right = "sdxl" if is_sdxl else "sd"
@@ -125,5 +124,5 @@ def check_teacher_config(config: Mapping[str, Any], *, family: str) -> None:
     if config.get("time_cond_proj_dim") is not None:
         raise UsageError(
             "--pretrained_teacher_model already has a guidance embedding: it is an LCM, not a teacher. "
-            "Give the model that it was distilled from."
+            "Pass the model that it was distilled from."
         )

@@ -26,7 +26,7 @@ from lcm_distill.objective.schedule import NoiseSchedule
 
 _SD2_NAME = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-# Where the original programs' layout keeps each part. The optimizer's average, "model_ema.", is not read.
+# The prefixes of each part's tensors in the original layout (LDM, SGM). The moving average, "model_ema.", is not read.
 _ORIGINAL = {
     "unet": ("model.diffusion_model.",),
     "vae": ("first_stage_model.", "vae."),
@@ -37,7 +37,7 @@ _ORIGINAL = {
 
 @dataclasses.dataclass
 class TeacherConfigs:
-    """The teacher's configs, read before any weights are."""
+    """The teacher's configs, which are read before any weights."""
 
     unet: dict[str, Any]
     vae: dict[str, Any]
@@ -46,12 +46,12 @@ class TeacherConfigs:
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """Where the parts that do not train come from, as the flags say it; nothing is read yet.
+    """Where a teacher's parts are loaded from; creating one reads nothing.
 
-    `model` is a Diffusers pipeline folder, a Hub id (of `revision`), or a `.safetensors` file with all parts in the
-    layout of the original programs. Such a file holds no configs: they are those of `config`, a folder or Hub id,
-    or else of the model on the Hub that Diffusers takes the file for. `variant` names weight files ("fp16"). `vae`
-    is a separate autoencoder, folder or Hub id, of `vae_revision`.
+    `model` is a Diffusers pipeline folder, a Hub id (at `revision`), or a `.safetensors` file with all parts in the
+    original layout (LDM, SGM). Such a file has no configs: they come from `config`, a folder or Hub id, or else from
+    the model on the Hub that Diffusers infers from the file. `variant` is that of the weight files ("fp16"). `vae` is a
+    separate autoencoder, a folder or Hub id (at `vae_revision`).
     """
 
     model: str
@@ -79,9 +79,9 @@ class Teacher:
         return self.model.endswith(".safetensors")
 
     def loading_code(self, pipeline: Any, *arguments: str) -> str:
-        """Python code that makes `pipe`, this teacher in half precision on a GPU, for a model card.
+        """Python code for a model card that builds `pipe`, this teacher in half precision on a GPU.
 
-        `pipeline` is the family's pipeline class; `arguments` go into the call beside those that find the teacher.
+        `pipeline` is the family's pipeline class; `arguments` are added to the call.
         """
         lines = []
         given = [f"revision={self.revision!r}"] * bool(self.revision) + [f"variant={self.variant!r}"] * bool(
@@ -102,16 +102,16 @@ class Teacher:
 
     @functools.cached_property
     def config_source(self) -> str:
-        """The folder or Hub id that holds the configs. `UsageError` if a single file cannot be read."""
+        """The folder or Hub id with the configs. `UsageError` if the teacher is a file that cannot be used."""
         if self.model.endswith(_PICKLES):
             raise UsageError(
                 f"{TEACHER_FLAG} {self.model}: only .safetensors files are read, since a pickled one can run any "
-                "program; look for the model as .safetensors, or convert it."
+                "code; look for the model as .safetensors, or convert it."
             )
         if not self.is_single_file:
             if self.config:
                 raise UsageError(
-                    f"--teacher_config is for a single-file teacher; {TEACHER_FLAG} {self.model} has its own."
+                    f"--teacher_config is for a single-file teacher; {TEACHER_FLAG} {self.model} has its own configs."
                 )
             return self.model
         if not Path(self.model).is_file():
@@ -124,25 +124,27 @@ class Teacher:
             with safe_open(self.model, "pt") as file:
                 shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
         except (OSError, SafetensorError) as error:
-            raise UsageError(f"{TEACHER_FLAG} {self.model}: not a whole .safetensors file. ({brief(error)})") from None
+            raise UsageError(
+                f"{TEACHER_FLAG} {self.model}: not a complete .safetensors file; download it again. ({brief(error)})"
+            ) from None
         if self.config:
             return self.config
-        if "v_pred" in shapes:  # the mark that such fine-tunes carry; no model on the Hub has their configs
+        if "v_pred" in shapes:  # the marker of such fine-tunes, which no model that Diffusers infers fits
             raise UsageError(
-                f"{TEACHER_FLAG} {self.model} predicts v{' and ends at zero SNR' if 'ztsnr' in shapes else ''}: name a "
-                "Diffusers folder or Hub id whose scheduler config says so as --teacher_config."
+                f"{TEACHER_FLAG} {self.model} predicts v{' and ends at zero SNR' if 'ztsnr' in shapes else ''}: pass a "
+                "Diffusers folder or Hub id with such a scheduler config as --teacher_config."
             )
-        if shapes.get(_SD2_NAME, [0])[-1] == 1024:  # some predict ε and some v, and the file does not tell
+        if shapes.get(_SD2_NAME, [0])[-1] == 1024:  # some predict ε and some v; the file does not say which
             raise UsageError(
                 f"{TEACHER_FLAG} {self.model} is a Stable Diffusion 2 model, of which some predict noise and some v: "
-                "name a Diffusers folder or Hub id whose scheduler config says which as --teacher_config."
+                "pass a Diffusers folder or Hub id with the right scheduler config as --teacher_config."
             )
-        # Diffusers tells models apart by a few names and shapes: no weights need to be read.
-        outline = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-        return str(fetch_diffusers_config(outline)["pretrained_model_name_or_path"])
+        # Diffusers infers the model from a few names and shapes: no weights need to be read.
+        tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        return str(fetch_diffusers_config(tensors)["pretrained_model_name_or_path"])
 
     def read_config(self, kind: Any, subfolder: str | None) -> dict[str, Any]:
-        """The config of one part, a Diffusers class; `UsageError` if there is none."""
+        """The config of one part, of the Diffusers class `kind`; `UsageError` if it cannot be read."""
         source = self.config_source
         try:
             return _config(
@@ -158,7 +160,7 @@ class Teacher:
                 raise
             raise UsageError(
                 f"{TEACHER_FLAG} {self.model} is a single file, which has no configs, and those of {source}, the "
-                "model that it looks like, could not be had. Name a Diffusers folder or Hub id that has them as "
+                "model that it seems to be, cannot be read. Pass a Diffusers folder or Hub id with its configs as "
                 f"--teacher_config. ({error})"
             ) from None
 
@@ -168,9 +170,9 @@ class Teacher:
         return _config(AutoencoderKL, self.vae, VAE_FLAG, revision=self.vae_revision, cache_dir=self.cache_dir)
 
     def load(self, parts: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
-        """The `parts`, Diffusers' or Transformers' class by name; networks in their dtype, without gradients.
+        """Loads `parts`, Diffusers or Transformers classes by name; networks in `dtypes`, in eval mode, frozen.
 
-        `UsageError` if weights are not there, or are not those of the configs.
+        `UsageError` if weights are missing, cannot be loaded, or do not fit the configs.
         """
         own = {name: kind for name, kind in parts.items() if name != "vae" or self.vae is None}
         loaded = self._load_single_file(own, dtypes) if self.is_single_file else self._load_folder(own, dtypes)
@@ -184,7 +186,7 @@ class Teacher:
         for name, part in loaded.items():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()
-                torch.nn.Module.to(part, dtype=dtypes[name])  # Diffusers' own cast warns of modules that are not there
+                torch.nn.Module.to(part, dtype=dtypes[name])  # Diffusers' own cast warns about modules that are missing
         return loaded
 
     def _load_folder(self, parts: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
@@ -200,18 +202,18 @@ class Teacher:
         except (OSError, ValueError, RuntimeError) as error:
             raise UsageError(
                 f"{TEACHER_FLAG} {self.model}: its weights cannot be loaded"
-                f"{'' if self.variant is None else f' in the variant {self.variant}'}; where a model has only "
-                "half-precision files, pass --variant fp16, where it has none, leave --variant out. "
+                f"{'' if self.variant is None else f' in the variant {self.variant}'}; if the model has only "
+                "half-precision files, pass --variant fp16; if it has none, leave out --variant. "
                 f"({brief(error)})"
             ) from None
         return loaded
 
     def _load_single_file(self, parts: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
-        """Part by part: a pipeline's `from_single_file` wants them all, and tells two text encoders apart by width."""
+        """Part by part: a pipeline's `from_single_file` needs all parts, and confuses text encoders of equal width."""
         source = self.config_source
         loaded = {}
         try:
-            # Only a pipeline's `from_single_file` heeds cache_dir for the configs.
+            # Of Diffusers' classes, only pipelines respect cache_dir for the configs of `from_single_file`.
             configs = source if Path(source).is_dir() else self._download_configs(source, parts)
             with safe_open(self.model, "pt") as file:
                 for name, kind in parts.items():
@@ -220,15 +222,15 @@ class Teacher:
                         continue
                     weights = {key: file.get_tensor(key) for key in file.keys() if key.startswith(_ORIGINAL[name])}
                     if not weights:
-                        remedy = f"name one as {VAE_FLAG}" if name == "vae" else "look for a file with all parts"
-                        raise UsageError(f"{TEACHER_FLAG} {self.model}: there is no {name} in it; {remedy}.")
+                        remedy = f"pass one as {VAE_FLAG}" if name == "vae" else "use a file with all parts"
+                        raise UsageError(f"{TEACHER_FLAG} {self.model} contains no {name}; {remedy}.")
                     loaded[name] = _from_original_layout(kind, weights, configs, name, dtypes[name])
         except UsageError:
             raise
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
             raise UsageError(
-                f"{TEACHER_FLAG} {self.model}: its weights are not those of a model with the configs of {source}; "
-                f"name a Diffusers folder or Hub id that has its own configs as --teacher_config. ({brief(error)})"
+                f"{TEACHER_FLAG} {self.model}: its weights do not fit the configs of {source}; "
+                f"pass a Diffusers folder or Hub id with its own configs as --teacher_config. ({brief(error)})"
             ) from None
         return loaded
 
@@ -237,12 +239,13 @@ class Teacher:
         return snapshot_download(source, cache_dir=self.cache_dir, allow_patterns=patterns)
 
     def fingerprint(self, part: str, kind: Any) -> str:
-        """Tells the weights of `part`, a network of class `kind`, from others, mostly without loading them.
+        """A hash that identifies the weights of `part`, a network of class `kind`, mostly without loading them.
 
-        Of each tensor the first row counts (of a vector all), rounded to float16, and its name does not: folders, Hub
-        ids and single files, full and half precision of the same weights have one fingerprint. Of a VAE only the
-        encoder counts: one with another decoder makes the same latents. (The original layout of OpenCLIP's text
-        encoders joins tensors that Diffusers' has apart: these have two.) `UsageError` if weights are not there.
+        It depends on the first row of each tensor (of a vector, on all of it), rounded to float16, and not on its name:
+        the same weights have the same fingerprint in a folder, on the Hub or in a single file, in full and in half
+        precision. Of a VAE only the encoder counts, since latents do not depend on the decoder. (OpenCLIP's text
+        encoders have another fingerprint in the original layout, which concatenates tensors that Diffusers' keeps
+        separate.) `UsageError` if weights cannot be loaded.
         """
         counted = ("encoder.", "quant_conv.") if part == "vae" else ""
         rows = [
@@ -254,7 +257,7 @@ class Teacher:
 
     def _first_rows(self, part: str, kind: Any) -> Iterator[tuple[str, torch.Tensor]]:
         path = self._weights_file(part, kind)
-        if path is None:  # pickled, in several files, or not there, which loading tells
+        if path is None:  # pickled, in several files, or missing, in which case `load` raises
             network = self.load({part: kind}, {part: torch.float32})[part]
             for name, tensor in network.state_dict().items():
                 yield name, tensor[:1] if tensor.dim() > 1 else tensor
@@ -269,7 +272,7 @@ class Teacher:
                         yield name.removeprefix(prefix), tensor[:1] if many else file.get_tensor(name)
 
     def _weights_file(self, part: str, kind: Any) -> str | None:
-        """The .safetensors file that `part` is loaded from; None if there is none."""
+        """The .safetensors file that `part` is loaded from; None if it is not a single one."""
         if part == "vae" and self.vae is not None:
             model, subfolder, revision, variant = self.vae, "", self.vae_revision, None
         elif self.is_single_file:
@@ -289,7 +292,7 @@ class Teacher:
 def _from_folder(kind: Any, model: str, dtype: torch.dtype, **where: Any) -> torch.nn.Module:
     """A network of class `kind` by its `from_pretrained`; `ValueError` if weights are missing.
 
-    The libraries draw those at random, and say so in a warning at most.
+    The libraries would initialize these at random, with a warning at most.
     """
     argument = "torch_dtype" if hasattr(kind, "load_config") else "dtype"  # Diffusers', Transformers'
     part, report = kind.from_pretrained(model, output_loading_info=True, **{argument: dtype}, **where)
@@ -304,7 +307,7 @@ def _from_original_layout(
     kind: Any, weights: dict[str, torch.Tensor], configs: str, name: str, dtype: torch.dtype
 ) -> torch.nn.Module:
     """A network of class `kind` from its `weights` in the original layout; `ValueError` unless they all fit."""
-    if hasattr(kind, "from_single_file"):  # in float32: given a dtype, it warns of modules that are not there
+    if hasattr(kind, "from_single_file"):  # in float32: given a dtype, it warns about modules that are missing
         part = kind.from_single_file(weights, config=configs, subfolder=name)
     else:
         part = create_diffusers_clip_model_from_ldm(
@@ -314,58 +317,59 @@ def _from_original_layout(
     missing = [key for key, tensor in state.items() if tensor.is_meta]
     if missing:
         raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}")
-    if kind is UNet2DConditionModel and len(weights) != len(state):  # its layouts have the same tensors
+    if kind is UNet2DConditionModel and len(weights) != len(state):  # the same tensors in both layouts
         raise ValueError(f"{name} has {len(weights)} tensors in the file, {len(state)} by its config")
     return part
 
 
 def read_configs(teacher: Teacher, *, family: str, resolution: int, num_ddim_timesteps: int) -> TeacherConfigs:
-    """Reads the configs of `teacher` and checks that a program of `family`, "sd" or "sdxl", can use them.
+    """Reads the configs of `teacher` and checks that the programs of `family`, "sd" or "sdxl", can use them.
 
-    Errors, all `UsageError`: no such model, another family, a resolution that the VAE's factor does not divide,
-    a solver grid finer than the training's timesteps.
+    `UsageError` if there is no such model, it is of the other family or already an LCM, its VAE does not fit or is not
+    supported, `resolution` (pixels) is not a multiple of the VAE's factor, or the solver's grid is finer than the
+    training timesteps.
     """
     unet = teacher.read_config(UNet2DConditionModel, "unet")
     check_teacher_config(unet, family=family)
     scheduler = teacher.read_config(DDPMScheduler, "scheduler")
     vae = teacher.read_vae_config()
-    factor = math.lcm(8, vae_factor(vae))  # the pipelines ask for a multiple of 8 whatever the VAE
+    factor = math.lcm(8, vae_factor(vae))  # the pipelines need a multiple of 8 whatever the VAE
     if resolution % factor:
         raise UsageError(
-            f"--resolution {resolution} is not a multiple of {factor}, as the VAE and the pipelines need; "
-            f"the nearest that are: {resolution // factor * factor or factor} and {-(-resolution // factor) * factor}."
+            f"--resolution {resolution} is not a multiple of {factor}, which the VAE and the pipelines need; "
+            f"the nearest are {resolution // factor * factor or factor} and {-(-resolution // factor) * factor}."
         )
-    made, taken = vae.get("latent_channels", 4), unet.get("in_channels", 4)
-    if made != taken:
-        raise UsageError(f"{VAE_FLAG}: its latents have {made} channels, the teacher's U-Net takes {taken}.")
+    latent_channels, in_channels = vae.get("latent_channels", 4), unet.get("in_channels", 4)
+    if latent_channels != in_channels:
+        raise UsageError(
+            f"{VAE_FLAG}: its latents have {latent_channels} channels, the teacher's U-Net takes {in_channels}."
+        )
     if vae.get("latents_mean") or vae.get("latents_std"):
         raise UsageError(
-            f"{VAE_FLAG}: its latents are normalised channel by channel (latents_mean, latents_std), as those of "
-            "Playground v2.5; such models are not supported."
+            f"{VAE_FLAG}: its latents are normalized per channel (latents_mean, latents_std), as in Playground v2.5; "
+            "such models are not supported."
         )
     train_timesteps = scheduler.get("num_train_timesteps", 1000)
     if num_ddim_timesteps > train_timesteps:
         raise UsageError(
             f"--num_ddim_timesteps {num_ddim_timesteps} is above the teacher's {train_timesteps} training timesteps."
         )
-    NoiseSchedule.from_config(scheduler)  # an unknown prediction type is known now
+    NoiseSchedule.from_config(scheduler)  # fails for an unknown prediction type
     return TeacherConfigs(unet=unet, vae=vae, scheduler=scheduler)
 
 
 def _config(kind: Any, model: str, flag: str, *, subfolder: str | None = None, **where: Any) -> dict[str, Any]:
-    """A model's config as a dict; `UsageError` naming `flag` if there is none."""
+    """A model's config; `UsageError`, which names `flag`, if it cannot be read."""
     file = str(Path(subfolder or ".") / kind.config_name)
     if Path(model).exists():
         if not (Path(model) / file).is_file():
-            raise UsageError(
-                f"{flag} {model}: there is no {file} in it; give a Diffusers pipeline folder, which has {file}."
-            )
+            raise UsageError(f"{flag} {model} contains no {file}; pass a Diffusers pipeline folder, which has {file}.")
     elif model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise UsageError(f"{flag} {model}: no such folder; give a Diffusers pipeline folder or a Hub id.")
+        raise UsageError(f"{flag} {model}: no such folder; pass a Diffusers pipeline folder or a Hub id.")
     try:
         return dict(kind.load_config(model, subfolder=subfolder, **where))
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{flag} {model}: neither a folder here nor a model that the Hub gave us; check the name, the revision "
+            f"{flag} {model}: neither a local folder nor a model that the Hub provides; check the name, the revision "
             f"and the connection. ({brief(error)})"
         ) from None

@@ -1,8 +1,8 @@
-"""Pictures to the VAE's latents, and back.
+"""Pictures to latents, and back.
 
     pixels --encode_moments--> mean and standard deviation --sample_moments--> latents --decode_latents--> pictures
 
-Encoded shards hold what is between the first two: the draw stays.
+Encoded shards hold the moments, so that latents are still drawn at random in training.
 """
 
 from collections.abc import Mapping
@@ -29,9 +29,9 @@ def encode_moments(vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int) ->
 def sample_moments(
     moments: torch.Tensor, generator: torch.Generator, *, scaling_factor: float, shift_factor: float | None
 ) -> torch.Tensor:
-    """Latents `[B, C, h, w]`, drawn in float32 from `generator`, of posteriors `moments` `[B, 2C, h, w]`.
+    """Latents float32 `[B, C, h, w]`, drawn with `generator` from the posteriors `moments` `[B, 2C, h, w]`.
 
-    Less the VAE's shift if it has one, times its `scaling_factor`.
+    Less the VAE's shift, if it has one, and times its `scaling_factor`.
     """
     mean, deviation = moments.float().chunk(2, dim=1)
     latents = mean + deviation * torch.randn(mean.shape, generator=generator, device=mean.device)
@@ -49,10 +49,10 @@ def encode_pixels(
 
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: torch.Tensor, batch_size: int) -> list[Image.Image]:
-    """RGB pictures of `latents` `[B, C, H/8, W/8]`, of any floating dtype: what `encode_pixels` does, undone.
+    """RGB pictures of `latents` `[B, C, H/8, W/8]` of any floating dtype: the inverse of `encode_pixels`.
 
-    The VAE works in its own dtype even where autocast is on (SDXL's is float32 because it overflows in half
-    precision), on its own device, on at most `batch_size` pictures at once.
+    The VAE decodes in its own dtype even under autocast (SDXL's is float32, since it overflows in half precision), on
+    its own device, at most `batch_size` pictures at once.
     """
     shift = getattr(vae.config, "shift_factor", None)
     latents = latents.to(vae.device).float() / vae.config.scaling_factor
@@ -65,7 +65,7 @@ def decode_latents(vae: AutoencoderKL, latents: torch.Tensor, batch_size: int) -
 
 
 def scale_and_shift(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What `sample_moments` needs of a VAE's config; old ones leave the `scaling_factor` of Stable Diffusion out."""
+    """The arguments of `sample_moments` from a VAE's config; old configs omit Stable Diffusion's `scaling_factor`."""
     return {"scaling_factor": float(config.get("scaling_factor", 0.18215)), "shift_factor": config.get("shift_factor")}
 
 

@@ -1,4 +1,4 @@
-"""The LoRA student: one U-Net that is teacher, student and target by turns, and the files it leaves."""
+"""The LoRA student: one U-Net that is teacher, student and target in turn; its exported files in pipelines."""
 
 import gc
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ from lcm_distill.models.lora import (
 from lcm_distill.models.student import student_from_teacher
 from lcm_distill.models.teacher import Teacher
 from lcm_distill.objective.consistency import update_ema
-from lcm_distill.objective.schedule import lcm_scheduler
+from lcm_distill.objective.schedule import build_lcm_scheduler
 
 PIPELINES = {
     "sd": (
@@ -77,7 +77,7 @@ def load_unet(teachers, family="sd", dtype=torch.float32) -> UNet2DConditionMode
 
 
 def perturb(lora: Lora, adapter=STUDENT, spread=0.05, seed=1) -> None:
-    """Weights as if trained: the second factors are not zero any more."""
+    """Changes the weights as training would: the second factors are no longer zero."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in lora.parameters(adapter):
         parameter.data += spread * torch.randn(parameter.shape, generator=generator)
@@ -103,7 +103,7 @@ def test_the_adapter_has_the_published_size(config, millions):
     assert round(trained / 1e6, 2) == millions
 
 
-def test_a_fresh_adapter_changes_nothing_and_off_is_the_teacher(teachers):
+def test_a_new_adapter_changes_nothing_and_off_is_the_teacher(teachers):
     unet = load_unet(teachers)
     noisy, timesteps, states = inputs(unet)
     with torch.no_grad():
@@ -122,8 +122,8 @@ def test_a_fresh_adapter_changes_nothing_and_off_is_the_teacher(teachers):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_passes_between_forward_and_backward_do_not_touch_the_gradients(teachers, checkpointing):
-    """Gradient checkpointing runs the student again in the backward pass: the adapter must be on by then."""
+def test_passes_between_forward_and_backward_do_not_change_the_gradients(teachers, checkpointing):
+    """Gradient checkpointing runs the student again in the backward pass, when the adapter must be on again."""
     gradients = []
     for between in (False, True):
         unet = load_unet(teachers)
@@ -146,7 +146,7 @@ def test_passes_between_forward_and_backward_do_not_touch_the_gradients(teachers
     assert all(gradient.abs().max() > 0 for gradient in gradients[0])
 
 
-def test_dropout_acts_in_the_student_s_pass_alone(teachers):
+def test_dropout_acts_in_the_student_s_pass_only(teachers):
     unet = load_unet(teachers)
     teacher = load_unet(teachers)
     lora = Lora(unet, rank=4, alpha=4, dropout=0.5)
@@ -218,8 +218,8 @@ def test_target_modules_are_checked_without_weights(teachers):
             parse_target_modules(wrong, config)
 
 
-def test_checkpoints_tell_adapters_apart_by_these_names():
-    """They are in the run.json of every checkpoint: under other names none would go on."""
+def test_the_names_by_which_checkpoints_record_an_adapter():
+    """They are in the run.json of every checkpoint: with other names, none could be resumed."""
     shape = AdapterShape(rank=4, alpha=8, target_modules=["to_k", "to_q"], average=True)
     assert shape.architecture() == {
         "--lora_rank": 4,
@@ -229,8 +229,8 @@ def test_checkpoints_tell_adapters_apart_by_these_names():
     }
 
 
-def test_autocast_is_where_the_program_says():
-    """Accelerate's own is around every pass, those of a teacher in half precision too."""
+def test_autocast_is_only_where_the_program_sets_it():
+    """Accelerate wraps autocast around every pass, even those of a teacher in half precision."""
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     seen = []
@@ -252,7 +252,7 @@ def test_autocast_is_where_the_program_says():
 
 
 @pytest.mark.parametrize("adapter", [STUDENT, TARGET])
-def test_an_adapter_comes_back_bitwise_and_loads_with_peft(adapter, teachers, tmp_path):
+def test_a_saved_adapter_is_restored_bitwise_and_loads_with_peft(adapter, teachers, tmp_path):
     unet = load_unet(teachers)
     lora = Lora(unet, rank=4, alpha=8, average=True)
     perturb(lora, adapter)
@@ -261,7 +261,7 @@ def test_an_adapter_comes_back_bitwise_and_loads_with_peft(adapter, teachers, tm
     again.part(adapter).load(tmp_path / "adapter")
     assert all(torch.equal(a, b) for a, b in zip(lora.parameters(adapter), again.parameters(adapter), strict=True))
     other = Lora(load_unet(teachers), rank=4, alpha=8, target_modules=["to_q"])
-    with pytest.raises(ValueError, match="modules"):
+    with pytest.raises(ValueError, match="other modules"):
         other.part().load(tmp_path / "adapter")
 
     peft = PeftModel.from_pretrained(load_unet(teachers), str(tmp_path / "adapter")).eval()
@@ -272,27 +272,27 @@ def test_an_adapter_comes_back_bitwise_and_loads_with_peft(adapter, teachers, tm
         torch.testing.assert_close(peft(noisy, timesteps, states).sample, expected, rtol=0, atol=0)
 
 
-# --- the files, in the pipelines of their users -----------------------------------------------------------
+# --- the exported files in pipelines
 
 
 def pipeline_of(teachers, family, unet=None):
     more = {} if unet is None else {"unet": unet}
     pipeline = PIPELINES[family][0].from_pretrained(teachers[family], torch_dtype=torch.float32, **more)
-    pipeline.scheduler = lcm_scheduler(pipeline.scheduler.config)
+    pipeline.scheduler = build_lcm_scheduler(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
 def exported(request, teachers, tmp_path_factory):
-    """(family, folder of a LoRA with alpha = 3 · rank, the U-Net that it was made on)."""
+    """(family, folder of a LoRA with alpha = 3 · rank, the U-Net with that adapter)."""
     folder = tmp_path_factory.mktemp(f"lora-{request.param}")
     unet = load_unet(teachers, request.param)
     lora = Lora(unet, rank=4, alpha=12)
     perturb(lora)
     save_lora(folder, lora, STUDENT, family=FAMILIES[request.param])
     for parameter in lora.parameters():
-        parameter.data = parameter.data.half().float()  # as the file has them
+        parameter.data = parameter.data.half().float()  # rounded as in the file
     return request.param, folder, unet.eval()
 
 
@@ -301,31 +301,31 @@ def latents(pipeline, **options) -> torch.Tensor:
     return pipeline(PROMPT, generator=torch.Generator().manual_seed(0), **chosen).images
 
 
-def test_the_lora_loads_with_its_alpha_and_draws_as_the_student(exported, teachers):
-    """The public programs' files held keys that no pipeline took, and no alpha."""
+def test_the_lora_loads_with_its_alpha_and_generates_what_the_student_does(exported, teachers):
+    """The public programs' files had keys that no pipeline accepts, and no alpha."""
     family, folder, unet = exported
-    plain = latents(pipeline_of(teachers, family))
+    without = latents(pipeline_of(teachers, family))
     pipeline = pipeline_of(teachers, family)
     pipeline.load_lora_weights(folder)
     assert next(iter(pipeline.unet.peft_config.values())).lora_alpha == 12
-    drawn = latents(pipeline)
-    torch.testing.assert_close(drawn, latents(pipeline_of(teachers, family, unet)), rtol=1e-4, atol=1e-4)
-    assert (drawn - plain).abs().max() > 0.01
+    generated = latents(pipeline)
+    torch.testing.assert_close(generated, latents(pipeline_of(teachers, family, unet)), rtol=1e-4, atol=1e-4)
+    assert (generated - without).abs().max() > 0.01
     pipeline.unload_lora_weights()
-    torch.testing.assert_close(latents(pipeline), plain, rtol=0, atol=0)
+    torch.testing.assert_close(latents(pipeline), without, rtol=0, atol=0)
 
 
 def test_other_ranks_leave_the_export_to_the_main_process(teachers, tmp_path, monkeypatch):
     monkeypatch.setattr("lcm_distill.export.weights.PartialState", lambda: SimpleNamespace(is_main_process=False))
     export_lora_student(
-        str(tmp_path), lora=Lora(load_unet(teachers), rank=2, alpha=2), scheduler=lcm_scheduler({}), family=sd,
+        str(tmp_path), lora=Lora(load_unet(teachers), rank=2, alpha=2), scheduler=build_lcm_scheduler({}), family=sd,
         teacher=Teacher(teachers["sd"]), global_step=1, settings={},
     )  # fmt: skip
     assert not list(tmp_path.iterdir())
 
 
-def test_a_lora_trained_with_dropout_draws_without(teachers, tmp_path):
-    """Diffusers made dropout layers of the file's metadata, in training mode: no two pictures were the same."""
+def test_a_lora_trained_with_dropout_generates_without_it(teachers, tmp_path):
+    """Diffusers created dropout layers from the file's metadata, in training mode: no two pictures were equal."""
     lora = Lora(load_unet(teachers), rank=4, alpha=4, dropout=0.5)
     perturb(lora)
     save_lora(tmp_path, lora, STUDENT, family=sd)
@@ -362,23 +362,23 @@ def test_kohya_names_are_those_of_the_published_lcm_loras(exported):
     assert {name.split(".", 1)[1] for name in file} == {"lora_down.weight", "lora_up.weight", "alpha"}
 
 
-def test_the_kohya_file_draws_the_same(exported, teachers):
+def test_the_kohya_file_generates_the_same(exported, teachers):
     family, folder, _ = exported
-    drawn = []
+    generated = []
     for file in ("pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors"):
         pipeline = pipeline_of(teachers, family)
         pipeline.load_lora_weights(folder, weight_name=file)
-        drawn.append(latents(pipeline))
-    torch.testing.assert_close(*drawn, rtol=0, atol=0)
+        generated.append(latents(pipeline))
+    torch.testing.assert_close(*generated, rtol=0, atol=0)
 
 
-def test_together_with_a_style_fused_and_unloaded(exported, teachers, tmp_path):
+def test_the_lora_with_a_style_lora_fused_and_unloaded(exported, teachers, tmp_path):
     family, folder, _ = exported
     style = Lora(load_unet(teachers, family), rank=2, alpha=2, target_modules=["to_q", "to_v"])
     perturb(style, seed=7, spread=0.1)
     save_lora(tmp_path / "style", style, STUDENT, family=FAMILIES[family])
     pipeline = pipeline_of(teachers, family)
-    plain = latents(pipeline)
+    without = latents(pipeline)
     pipeline.load_lora_weights(folder, adapter_name="lcm")
     lcm = latents(pipeline)
     pipeline.load_lora_weights(tmp_path / "style", adapter_name="style")
@@ -393,10 +393,10 @@ def test_together_with_a_style_fused_and_unloaded(exported, teachers, tmp_path):
     torch.testing.assert_close(latents(pipeline), both, rtol=1e-2, atol=1e-2)
     pipeline.unfuse_lora()
     pipeline.unload_lora_weights()
-    torch.testing.assert_close(latents(pipeline), plain, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(latents(pipeline), without, rtol=1e-3, atol=1e-3)
 
 
-def test_on_a_fine_tuned_copy_of_the_teacher(exported, teachers):
+def test_the_lora_loads_into_a_fine_tuned_copy_of_the_teacher(exported, teachers):
     family, folder, _ = exported
     unet = load_unet(teachers, family)
     generator = torch.Generator().manual_seed(3)
@@ -410,7 +410,7 @@ def test_on_a_fine_tuned_copy_of_the_teacher(exported, teachers):
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("task", ["img2img", "inpaint", "controlnet"])
-def test_other_pipelines_draw_with_both_kinds_of_result(task, kind, exported, teachers):
+def test_other_pipelines_generate_with_both_kinds_of_student(task, kind, exported, teachers):
     family, folder, _ = exported
     _, img2img, inpaint, controlnet = PIPELINES[family]
     unet = load_unet(teachers, family)
@@ -428,18 +428,18 @@ def test_other_pipelines_draw_with_both_kinds_of_result(task, kind, exported, te
     elif task == "inpaint":
         pipeline, own = inpaint.from_pipe(base), dict(image=picture, mask_image=mask, height=64, width=64)
     else:
-        # The toy VAE's factor is 4 where the ControlNet's embedding of its picture has 8: half the stride.
+        # The ControlNet downsamples its picture by 8, the toy VAE by 4: halve the stride.
         network = ControlNetModel.from_unet(load_unet(teachers, family), load_weights_from_unet=False)
         network.controlnet_cond_embedding.blocks[-1].stride = (1, 1)
         torch.nn.init.normal_(network.controlnet_mid_block.weight, std=0.1)
         pipeline, own = controlnet.from_pipe(base, controlnet=network), dict(image=picture, height=64, width=64)
     pipeline.set_progress_bar_config(disable=True)
-    drawn = pipeline(PROMPT, **common, **own).images[0]
-    assert drawn.size == (64, 64) and max(high - low for low, high in drawn.getextrema()) > 0
+    generated = pipeline(PROMPT, **common, **own).images[0]
+    assert generated.size == (64, 64) and max(high - low for low, high in generated.getextrema()) > 0
 
 
-def test_one_u_net_is_alive_beside_the_adapter(teachers):
-    """The public LoRA programs hold two U-Nets in memory."""
+def test_there_is_one_u_net_beside_the_adapters(teachers):
+    """The public LoRA programs keep two U-Nets in memory."""
     gc.collect()
     before = {id(o) for o in gc.get_objects() if isinstance(o, UNet2DConditionModel)}
     unet = load_unet(teachers)

@@ -1,4 +1,4 @@
-"""The Stable Diffusion family: captions and latents against the pipeline's own."""
+"""The Stable Diffusion family: captions and latents compared with the pipeline's."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_latents_are_the_vae_s_posterior_scaled(frozen):
     assert latents.dtype == torch.float32 and latents.shape == (5, 4, 16, 16)
 
 
-def test_latents_do_not_depend_on_the_encode_batch(frozen):
+def test_latents_do_not_depend_on_the_encoding_batch_size(frozen):
     pixels = torch.randint(256, (4, 3, 64, 64), dtype=torch.uint8)
     one, all_ = (
         encode_pixels(frozen.vae, pixels, batch_size=n, generator=torch.Generator().manual_seed(1)) for n in (1, 32)
@@ -41,16 +41,16 @@ def test_latents_do_not_depend_on_the_encode_batch(frozen):
     torch.testing.assert_close(one, all_, rtol=1e-4, atol=1e-4)
 
 
-def test_a_shifted_vae_is_shifted(frozen):
+def test_the_shift_of_a_vae_is_subtracted(frozen):
     pixels = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
 
     def encode():
         return encode_pixels(frozen.vae, pixels, batch_size=1, generator=torch.Generator().manual_seed(1))
 
-    plain = encode()
+    unshifted = encode()
     frozen.vae.register_to_config(shift_factor=0.5)
     try:
-        expected = plain - 0.5 * frozen.vae.config.scaling_factor
+        expected = unshifted - 0.5 * frozen.vae.config.scaling_factor
         torch.testing.assert_close(encode(), expected, rtol=1e-4, atol=1e-5)
     finally:
         frozen.vae.register_to_config(shift_factor=None)

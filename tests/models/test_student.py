@@ -22,8 +22,8 @@ def toy_unet(teacher):
     return UNet2DConditionModel.from_pretrained(teacher, subfolder="unet", torch_dtype=torch.float32).eval()
 
 
-def test_untrained_student_equals_the_teacher_whatever_w(toy_unet):
-    """Diffusers' random start of the projection puts the student about 5 % off its teacher."""
+def test_an_untrained_student_equals_the_teacher_for_every_w(toy_unet):
+    """With Diffusers' random initialization of the projection, the student is about 5 % off its teacher."""
     student = student_from_teacher(toy_unet, 256).eval()
     x, t, c = torch.randn(2, 4, 16, 16), torch.tensor([19, 999]), torch.randn(2, 16, 64)
     with torch.no_grad():
@@ -33,8 +33,8 @@ def test_untrained_student_equals_the_teacher_whatever_w(toy_unet):
             assert torch.equal(student(x, t, c, timestep_cond=embedding).sample, expected)
 
 
-def test_a_student_is_made_without_drawing_weights_that_are_replaced(toy_unet):
-    """With SDXL that took longer than loading the teacher."""
+def test_a_student_is_made_without_initializing_weights_at_random(toy_unet):
+    """With SDXL that took longer than loading the teacher; the weights are replaced anyway."""
     before = torch.get_rng_state()
     student = student_from_teacher(toy_unet, 256)
     assert torch.equal(torch.get_rng_state(), before)
@@ -42,7 +42,7 @@ def test_a_student_is_made_without_drawing_weights_that_are_replaced(toy_unet):
     assert {str(tensor.device) for tensor in student.state_dict().values()} == {"cpu"}
 
 
-def test_guidance_reaches_the_student_once_it_trains(toy_unet):
+def test_guidance_has_a_gradient_in_the_student(toy_unet):
     student = student_from_teacher(toy_unet, 64)
     x, t, c = torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 16, 64)
     student(x, t, c, timestep_cond=guidance_embedding(torch.tensor([7.5]), 64)).sample.square().mean().backward()
@@ -69,12 +69,12 @@ def test_student_is_float32_even_of_a_half_precision_teacher(toy_unet):
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), target.parameters(), strict=True))
 
 
-def test_architecture_tells_unets_apart_but_not_by_name(toy_unet):
+def test_architectures_differ_by_shape_and_not_by_name(toy_unet):
     assert architecture(toy_unet.config | {"_name_or_path": "x"}) == architecture(toy_unet.config)
     assert architecture(toy_unet.config | {"block_out_channels": (8, 8)}) != architecture(toy_unet.config)
 
 
-def test_a_teacher_of_another_kind_is_refused_with_the_right_program():
+def test_a_teacher_of_another_kind_is_refused_and_the_right_program_named():
     with pytest.raises(UsageError, match="train_lcm_distill_sdxl_wds.py"):
         check_teacher_config({"addition_embed_type": "text_time"}, family="sd")
     with pytest.raises(UsageError, match="train_lcm_distill_sd_wds.py"):
@@ -83,8 +83,9 @@ def test_a_teacher_of_another_kind_is_refused_with_the_right_program():
         check_teacher_config({"time_cond_proj_dim": 256}, family="sd")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests what happens without a GPU")
 def test_xformers_that_cannot_work_gives_one_warning(toy_unet, caplog):
     with caplog.at_level(logging.WARNING):
         enable_xformers(toy_unet, toy_unet)
-    assert [r.message for r in caplog.records if "xformers" in r.message] and len(caplog.records) == 1
+    (record,) = caplog.records
+    assert record.message.startswith("xformers' attention is not used (it needs a CUDA GPU)")

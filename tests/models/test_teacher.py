@@ -1,4 +1,4 @@
-"""Teachers as users have them: folders, variants, separate autoencoders, single files; mistakes in naming them."""
+"""Teachers as users have them: folders, variants, separate autoencoders, single files; and mistakes with them."""
 
 import json
 import logging
@@ -33,7 +33,9 @@ def load(teacher: Teacher, family: str, dtype: torch.dtype = torch.float32):
 
 
 def assert_same_networks(actual, expected) -> None:
-    """The same networks with the same weights, bit for bit."""
+    """The same networks with the same weights, bit for bit; frozen, in eval mode."""
+    compared = [name for name in NETWORKS if hasattr(expected, name)]
+    assert {"unet", "vae", "text_encoder"} <= set(compared)
     for name in NETWORKS:
         if hasattr(expected, name):
             network, state = getattr(actual, name), getattr(expected, name).state_dict()
@@ -43,21 +45,21 @@ def assert_same_networks(actual, expected) -> None:
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "a VAE of its own"])
-def test_weights_that_a_folder_lacks_are_told(part, teacher, tmp_path):
-    """The libraries drew them at random, with a warning among others: under an older Transformers, which knew a text
-    encoder's tensors by other names, a run trained on noise for captions."""
+def test_missing_weights_of_a_folder_are_reported(part, teacher, tmp_path):
+    """The libraries initialized them at random, with only a warning: with an older Transformers, which had other names
+    for a text encoder's tensors, a run trained on noise instead of captions."""
     folder = tmp_path / "teacher"
     shutil.copytree(teacher, folder)
     name = "vae" if part == "a VAE of its own" else part
     (file,) = (folder / name).glob("*.safetensors")
     tensors = load_file(file)
-    lost = next(key for key in tensors if key.endswith("weight"))
-    save_file({key: tensor for key, tensor in tensors.items() if key != lost}, file, metadata={"format": "pt"})
+    missing = next(key for key in tensors if key.endswith("weight"))
+    save_file({key: tensor for key, tensor in tensors.items() if key != missing}, file, metadata={"format": "pt"})
     kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}[name]
     broken = Teacher(teacher, vae=str(folder / "vae")) if part != name else Teacher(str(folder))
     flag = "--pretrained_vae_model_name_or_path" if part != name else "--pretrained_teacher_model"
-    known = re.escape(lost.removeprefix("text_model."))  # the older Transformers have it with that, today's without
-    with pytest.raises(UsageError, match=f"{flag}.*lacks 1 weights, such as .*{known}"):
+    name_in_message = re.escape(missing.removeprefix("text_model."))  # older Transformers add it to the name
+    with pytest.raises(UsageError, match=f"{flag}.*lacks 1 weights, such as .*{name_in_message}"):
         broken.load({name: kind}, {name: torch.float32})
 
 
@@ -72,7 +74,7 @@ def single_files(teachers, tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture()
 def configs_only(teacher, tmp_path) -> Path:
-    """A copy of the teacher without weights: nothing could be loaded from it."""
+    """A copy of the teacher without weights, from which nothing can be loaded."""
     copy = tmp_path / "teacher"
     for part in ("unet", "vae", "scheduler"):
         (copy / part).mkdir(parents=True)
@@ -81,13 +83,13 @@ def configs_only(teacher, tmp_path) -> Path:
     return copy
 
 
-def test_configs_say_what_is_wrong_before_weights_are_read(teacher, configs_only, tmp_path):
+def test_mistakes_are_found_in_the_configs_before_weights_are_read(teacher, configs_only, tmp_path):
     """Every message names its flag."""
     configs = read_configs(Teacher(teacher), **CONFIGS)
     assert vae_factor(configs.vae) == 4
     copy = str(configs_only)
     read_configs(Teacher(copy), **CONFIGS)
-    with pytest.raises(UsageError, match=r"--resolution 66 .*64 and 72"):
+    with pytest.raises(UsageError, match=r"--resolution 66 is not a multiple of 8, .*64 and 72"):
         read_configs(Teacher(copy), **CONFIGS | {"resolution": 66})
     with pytest.raises(UsageError, match="--num_ddim_timesteps 1001"):
         read_configs(Teacher(copy), **CONFIGS | {"num_ddim_timesteps": 1001})
@@ -104,7 +106,7 @@ def test_configs_say_what_is_wrong_before_weights_are_read(teacher, configs_only
     [
         ({"time_cond_proj_dim": 256}, "is an LCM"),
         ({"addition_embed_type": "text_time"}, "train_lcm_distill_sdxl_wds.py or train_lcm_distill_lora_sdxl_wds.py"),
-        ({"in_channels": 9}, "channels"),
+        ({"in_channels": 9}, "--pretrained_vae_model_name_or_path: its latents have 4 channels, .* takes 9"),
     ],
 )
 def test_a_u_net_of_another_kind_is_refused(change, message, configs_only):
@@ -116,16 +118,16 @@ def test_a_u_net_of_another_kind_is_refused(change, message, configs_only):
 
 def test_a_folder_without_a_u_net_is_refused(configs_only):
     shutil.rmtree(configs_only / "unet")
-    with pytest.raises(UsageError, match="no unet/config.json"):
+    with pytest.raises(UsageError, match="contains no unet/config.json"):
         read_configs(Teacher(str(configs_only)), **CONFIGS)
 
 
-def test_a_hub_teacher_that_cannot_be_had_is_a_message():
+def test_a_hub_teacher_that_cannot_be_downloaded_is_refused():
     with pytest.raises(UsageError, match="--pretrained_teacher_model nobody/nothing"):
         read_configs(Teacher("nobody/nothing"), **CONFIGS)
 
 
-def test_sd_and_sdxl_teachers_are_told_apart(teachers):
+def test_a_teacher_of_the_other_family_is_refused(teachers):
     read_configs(Teacher(teachers["sdxl"]), **CONFIGS | {"family": "sdxl"})
     with pytest.raises(UsageError, match="train_lcm_distill_sdxl_wds.py"):
         read_configs(Teacher(teachers["sdxl"]), **CONFIGS)
@@ -137,8 +139,8 @@ def test_sd_and_sdxl_teachers_are_told_apart(teachers):
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_a_single_file_is_its_folder(family, teachers, single_files):
-    """A pipeline's `from_single_file` gives SDXL's second text encoder the first one's weights if they are as wide."""
+def test_a_single_file_equals_its_folder(family, teachers, single_files):
+    """A pipeline's `from_single_file` gives SDXL's second text encoder the first one's weights if as wide."""
     teacher = Teacher(single_files[family], config=teachers[family])
     read_configs(teacher, **CONFIGS | {"family": family})
     assert_same_networks(load(teacher, family), load(Teacher(teachers[family]), family))
@@ -151,7 +153,7 @@ def test_a_single_file_is_its_folder(family, teachers, single_files):
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_a_single_file_takes_the_dtypes_asked_for(family, teachers, single_files):
+def test_a_single_file_is_loaded_in_the_requested_dtypes(family, teachers, single_files):
     frozen = load(Teacher(single_files[family], config=teachers[family]), family, torch.bfloat16)
     assert frozen.unet.dtype == torch.float32 and frozen.text_encoder.dtype == torch.bfloat16
     expected = load(Teacher(teachers[family]), family, torch.bfloat16)
@@ -187,7 +189,7 @@ def test_a_stable_diffusion_2_file_has_an_open_clip_text_encoder(teacher, single
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_a_single_file_loads_in_silence(family, teachers, single_files, capfd):
-    """Diffusers drew a progress bar, and told of modules that are not there and of a flag, --extract_ema, not ours."""
+    """Diffusers showed a progress bar, and warned about missing modules and a flag that is not ours, --extract_ema."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
@@ -203,9 +205,9 @@ def test_a_single_file_loads_in_silence(family, teachers, single_files, capfd):
     assert printed.out == printed.err == ""
 
 
-def test_only_the_parts_asked_for_are_loaded(teacher, single_files, monkeypatch):
-    """A separate autoencoder was loaded whatever was asked for."""
-    monkeypatch.setattr(AutoencoderKL, "from_pretrained", lambda *_, **__: pytest.fail("nobody asked for the VAE"))
+def test_only_the_requested_parts_are_loaded(teacher, single_files, monkeypatch):
+    """A separate autoencoder was always loaded."""
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", lambda *_, **__: pytest.fail("the VAE was loaded"))
     for model, config in ((teacher, None), (single_files["sd"], teacher)):
         loading = Teacher(model, config=config, vae=f"{teacher}/vae")
         parts = loading.load({"text_encoder": CLIPTextModel}, {"text_encoder": torch.float32})
@@ -213,18 +215,18 @@ def test_only_the_parts_asked_for_are_loaded(teacher, single_files, monkeypatch)
 
 
 def test_a_single_file_without_an_autoencoder_takes_a_separate_one(teacher, single_files, tmp_path):
-    """Diffusers wants all parts in the file, although the autoencoder is replaced."""
+    """Diffusers needs all parts in the file, although the autoencoder is replaced."""
     weights = {k: v for k, v in load_file(single_files["sd"]).items() if not k.startswith("first_stage_model.")}
     path = str(tmp_path / "no_vae.safetensors")
     save_file(weights, path)
-    with pytest.raises(UsageError, match="there is no vae in it; name one as --pretrained_vae_model_name_or_path"):
+    with pytest.raises(UsageError, match="contains no vae; pass one as --pretrained_vae_model_name_or_path"):
         load(Teacher(path, config=teacher), "sd")
     frozen = load(Teacher(path, config=teacher, vae=f"{teacher}/vae"), "sd")
     assert_same_networks(frozen, load(Teacher(teacher), "sd"))
 
 
-def test_a_single_file_that_cannot_be_a_teacher_is_a_message(teacher, single_files, tmp_path):
-    """Each says what is wrong while configs are read, before any weights are."""
+def test_a_single_file_that_cannot_be_a_teacher_is_refused(teacher, single_files, tmp_path):
+    """While configs are read, before any weights are."""
     path = Path(single_files["sd"])
     truncated = tmp_path / "truncated.safetensors"
     truncated.write_bytes(path.read_bytes()[:-1000])
@@ -233,28 +235,28 @@ def test_a_single_file_that_cannot_be_a_teacher_is_a_message(teacher, single_fil
     (tmp_path / "page.safetensors").write_text("<html>404</html>")
     missing = str(tmp_path / "missing.safetensors")
     for wrong, message in [
-        (Teacher(str(truncated), config=teacher), "--pretrained_teacher_model .*not a whole .safetensors file"),
-        (Teacher(str(tmp_path / "page.safetensors"), config=teacher), "not a whole .safetensors file"),
+        (Teacher(str(truncated), config=teacher), "--pretrained_teacher_model .*not a complete .safetensors file"),
+        (Teacher(str(tmp_path / "page.safetensors"), config=teacher), "not a complete .safetensors file"),
         (Teacher(str(pickled), config=teacher), r"--pretrained_teacher_model .*only \.safetensors files"),
         (Teacher(missing, config=teacher), "--pretrained_teacher_model .*missing.safetensors: no such file"),
         (Teacher(str(path), config=teacher, variant="fp16"), "leave out --variant"),
         (Teacher(str(path), config=teacher, revision="main"), "leave out .*--teacher_revision"),
-        (Teacher(str(path), config=str(tmp_path)), "--teacher_config .*there is no unet/config.json"),
+        (Teacher(str(path), config=str(tmp_path)), "--teacher_config .*contains no unet/config.json"),
         (Teacher(str(path), config="nobody/nothing"), "--teacher_config nobody/nothing"),
     ]:
         with pytest.raises(UsageError, match=message):
             read_configs(wrong, **CONFIGS)
 
 
-def test_a_single_file_whose_configs_are_not_at_hand_is_a_message(single_files, tmp_path):
-    """The message spoke of a model on the Hub that the user had never named."""
+def test_a_single_file_whose_configs_cannot_be_read_is_refused(single_files, tmp_path):
+    """The message named a model on the Hub that the user had never heard of, without an explanation."""
     with pytest.raises(UsageError, match="--pretrained_teacher_model .*sd.safetensors .*--teacher_config") as info:
         read_configs(Teacher(single_files["sd"], cache_dir=str(tmp_path)), **CONFIGS)
     assert "stable-diffusion-v1-5/stable-diffusion-v1-5" in str(info.value)
 
 
-def test_a_file_of_another_network_than_its_configs_is_a_message(teacher, single_files, tmp_path):
-    """Diffusers left weights that the file lacks on no device, and dropped those that the config has no place for."""
+def test_a_file_whose_weights_do_not_fit_its_configs_is_refused(teacher, single_files, tmp_path):
+    """Diffusers left missing weights on the meta device, and dropped those that the config has no place for."""
     weights = load_file(single_files["sd"])
     path = str(tmp_path / "other.safetensors")
     first = "model.diffusion_model.input_blocks.0.0.weight"
@@ -266,7 +268,7 @@ def test_a_file_of_another_network_than_its_configs_is_a_message(teacher, single
         {text: None},
     ):
         save_file({k: v for k, v in (weights | change).items() if v is not None}, path)
-        with pytest.raises(UsageError, match="not those of a model with the configs of .*--teacher_config"):
+        with pytest.raises(UsageError, match="its weights do not fit the configs of .*--teacher_config"):
             load(Teacher(path, config=teacher), "sd")
 
 
@@ -290,8 +292,8 @@ def test_a_file_of_another_network_than_its_configs_is_a_message(teacher, single
         ),
     ],
 )
-def test_the_model_a_file_is_taken_for(shapes, source, tmp_path):
-    """Told from names and shapes alone."""
+def test_the_model_that_a_file_is_taken_for(shapes, source, tmp_path):
+    """Inferred from names and shapes alone."""
     path = str(tmp_path / "model.safetensors")
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
     assert Teacher(path).config_source == source
@@ -310,7 +312,7 @@ def test_a_single_file_of_sd_2_needs_a_config(tmp_path):
 
 @pytest.mark.parametrize("kind", ["folder", "variant", "vae", "single file"])
 def test_the_model_card_s_code_loads_the_teacher(kind, teachers, tmp_path):
-    """It named a single file as a Hub id, and left out the variant: the lines did not run."""
+    """It named a single file as a Hub id, and left out the variant: the code did not run."""
     folder = teachers["sd"]
     if kind == "variant":
         StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float16).save_pretrained(
@@ -331,8 +333,8 @@ def test_the_model_card_s_code_loads_the_teacher(kind, teachers, tmp_path):
     assert (names["pipe"].vae is names.get("vae")) == (kind == "vae")
 
 
-def test_a_file_marked_as_predicting_v_needs_a_config_that_says_so(tmp_path):
-    """It is taken for SDXL base, whose config says ε: the teacher would draw noise, without a word."""
+def test_a_file_marked_as_predicting_v_needs_a_config(tmp_path):
+    """It is taken for SDXL base, whose config has ε prediction: the teacher would silently generate noise."""
     path = str(tmp_path / "v.safetensors")
     xl = {"conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias": torch.zeros(1280)}
     save_file(xl | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, path)
@@ -344,7 +346,7 @@ def test_a_file_marked_as_predicting_v_needs_a_config_that_says_so(tmp_path):
 
 
 def put_into_cache(cache: Path, model: str, revisions: dict[str, str | Path]) -> None:
-    """A Hub cache as a download leaves it: each revision's name, and its commit, stand for a folder's content."""
+    """Fills a Hub cache as downloads do: each revision's name, and its commit, stand for a folder's content."""
     root = cache / f"models--{model.replace('/', '--')}"
     (root / "refs").mkdir(parents=True)
     for number, (revision, folder) in enumerate(revisions.items()):
@@ -362,7 +364,7 @@ def put_into_cache(cache: Path, model: str, revisions: dict[str, str | Path]) ->
 
 @pytest.fixture(scope="module")
 def hub_cache(teachers, tmp_path_factory) -> str:
-    """Both toy teachers and the autoencoder: as they are in revision main, changed in revision v2."""
+    """Both toy teachers and the autoencoder: as they are in revision main, modified in revision v2."""
     cache, changed = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("changed")
     for family in PIPELINES:
         pipeline = pipeline_of(teachers[family], family)
@@ -380,7 +382,7 @@ def hub_cache(teachers, tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_a_hub_teacher_is_read_from_its_cache_in_its_revision(family, teachers, hub_cache):
-    """Published programs read --cache_dir and --teacher_revision for some parts only."""
+    """Published programs use --cache_dir and --teacher_revision for some parts only."""
     model, commit = f"toys/{family}", "1" * 40
     for revision, timesteps in ((None, 1000), ("main", 1000), ("v2", 500), (commit, 500)):
         teacher = Teacher(model, revision=revision, cache_dir=hub_cache)
@@ -418,7 +420,7 @@ def test_a_separate_autoencoder_has_a_revision_of_its_own(teacher, hub_cache):
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_a_single_file_takes_its_configs_from_the_cache(family, teachers, single_files, hub_cache):
-    """Diffusers reads the configs of single networks from the user's own cache, whatever cache_dir says."""
+    """Diffusers reads the configs of single networks from the user's default cache, whatever cache_dir is."""
     teacher = Teacher(single_files[family], config=f"toys/{family}", cache_dir=hub_cache)
     read_configs(teacher, **CONFIGS | {"family": family})
     assert_same_networks(load(teacher, family), load(Teacher(teachers[family]), family))
@@ -444,5 +446,5 @@ def test_a_folder_of_half_precision_files_needs_the_variant(family, teachers, tm
     assert_same_networks(frozen, expected)
     with pytest.raises(UsageError, match="--pretrained_teacher_model .*pass --variant fp16"):
         load(Teacher(str(tmp_path)), family)
-    with pytest.raises(UsageError, match="in the variant fp16; .*leave --variant out"):
+    with pytest.raises(UsageError, match="in the variant fp16; .*leave out --variant"):
         load(Teacher(teachers[family], variant="fp16"), family)
