@@ -68,10 +68,10 @@ from benchmarks.provenance import provenance
 from lcm_distill.data.encoded import Encoding
 from lcm_distill.data.preflight import inspect_shards
 from lcm_distill.data.preparation import Preparation, prepare_sample
-from lcm_distill.data.raw import LATENTS
+from lcm_distill.data.raw import LATENTS_EXTENSION
 from lcm_distill.data.shards import read_shard
 from lcm_distill.data.stream import DropCounter, ShardStream, make_loader
-from lcm_distill.data.tar import whole_tar
+from lcm_distill.data.tar import atomic_tar
 
 RESOLUTION = 512
 BATCH = 16
@@ -325,14 +325,14 @@ def make_encoded_shards(pictures: list[str], folder: Path, case: EncodedCase, em
         empty_caption={name: drawn(*shape) for name, shape in embeddings.items()},
     )  # fmt: skip
     for shard in pictures:
-        with whole_tar(folder / Path(shard).name) as tar:
+        with atomic_tar(folder / Path(shard).name) as tar:
             for name, content in encoding.header_files().items():
                 tar.add(name, content)
             for raw in read_shard(shard):
                 arrays = {name: drawn(*encoding.moments) for name in ("moments", "mirrored_moments")}
                 arrays |= {name: drawn(1, *shape) for name, shape in embeddings.items()}
                 arrays["sizes"] = np.array([(height, width), (0, left), (height, width)], np.int64)
-                tar.add(f"{raw.key}.{LATENTS}", encoding.pack(arrays))
+                tar.add(f"{raw.key}.{LATENTS_EXTENSION}", encoding.pack(arrays))
                 for extension in ("json", "txt"):
                     tar.add(f"{raw.key}.{extension}", raw.files[extension])
     return [str(folder / Path(shard).name) for shard in pictures]

@@ -79,8 +79,8 @@ from lcm_distill.data.preflight import inspect_shards
 from lcm_distill.data.preparation import Preparation, Sample, prepare_sample
 from lcm_distill.data.raw import (
     DUPLICATE_NAME,
-    LATENTS,
-    PICTURES,
+    LATENTS_EXTENSION,
+    PICTURE_EXTENSIONS,
     UNREADABLE_SHARD,
     BadSample,
     RawSample,
@@ -89,7 +89,7 @@ from lcm_distill.data.raw import (
 )
 from lcm_distill.data.shards import expand_shards, read_shard
 from lcm_distill.data.sources import local_path
-from lcm_distill.data.tar import PARTIAL, TarWriter, whole_tar
+from lcm_distill.data.tar import PARTIAL, TarWriter, atomic_tar
 from lcm_distill.environment import choose_device, quiet_libraries
 from lcm_distill.models.families import Family, family_of
 from lcm_distill.models.teacher import Teacher, read_configs
@@ -206,7 +206,7 @@ def encode_shards(
             for shard, path in todo:
                 for left in out.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):  # by a killed process
                     left.unlink(missing_ok=True)
-                with whole_tar(path) as tar:
+                with atomic_tar(path) as tar:
                     samples, dropped = _encode_shard(shard, path.name, encoder, tar, bar)
                 result.shards += 1
                 result.samples += samples
@@ -335,9 +335,9 @@ def _write_batch(samples: list[tuple[RawSample, Sample]], shard: str, encoder: E
                     f"Give --dtype fp32, and in place of SDXL's own VAE {VAE_FLAG} madebyollin/sdxl-vae-fp16-fix."
                 )
         sizes = np.array([sample.original_size, sample.crop_top_left, sample.picture_size], np.int64)
-        tar.add(f"{raw.key}.{LATENTS}", encoder.encoding.pack(own | {"sizes": sizes}))
+        tar.add(f"{raw.key}.{LATENTS_EXTENSION}", encoder.encoding.pack(own | {"sizes": sizes}))
         for extension, content in raw.files.items():
-            if extension not in (*PICTURES, LATENTS):
+            if extension not in (*PICTURE_EXTENSIONS, LATENTS_EXTENSION):
                 tar.add(f"{raw.key}.{extension}", content)
     return len(samples)
 

@@ -1,7 +1,7 @@
-"""Samples to leave out on purpose: by the numbers and words in their JSON.
+"""Filters: samples to leave out on purpose, by the numbers and words in their JSON.
 
 filters = parse_filters(["aesthetic>=5", "meta.language=en"], max_pwatermark=0.5)
-filters[0].passes({"aesthetic": 4.2})        # False; a JSON without that key passes
+filters[0].passes({"aesthetic": 4.2})        # False; without that key in its JSON a sample passes
 """
 
 import math
@@ -13,9 +13,9 @@ from typing import Any
 
 from lcm_distill.errors import UsageError
 
-FILTERED = "filtered out by"  # how the reason of a sample begins that is left out on purpose, and is not a bad one
+FILTERED = "filtered out by"  # prefix of the reasons of samples that are left out on purpose, rather than bad
 
-_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
+_COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
     "<=": operator.le,
     "!=": operator.ne,
@@ -23,20 +23,20 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     ">": operator.gt,
     "<": operator.lt,
 }
-_FILTER = re.compile(r"\s*(?P<key>[^<>=!]+?)\s*(?P<compare>>=|<=|!=|==?|>|<)\s*(?P<value>[^<>=!]+?)\s*")
+_CONDITION = re.compile(r"\s*(?P<key>[^<>=!]+?)\s*(?P<comparison>>=|<=|!=|==?|>|<)\s*(?P<value>[^<>=!]+?)\s*")
 
-# What datasets call them; the first of these keys that a JSON has is taken.
+# Names in public datasets; the first of these keys that a JSON has is used.
 WATERMARK_KEYS = ("pwatermark", "p_watermark", "watermark")
 AESTHETIC_KEYS = ("aesthetic", "aesthetic_score", "aesthetics_score", "AESTHETIC_SCORE", "aesthetics")
 
 
 @dataclass(frozen=True)
 class Filter:
-    """Lets a sample pass if `value of the key` `compare` `value` holds, or there is no such value."""
+    """A sample passes if its JSON's value, compared with `value`, satisfies this, or does not exist."""
 
     flag: str  # as the user gave it
     keys: tuple[str, ...]
-    compare: str
+    comparison: str
     value: float | str
 
     @property
@@ -44,16 +44,16 @@ class Filter:
         return f"{FILTERED} {self.flag}"
 
     def passes(self, meta: dict) -> bool:
-        """Whether a sample with this JSON passes. A key that is missing, or of another kind, never rejects."""
+        """Whether a sample with this JSON passes; a missing key or a value of another type never rejects it."""
         found = next((value for key in self.keys if (value := look_up(meta, key)) is not None), None)
         if isinstance(self.value, str):
-            return not isinstance(found, str) or _COMPARE[self.compare](found.strip(), self.value)
+            return not isinstance(found, str) or _COMPARISONS[self.comparison](found.strip(), self.value)
         number = _number(found)
-        return number is None or _COMPARE[self.compare](number, self.value)
+        return number is None or _COMPARISONS[self.comparison](number, self.value)
 
 
 def look_up(meta: dict, key: str) -> object:
-    """The value of `key` in a JSON; of the path `a.b` in the object `a`, if no key is spelled so. None for nothing."""
+    """The value of `key` in a JSON object, or, if there is no such key, of the path `a.b`; None if there is neither."""
     if key in meta:
         return meta[key]
     value: object = meta
@@ -63,7 +63,7 @@ def look_up(meta: dict, key: str) -> object:
 
 
 def _number(value: object) -> float | None:
-    """A finite number, or one in a string (datasets made from tables have those); None for anything else."""
+    """A finite number, also from a string (as in datasets made from tables); None for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
@@ -79,24 +79,24 @@ def parse_filters(
     """The filters of `--filter`, `--max_pwatermark` and `--min_aesthetic`.
 
     Args:
-        texts: such as `aesthetic>=5`: a key of the JSON (or a path, `meta.score`), one of `>= <= > < = !=`, and a
-            number, or with = and != a word.
+        texts: conditions such as `aesthetic>=5`: a key of the JSON (or a path, `meta.score`), one of
+            `>= <= > < = !=`, and a number, or, with = and !=, a word.
 
     Raises:
-        UsageError: one cannot be read.
+        UsageError: a condition cannot be parsed.
     """
     filters = []
     for text in texts or ():
-        match = _FILTER.fullmatch(text)
+        match = _CONDITION.fullmatch(text)
         if match is None:
-            raise UsageError(f"--filter {text!r} cannot be read; write KEY>=NUMBER in quotes, such as 'aesthetic>=5'.")
-        key, compare, word = match["key"], match["compare"].replace("==", "="), match["value"]
+            raise UsageError(f"--filter {text!r} cannot be parsed; write KEY>=NUMBER in quotes, like 'aesthetic>=5'.")
+        key, comparison, word = match["key"], match["comparison"].replace("==", "="), match["value"]
         value: float | str | None = _number(word)
         if value is None:
-            if compare not in ("=", "!="):
-                raise UsageError(f"--filter {text!r}: {word!r} is not a number; words compare by = and != only.")
+            if comparison not in ("=", "!="):
+                raise UsageError(f"--filter {text!r}: {word!r} is not a number; compare words by = or !=.")
             value = word
-        filters.append(Filter(f"--filter '{text.strip()}'", (key,), compare, value))
+        filters.append(Filter(f"--filter '{text.strip()}'", (key,), comparison, value))
     if max_pwatermark is not None:
         filters.append(Filter(f"--max_pwatermark {max_pwatermark:g}", WATERMARK_KEYS, "<=", max_pwatermark))
     if min_aesthetic is not None:
@@ -105,5 +105,5 @@ def parse_filters(
 
 
 def is_filtered(reason: str) -> bool:
-    """Whether a sample with this reason was left out on purpose, and is not a bad one."""
+    """Whether a sample with this reason is left out on purpose, rather than bad."""
     return reason.startswith(FILTERED)

@@ -1,4 +1,4 @@
-"""Folders of captioned pictures packed into shards: what `python -m lcm_distill.pack_shards` does."""
+"""Packs a folder of captioned pictures into shards: the work of `python -m lcm_distill.pack_shards`."""
 
 import contextlib
 import csv
@@ -24,19 +24,26 @@ from typing import IO, Any, NamedTuple
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from lcm_distill.data.captions import CAPTION_KEYS, CAPTIONS
+from lcm_distill.data.captions import CAPTION_EXTENSIONS, CAPTION_KEYS, clean_text
 from lcm_distill.data.decode import open_picture, to_rgb
-from lcm_distill.data.raw import CAPTION_NOT_UTF8, DAMAGED_PICTURE, HUGE_FILE, PICTURES, BadSample, list_counts
+from lcm_distill.data.raw import (
+    CAPTION_NOT_UTF8,
+    DAMAGED_PICTURE,
+    HUGE_FILE,
+    PICTURE_EXTENSIONS,
+    BadSample,
+    list_counts,
+)
 from lcm_distill.data.shards import MAX_FILE_BYTES, MAX_TEXT_BYTES
-from lcm_distill.data.tar import PARTIAL, whole_tar
+from lcm_distill.data.tar import PARTIAL, RESUME_HINT, atomic_tar
 from lcm_distill.errors import UsageError
 
-MANIFEST = "manifest.jsonl"  # the settings, then a line for each whole shard
+MANIFEST = "manifest.jsonl"  # the settings, then a line for each complete shard
 METADATA = ("metadata.jsonl", "metadata.csv")
-STORED_AS_THEY_ARE = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # by content: names are often wrong
-KEPT = "The shards that are whole are kept: run the same command again to go on"
+# Formats that are stored byte for byte, with their extension: by content, since names are often wrong.
+STORED_UNCHANGED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
-# Why a picture is skipped, beside the reasons of `data.raw`.
+# Why a picture is skipped, besides the reasons of `data.raw`.
 EMPTY_FILE = "empty file (zero bytes)"
 NO_CAPTION = "no caption, or an empty one"
 NO_FILE = "row of the metadata without its picture"
@@ -47,7 +54,7 @@ Skipped = dict[str, list[str]]  # reason to names
 
 @dataclass(frozen=True)
 class Settings:
-    """What the shards depend on, beside the pictures: the flags of these names."""
+    """What the shards depend on besides the pictures: the flags of these names."""
 
     caption_column: str | None = None
     max_size: int | None = None
@@ -57,16 +64,16 @@ class Settings:
 
 
 class Picture(NamedTuple):
-    """A picture that has a place to take its caption from. Paths start at IMAGES and have slashes."""
+    """A picture with a text file or metadata for its caption. Paths are relative to IMAGES, with slashes."""
 
     path: str
-    text: str  # path of the text file beside it, "" for none
-    rows: bytes  # its rows of the metadata as JSON, one on each line, b"" for none
-    stamp: tuple[int, ...]  # bytes and time of the picture, then of the text file: tells an edited one
+    text: str  # path of the text file next to it, "" for none
+    rows: bytes  # its rows of the metadata as JSON, one per line, b"" for none
+    stamp: tuple[int, ...]  # size and time of the picture, then of the text file: detects edited files
 
 
-class Task(NamedTuple):
-    """What a worker needs to write one shard; `first` is the number of its first picture among all, for the keys."""
+class ShardTask(NamedTuple):
+    """What a worker needs to write one shard; `first`, the number of its first picture among all, is for the keys."""
 
     images: str
     shard: Path
@@ -76,23 +83,26 @@ class Task(NamedTuple):
 
 
 @dataclass
-class Packed:
+class PackResult:
+    """What was written, and what was skipped."""
+
     shards: int
     samples: int
     bytes: int
     skipped: Skipped
 
 
-# ----------------------------------------------------------------------------------------------- what there is
+# ---------------------------------------------------------------------------------------- pictures and captions
 
 
 def find_pictures(images: str, out: str, caption_column: str | None = None) -> tuple[list[Picture], Skipped]:
-    """(the pictures below `images` but not in `out` that may have a caption, by path; what was skipped).
+    """Returns (the pictures below `images`, but not in `out`, that may have a caption, by path; what was skipped).
 
-    Nothing but the metadata is read.
+    Reads only the metadata.
 
     Raises:
-        UsageError: no picture, or none with a caption; a folder or metadata that cannot be read; no such column.
+        UsageError: there is no picture, or none with a caption; a folder or the metadata cannot be read; the metadata
+            have no column `caption_column`.
     """
     found: list[Picture] = []
     rows: dict[str, bytes] = {}
@@ -100,8 +110,8 @@ def find_pictures(images: str, out: str, caption_column: str | None = None) -> t
     other_files: Counter = Counter()
     skipped: Skipped = defaultdict(list)
     out = os.path.realpath(out)
-    bar = tqdm(desc="looking", unit=" pictures", leave=False, delay=1, dynamic_ncols=True)
-    for folder, folders, names in os.walk(images, onerror=_unreadable):
+    bar = tqdm(desc="searching", unit=" pictures", leave=False, delay=1, dynamic_ncols=True)
+    for folder, folders, names in os.walk(images, onerror=_raise_unreadable):
         visible = (name for name in folders if not name.startswith("."))
         folders[:] = [name for name in visible if os.path.realpath(os.path.join(folder, name)) != out]
         prefix = os.path.relpath(os.path.join(folder, "x"), images)[:-1]
@@ -110,11 +120,11 @@ def find_pictures(images: str, out: str, caption_column: str | None = None) -> t
         for name in sorted(name for name in names if not name.startswith(".")):
             stem, dotted = os.path.splitext(name)
             suffix = dotted.lower().removeprefix(".")
-            if suffix in PICTURES:
+            if suffix in PICTURE_EXTENSIONS:
                 pictures.append((stem, name))
                 continue
             other_files[dotted.lower() or "other file"] += 1
-            if suffix in CAPTIONS and caption_column is None:
+            if suffix in CAPTION_EXTENSIONS and caption_column is None:
                 texts.setdefault(stem, {})[suffix] = prefix + name
             if name in METADATA:
                 for path, row in _read_metadata(os.path.join(folder, name)):
@@ -123,7 +133,7 @@ def find_pictures(images: str, out: str, caption_column: str | None = None) -> t
                     rows[path] = rows.get(path, b"") + json.dumps(row).encode() + b"\n"
         for stem, name in pictures:
             bar.update()
-            text = next((texts[stem][suffix] for suffix in CAPTIONS if suffix in texts.get(stem, ())), "")
+            text = next((texts[stem][suffix] for suffix in CAPTION_EXTENSIONS if suffix in texts.get(stem, ())), "")
             picture = Picture(prefix + name, text, b"", _stamp(images, prefix + name) + _stamp(images, text))
             limits = (MAX_FILE_BYTES, MAX_TEXT_BYTES)
             if len(picture.stamp) < (4 if text else 2):
@@ -138,82 +148,83 @@ def find_pictures(images: str, out: str, caption_column: str | None = None) -> t
     if not found:
         raise UsageError(
             f"IMAGES: there is no picture that can be used in {images}, but {list_counts(other_files)}. Give a folder "
-            f"of {', '.join(sorted(PICTURES))}." + ("\nSkipped:\n" + describe_skipped(skipped) if skipped else "")
+            f"of {', '.join(sorted(PICTURE_EXTENSIONS))} files."
+            + ("\nSkipped:\n" + describe_skipped(skipped) if skipped else "")
         )
     if caption_column is not None and caption_column not in columns:
         raise UsageError(
             f"--caption_column {caption_column}: the {' or '.join(METADATA)} in {images} has no such column, but "
-            f"{list_counts(columns)}. Name one of these, or leave the flag out to take the text files beside the "
-            f"pictures, and the columns {' and '.join(CAPTION_KEYS)}."
+            f"{list_counts(columns)}. Name one of these, or omit the flag to use the text files next to the pictures "
+            f"and the columns {' and '.join(CAPTION_KEYS)}."
         )
     for names in skipped.values():
         for name in names:
             rows.pop(name, None)
     captioned = []
     for picture in sorted(found):
-        mine = rows.pop(picture.path, b"")
-        if picture.text or mine:
-            captioned.append(picture._replace(rows=mine))
+        own_rows = rows.pop(picture.path, b"")
+        if picture.text or own_rows:
+            captioned.append(picture._replace(rows=own_rows))
         else:
             skipped[NO_CAPTION].append(picture.path)
     if rows:
         skipped[NO_FILE] = sorted(rows)
     if not captioned:
         raise UsageError(
-            f"IMAGES: none of the {len(found)} pictures in {images} has a caption. Put that of a.jpg into a.txt beside "
-            'it, or into a metadata.jsonl as a line {"file_name": "a.jpg", "text": "a caption"}. What there is beside '
-            f"the pictures: {list_counts(other_files)}. Skipped:\n{describe_skipped(skipped)}"
+            f"IMAGES: none of the {len(found)} pictures in {images} has a caption. Put that of a.jpg into a.txt next "
+            'to it, or into a metadata.jsonl as a line {"file_name": "a.jpg", "text": "a caption"}. Other files in '
+            f"the folder: {list_counts(other_files)}. Skipped:\n{describe_skipped(skipped)}"
         )
     return captioned, skipped
 
 
-def _unreadable(error: OSError) -> None:
-    raise UsageError(f"IMAGES: the folder {error.filename} cannot be read ({error.strerror}); mend or move it.")
+def _raise_unreadable(error: OSError) -> None:
+    raise UsageError(f"IMAGES: the folder {error.filename} cannot be read ({error.strerror}); fix or move it.")
 
 
 def _stamp(images: str, path: str) -> tuple[int, ...]:
-    """(bytes, time of the last change) of a regular file, through links; () for anything else."""
+    """(size in bytes, time of the last change in ns) of a regular file, also through links; () for anything else."""
     with contextlib.suppress(OSError):
-        about = os.stat(os.path.join(images, path))
-        return (about.st_size, about.st_mtime_ns) if stat.S_ISREG(about.st_mode) else ()
+        status = os.stat(os.path.join(images, path))
+        return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else ()
     return ()
 
 
 def _read_metadata(path: str) -> Iterator[tuple[str, dict]]:
-    """(file name, the other columns) of each row of a .jsonl or .csv."""
+    """Yields (file name, the other columns) of each row of a .jsonl or .csv."""
     number = 0
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            table = csv.DictReader(file) if path.endswith(".csv") else (json.loads(x) for x in file if x.strip())
-            for row in table:
+            rows = csv.DictReader(file) if path.endswith(".csv") else map(json.loads, filter(str.strip, file))
+            for row in rows:
                 number += 1
                 name = row.pop("file_name", None) if isinstance(row, dict) else None
                 if not isinstance(name, str) or not name:
                     raise ValueError(f"no file_name, which names the picture, in {str(row)[:200]}")
                 yield name, {key: value for key, value in row.items() if key is not None and value is not None}
     except (OSError, ValueError, csv.Error, RecursionError) as error:
-        raise UsageError(f"IMAGES: {path} cannot be used: {error}. Mend row {number} or the next.") from None
+        raise UsageError(f"IMAGES: {path} cannot be used: {error}. Fix row {number} or the next.") from None
 
 
 # --------------------------------------------------------------------------------------------------- a sample
 
 
 def make_sample(images: str, picture: Picture, settings: Settings) -> dict[str, bytes]:
-    """The files of a sample by extension: the picture, `txt` unless it has several captions, and `json`.
+    """Makes the files of a sample, by extension: the picture, `txt` unless it has several captions, and `json`.
 
-    The JSON has the metadata's other columns, `file_name`, `width` and `height` of the stored picture, upright, and
-    `original_width` and `original_height` if those are others. Several captions are its list `caption`.
+    The JSON has the metadata's other columns, `file_name`, the `width` and `height` of the stored picture, upright,
+    and `original_width` and `original_height` if those differ. Several captions are its list `caption`.
 
     Raises:
-        BadSample: it cannot be trained on.
-        UsageError: a file that was there cannot be read any more.
+        BadSample: the picture cannot be trained on.
+        UsageError: a file that existed before cannot be read any more.
     """
     captions, meta = _read_captions(images, picture, settings.caption_column)
     content, extension, size, true_size = _read_picture(_read(images, picture.path), settings.max_size)
     meta |= {"file_name": picture.path, "width": size[0], "height": size[1]}
-    original = _told_size(meta) or true_size
-    if original != size:
-        meta |= {"original_width": original[0], "original_height": original[1]}
+    original_size = _original_size(meta) or true_size
+    if original_size != size:
+        meta |= {"original_width": original_size[0], "original_height": original_size[1]}
     files = {extension: content}
     if len(captions) > 1:
         meta["caption"] = captions
@@ -230,12 +241,12 @@ def _read(images: str, path: str) -> bytes:
         return Path(images, path).read_bytes()
     except PermissionError:
         raise BadSample(UNREADABLE) from None
-    except OSError as error:  # it was there a moment ago: more likely a disk went away than that one file is bad
-        raise UsageError(f"IMAGES: {path} cannot be read any more ({error.strerror}). {KEPT}.") from None
+    except OSError as error:  # it existed a moment ago: more likely a disk was disconnected than one file is bad
+        raise UsageError(f"IMAGES: {path} cannot be read any more ({error.strerror}). {RESUME_HINT}.") from None
 
 
 def _read_captions(images: str, picture: Picture, caption_column: str | None) -> tuple[list[str], dict]:
-    """(the captions, at least one; the other columns of its first row)."""
+    """Returns (the captions, at least one; the other columns of its first row)."""
     rows = [json.loads(line) for line in picture.rows.splitlines()]
     meta = rows[0] if rows else {}
     reason = NO_CAPTION
@@ -249,16 +260,15 @@ def _read_captions(images: str, picture: Picture, caption_column: str | None) ->
     for column in CAPTION_KEYS if caption_column is None else (caption_column,):
         values = [row.get(column) for row in rows]
         texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
-        # JSON can spell half a surrogate pair, which no tokenizer takes.
-        captions = [text.encode("utf-8", "replace").decode().strip() for text in texts if isinstance(text, str)]
+        captions = [clean_text(text) for text in texts if isinstance(text, str)]
         if any(captions):
             meta.pop(column, None)
             return list(dict.fromkeys(filter(None, captions))), meta
     raise BadSample(reason)
 
 
-def _told_size(meta: dict) -> tuple[int, int] | None:
-    """(width, height) before the dataset's maker shrank the picture; a .csv gives them as text."""
+def _original_size(meta: dict) -> tuple[int, int] | None:
+    """(width, height) before the author of the dataset shrank the picture, if given; a .csv has them as text."""
     try:
         width, height = int(meta["original_width"]), int(meta["original_height"])
     except (KeyError, TypeError, ValueError, OverflowError):
@@ -267,12 +277,12 @@ def _told_size(meta: dict) -> tuple[int, int] | None:
 
 
 def _read_picture(content: bytes, max_size: int | None) -> tuple[bytes, str, tuple[int, int], tuple[int, int]]:
-    """(the bytes to store, their extension, their picture's (width, height), the true one), both upright."""
+    """Returns (the bytes to store, their extension, the stored picture's (width, height), the true one), upright."""
     image = open_picture(content)
-    extension = STORED_AS_THEY_ARE.get(image.format or "")
+    extension = STORED_UNCHANGED.get(image.format or "")
     try:
         image.load()
-        with contextlib.suppress(Exception):  # broken EXIF: take the picture as it lies, as the readers do
+        with contextlib.suppress(Exception):  # broken EXIF: use the picture as it is stored, as the readers do
             image = ImageOps.exif_transpose(image)
         true_size = image.size
         if max_size and min(true_size) > max_size:
@@ -289,7 +299,7 @@ def _read_picture(content: bytes, max_size: int | None) -> tuple[bytes, str, tup
 
 
 def _shrink(image: Image.Image, short: int) -> Image.Image:
-    """RGB, its shorter side of `short` pixels."""
+    """An RGB picture whose shorter side has `short` pixels."""
     width, height = (round(side * short / min(image.size)) for side in image.size)
     return to_rgb(image).resize((width, height), Image.Resampling.LANCZOS)
 
@@ -299,40 +309,41 @@ def _encode(image: Image.Image, extension: str) -> bytes:
     if extension == "png":
         image.save(file, "PNG")
     else:
-        image.save(file, "JPEG", quality=95, subsampling=0)  # subsampled colours would bleed at training's size
+        image.save(file, "JPEG", quality=95, subsampling=0)  # with subsampling, colours bleed in training
     return file.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------------- a shard
 
-_done: Any = None  # in a worker: counts the pictures of all workers,
-_stop: Any = None  # and the event at which it gives up its shard
+# Set in each worker.
+_num_done: Any = None  # the number of pictures that all workers have finished
+_stop: Any = None  # the event at which a worker abandons its shard
 
 
-def _start_worker(done: Any, stop: Any) -> None:
-    global _done, _stop
-    _done, _stop = done, stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process tells when to stop
-    warnings.simplefilter("ignore")  # Pillow's, which name no file
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _start_worker(num_done: Any, stop: Any) -> None:
+    global _num_done, _stop
+    _num_done, _stop = num_done, stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process sets `stop`
+    warnings.simplefilter("ignore")  # Pillow's do not name the file
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """The workers of a killed process would wait for ever."""
+def _exit_with_parent() -> None:
+    """Without it the workers of a killed process would wait forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
 
 
-def _write_shard(task: Task) -> dict[str, Any]:
-    """Writes one shard, under its name when it is whole, and returns its line of the manifest."""
+def _write_shard(task: ShardTask) -> dict[str, Any]:
+    """Writes one shard, which gets its name when it is complete, and returns its line of the manifest."""
     skipped: Skipped = defaultdict(list)
     count = 0
-    with whole_tar(task.shard) as tar:
+    with atomic_tar(task.shard) as tar:
         for number, picture in enumerate(task.pictures, task.first):
             if _stop.is_set():
-                raise InterruptedError  # for nobody to hear: the main process is on its way out
+                raise InterruptedError  # not reported: the main process is exiting
             try:
                 files = make_sample(task.images, picture, task.settings)
                 count += 1
@@ -341,8 +352,8 @@ def _write_shard(task: Task) -> dict[str, Any]:
                 skipped[bad.reason].append(picture.path)
             for extension, content in files.items():
                 tar.add(f"{number:09d}.{extension}", content)
-            with _done.get_lock():
-                _done.value += 1
+            with _num_done.get_lock():
+                _num_done.value += 1
     return {"shard": task.shard.name, "samples": count, "bytes": tar.size, "skipped": skipped}
 
 
@@ -351,11 +362,15 @@ def _write_shard(task: Task) -> dict[str, Any]:
 
 def pack_shards(
     images: str | os.PathLike, out: str | os.PathLike, settings: Settings | None = None, num_workers: int | None = None
-) -> Packed:
-    """Packs the pictures in `images` into shards in `out`, or goes on with that; see the module's docstring.
+) -> PackResult:
+    """Packs the pictures in `images` into shards in `out`, or continues an earlier run that was stopped.
 
-    `UsageError` for a value out of range, nothing to pack, an `out` that holds anything else or was packed from
-    other files or with other settings, and for what stops it on the way (a full disk): then whole shards stay.
+    Args:
+        num_workers: processes, each of which writes one shard at a time; None for one per CPU.
+
+    Raises:
+        UsageError: a value out of range; nothing to pack; an `out` that contains anything else, or was packed from
+            other files or with other settings; a failure on the way (a full disk), after which completed shards stay.
     """
     images, out, settings = os.path.realpath(images), Path(out), settings or Settings()
     for name, value in (asdict(settings) | {"num_workers": num_workers}).items():
@@ -365,7 +380,7 @@ def pack_shards(
         raise UsageError(f"IMAGES: there is no folder {images}; give the one with the pictures")
     if out.exists() and not (out / MANIFEST).exists():
         if not out.is_dir() or not all(name.startswith(".") for name in os.listdir(out)):
-            raise UsageError(f"OUT {out} is a file, or holds other things; name a new or empty folder")
+            raise UsageError(f"OUT {out} is a file, or contains other files; give a new or empty folder")
 
     pictures, skipped = find_pictures(images, str(out), settings.caption_column)
     digest = hashlib.sha256()
@@ -374,58 +389,58 @@ def pack_shards(
     header = {"settings": asdict(settings), "pictures": len(pictures), "digest": digest.hexdigest(), "skipped": skipped}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        records = _begin(out, header)
-        tasks = [task for task in _deal(images, out, pictures, settings) if task.shard.name not in records]
+        records = _start_manifest(out, header)
+        tasks = [task for task in _plan_shards(images, out, pictures, settings) if task.shard.name not in records]
         with open(out / MANIFEST, "a", encoding="utf-8") as manifest:
             _write_shards(tasks, len(pictures), num_workers or os.cpu_count() or 1, manifest, records)
     except OSError as error:
-        raise UsageError(f"OUT {out}: {error.strerror or error}. {KEPT} when that is mended") from None
+        raise UsageError(f"OUT {out}: {error.strerror or error}. {RESUME_HINT} once that is fixed") from None
     except BrokenProcessPool:
         raise UsageError(
-            f"a worker process died, most likely for want of memory. {KEPT}, with a smaller --num_workers"
+            f"a worker process died, most likely because memory ran out. {RESUME_HINT}, with a smaller --num_workers"
         ) from None
     written = [record for record in records.values() if record["samples"]]
     for record in records.values():
         for reason, names in record["skipped"].items():
             skipped[reason] = sorted(skipped[reason] + names)
     if not written:
-        (out / MANIFEST).unlink()  # or the mended pictures would be refused as others
+        (out / MANIFEST).unlink()  # otherwise it would refuse the pictures once they are fixed
         raise UsageError(f"IMAGES: nothing in {images} can be trained on. Skipped:\n{describe_skipped(skipped)}")
-    return Packed(len(written), sum(r["samples"] for r in written), sum(r["bytes"] for r in written), dict(skipped))
+    return PackResult(len(written), sum(r["samples"] for r in written), sum(r["bytes"] for r in written), dict(skipped))
 
 
-def _deal(images: str, out: Path, pictures: list[Picture], settings: Settings) -> list[Task]:
-    """Shuffles the pictures and cuts them into shards of even length, since training deals these whole."""
+def _plan_shards(images: str, out: Path, pictures: list[Picture], settings: Settings) -> list[ShardTask]:
+    """Shuffles the pictures and cuts them into shards of equal length, since training workers get whole shards."""
     random.Random(settings.seed).shuffle(pictures)
     total = sum(picture.stamp[0] for picture in pictures)
     by_bytes = min(len(pictures), -(-total // (settings.max_shard_mb * 10**6)))
     count = max(-(-len(pictures) // settings.samples_per_shard), by_bytes)
     bounds = [shard * len(pictures) // count for shard in range(count + 1)]
     return [
-        Task(images, out / f"{shard:05d}.tar", first, pictures[first:end], settings)
+        ShardTask(images, out / f"{shard:05d}.tar", first, pictures[first:end], settings)
         for shard, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False))
     ]
 
 
-def _begin(out: Path, header: dict[str, Any]) -> dict[str, dict]:
-    """Writes a clean manifest, and returns its lines by the names of the shards that are there and whole."""
+def _start_manifest(out: Path, header: dict[str, Any]) -> dict[str, dict]:
+    """Writes a clean manifest; returns its lines by the names of the shards that exist and are complete."""
     for partial in out.glob(f".*{PARTIAL}"):
         partial.unlink(missing_ok=True)
     records: dict[str, dict] = {}
     if (out / MANIFEST).exists():
         try:
-            before, *lines = (out / MANIFEST).read_text(encoding="utf-8").split("\n")
-            told = json.loads(before)
-            others = [f"--{name} {value}" for name, value in told["settings"].items()
-                      if value != header["settings"][name]]  # fmt: skip
-            if told["digest"] != header["digest"]:
-                others.append(f"{told['pictures']} pictures, some of which have changed, gone or come since")
+            first, *lines = (out / MANIFEST).read_text(encoding="utf-8").split("\n")
+            earlier = json.loads(first)
+            differences = [f"--{name} {value}" for name, value in earlier["settings"].items()
+                           if value != header["settings"][name]]  # fmt: skip
+            if earlier["digest"] != header["digest"]:
+                differences.append(f"{earlier['pictures']} pictures, some of which were changed, added or removed")
         except (ValueError, LookupError, TypeError, AttributeError):
-            raise UsageError(f"OUT {out}: its {MANIFEST} is not of this program; name another folder") from None
-        if others:
+            raise UsageError(f"OUT {out}: its {MANIFEST} is not from pack_shards; give another folder") from None
+        if differences:
             raise UsageError(
-                f"OUT {out} was begun with {' and '.join(others)}. Name another folder for these pictures and flags, "
-                "or remove that one"
+                f"OUT {out} was started with {' and '.join(differences)}. Give another folder for these pictures and "
+                "flags, or remove that one"
             )
         for line in lines:
             with contextlib.suppress(ValueError, LookupError):  # a kill may have cut the last line
@@ -442,20 +457,20 @@ def _begin(out: Path, header: dict[str, Any]) -> dict[str, dict]:
 
 
 def _write_shards(
-    tasks: list[Task], pictures: int, num_workers: int, manifest: IO[str], records: dict[str, dict]
+    tasks: list[ShardTask], pictures: int, num_workers: int, manifest: IO[str], records: dict[str, dict]
 ) -> None:
-    """Writes the shards, each in one of several processes; adds the whole ones to `manifest` and `records`."""
+    """Writes the shards in several processes; adds the complete ones to `manifest` and `records`."""
     if not tasks:
         return
-    done, stop = multiprocessing.Value("Q", 0), multiprocessing.Event()
-    before = pictures - sum(len(task.pictures) for task in tasks)
-    with ProcessPoolExecutor(min(num_workers, len(tasks)), None, _start_worker, (done, stop)) as pool:
+    num_done, stop = multiprocessing.Value("Q", 0), multiprocessing.Event()
+    earlier = pictures - sum(len(task.pictures) for task in tasks)
+    with ProcessPoolExecutor(min(num_workers, len(tasks)), None, _start_worker, (num_done, stop)) as pool:
         try:
             pending = {pool.submit(_write_shard, task) for task in tasks}
-            with tqdm(desc="packing", unit=" pictures", total=pictures, initial=before, dynamic_ncols=True) as bar:
+            with tqdm(desc="packing", unit=" pictures", total=pictures, initial=earlier, dynamic_ncols=True) as bar:
                 while pending:
                     finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                    bar.update(before + done.value - bar.n)
+                    bar.update(earlier + num_done.value - bar.n)
                     for future in finished:
                         record = future.result()
                         records[record["shard"]] = record
@@ -469,7 +484,9 @@ def _write_shards(
 
 
 def describe_skipped(skipped: Skipped) -> str:
-    """A line for each reason, the most frequent first, with the first names."""
+    """One line per reason, the most frequent first, with the first names."""
     ordered = sorted(skipped.items(), key=lambda item: -len(item[1]))
-    lines = [f"  {len(names)} x {why}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}" for why, names in ordered]
+    lines = [
+        f"  {len(names)} x {reason}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}" for reason, names in ordered
+    ]
     return "\n".join(lines).encode("utf-8", "replace").decode()  # file names need not be UTF-8

@@ -11,7 +11,7 @@ from lcm_distill.data.encoded import Encoding, read_encoding
 from lcm_distill.data.filters import is_filtered
 from lcm_distill.data.preparation import MixedShards, Preparation, prepare_sample
 from lcm_distill.data.raw import UNREADABLE_SHARD, BadSample, RawSample, list_counts, printable
-from lcm_distill.data.shards import SHARD_NEEDS, read_shard
+from lcm_distill.data.shards import SHARD_FORMAT, read_shard
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import SHARDS_FLAG
 
@@ -122,7 +122,7 @@ def inspect_shards(
             f"--caption_column {column} gives nothing to train on{so_far}. Name one of the file extensions or "
             f"JSON keys that there are, or leave the flag out to look in the usual places: {report}"
         )
-    raise UsageError(f"{SHARDS_FLAG} gives nothing to train on{so_far}: {report}\n{SHARD_NEEDS}")
+    raise UsageError(f"{SHARDS_FLAG} gives nothing to train on{so_far}: {report}\n{SHARD_FORMAT}")
 
 
 def _as_encoded(preparation: Preparation, encoding: Encoding | None) -> Preparation:

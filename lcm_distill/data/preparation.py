@@ -1,6 +1,6 @@
-"""From a raw sample to pixels and words: decode, caption, resize and crop, with the true micro-conditioning.
+"""Turns a raw sample into pixels and a caption: decodes, resizes and crops, and records the sizes for SDXL.
 
-An encoded sample (`lcm_distill.data.encoded`) has the moments of its latents in place of pixels, and perhaps the
+An encoded sample (`lcm_distill.data.encoded`) has the moments of its latents in place of pixels, and possibly the
 embeddings of its captions.
 """
 
@@ -14,16 +14,16 @@ from PIL import Image
 
 from lcm_distill.data.captions import check_caption_column, read_captions, read_json
 from lcm_distill.data.decode import check_size, decode_picture
-from lcm_distill.data.encoded import Encoding, OtherEncoding, unpack
+from lcm_distill.data.encoded import Encoding, EncodingMismatch, unpack
 from lcm_distill.data.filters import Filter, parse_filters
 from lcm_distill.data.raw import (
     DAMAGED_LATENTS,
     DUPLICATE_NAME,
     HUGE_FILE,
-    LATENTS,
+    LATENTS_EXTENSION,
     NO_LATENTS,
     NO_PICTURE,
-    PICTURES,
+    PICTURE_EXTENSIONS,
     BadSample,
     RawSample,
     printable,
@@ -31,39 +31,47 @@ from lcm_distill.data.raw import (
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import INTERPOLATIONS, SHARDS_FLAG, PreparationFlags
 
-# Pillow's filter by its name; torchvision, whose names these are, has two kinds of nearest, Pillow one.
-_FILTERS = {name: Image.Resampling[name.removesuffix("_exact").upper()] for name in INTERPOLATIONS}
-with warnings.catch_warnings():  # torch says once in a process that an array is read-only: this is that once
+# The names are torchvision's, which has two kinds of nearest; Pillow has one.
+_RESAMPLING = {name: Image.Resampling[name.removesuffix("_exact").upper()] for name in INTERPOLATIONS}
+with warnings.catch_warnings():  # torch warns once per process that an array is read-only: here, unseen
     warnings.simplefilter("ignore")
     torch.from_numpy(np.frombuffer(bytes(1), np.uint8))
 _TORCH_MODES = {int(Image.Resampling.BILINEAR): "bilinear", int(Image.Resampling.BICUBIC): "bicubic"}
 
 
 class MixedShards(UsageError):
-    """Samples of different kinds are among the shards: pictures, latents, latents of another encoding."""
+    """The shards contain samples of different kinds: pictures, latents, or latents of another encoding.
 
-    def __init__(self, raw: RawSample, what: str):
+    `problem` completes the sentence that begins with the sample's name.
+    """
+
+    def __init__(self, raw: RawSample, problem: str):
         super().__init__(
-            f"{SHARDS_FLAG}: the sample {printable(raw.key)} {what}. Train on shards of pictures, or on encoded ones "
-            "that were all made with the same teacher and flags (python -m lcm_distill.encode_shards)."
+            f"{SHARDS_FLAG}: the sample {printable(raw.key)} {problem}. Train on shards of pictures, or on encoded "
+            "ones that were all made with the same teacher and flags (python -m lcm_distill.encode_shards)."
         )
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What becomes of a sample on the way to pixels and words; `UsageError` for a value that cannot be.
+    """How a sample becomes pixels and a caption.
 
-    resolution: side of the square pictures, pixels.
-    interpolation: one of `flags.INTERPOLATIONS` (Pillow's, all antialiased).
-    center_crop: crop the middle, not a random part.
-    random_flip: mirror every other picture.
-    proportion_empty_prompts: of the captions, 0 to 1.
-    caption_column: a file extension or a JSON key, the only place to take captions from (`check_caption_column`);
-        None for the usual ones.
-    min_image_size: pictures whose shorter side is shorter than this many pixels are left out.
-    filters: what a sample's JSON must satisfy, by `parse_filters`.
-    encoding: of the shards, if they are encoded; the resolution, the interpolation and the crop are then its own.
-    fixed_size: condition on `resolution` as every picture's original size and on no crop, not on its own.
+    Args:
+        resolution: side of the square pictures, pixels.
+        interpolation: one of `flags.INTERPOLATIONS` (Pillow's, all antialiased).
+        center_crop: crop the middle instead of a random part.
+        random_flip: mirror half of the pictures.
+        proportion_empty_prompts: share of the captions that are replaced by the empty one, 0 to 1.
+        caption_column: a file extension or a JSON key, the only place to take captions from
+            (`check_caption_column`); None for the usual places.
+        min_image_size: pictures whose shorter side is shorter than this many pixels are left out.
+        filters: conditions on a sample's JSON, from `parse_filters`.
+        encoding: that of encoded shards, which then has the same resolution, interpolation and crop; None for
+            pictures.
+        fixed_size: condition on `resolution` as the original size of every picture, and on no crop.
+
+    Raises:
+        UsageError: a value out of range.
     """
 
     resolution: int
@@ -79,7 +87,7 @@ class Preparation:
 
     @classmethod
     def from_flags(cls, flags: PreparationFlags) -> "Preparation":
-        """As the flags say; `UsageError` for a filter or a caption column that cannot be."""
+        """The preparation for a group of flags; `UsageError` for an invalid filter or caption column."""
         return cls(
             resolution=flags.resolution,
             interpolation=flags.interpolation_type,
@@ -108,6 +116,8 @@ class Preparation:
 
 @dataclass
 class Sample:
+    """A prepared sample."""
+
     arrays: dict[str, np.ndarray]  # "pixels" uint8 [resolution, resolution, 3]; or "moments" and embeddings, float16
     caption: str
     original_size: tuple[int, int]  # (height, width)
@@ -116,7 +126,7 @@ class Sample:
 
 
 def _size_in_json(meta: dict) -> tuple[int, int] | None:
-    """(height, width) before the dataset's maker shrank the picture, if the JSON tells it in a known way."""
+    """(height, width) before the author of the dataset shrank the picture, if the JSON has them under known keys."""
 
     def side(key: str) -> int:
         value = meta.get(key)
@@ -133,23 +143,25 @@ def _size_in_json(meta: dict) -> tuple[int, int] | None:
 def resize_and_crop(
     image: Image.Image, *, true_size: tuple[int, int], resolution: int, resample: int, top: float, left: float
 ) -> tuple[np.ndarray, tuple[int, int], int]:
-    """The shorter side to `resolution`, then a square crop.
+    """Resizes the shorter side to `resolution`, then crops a square.
 
     Args:
-        image: RGB, at its true size, or decoded at a smaller one.
-        true_size: (height, width), which the resized picture's shape comes from.
-        top, left: where the crop lies, from 0 (first row or column) to 1 (last), exclusive.
+        image: RGB, at its true size or decoded at a smaller one.
+        true_size: (height, width), from which the shape of the resized picture is computed.
+        resolution: side of the square, pixels.
+        resample: one of Pillow's filters.
+        top, left: place of the crop, from 0 (first row or column) to 1 (last), exclusive.
 
     Returns:
         the square picture, uint8 [resolution, resolution, 3]; (top, left) of the crop in pixels of the resized
-        picture; that picture's width.
+        picture; the width of the resized picture.
     """
     short = min(true_size)
     height, width = (resolution * side // short for side in true_size)
     y = int(top * (height - resolution + 1))
     x = int(left * (width - resolution + 1))
     mode = _TORCH_MODES.get(resample)
-    if mode is not None and max(height, width) <= 4 * resolution:  # a ribbon's other end is not worth resizing
+    if mode is not None and max(height, width) <= 4 * resolution:  # resizing all of a very long picture costs more
         square = _resize(image, height, width, mode)[y : y + resolution, x : x + resolution]
     else:
         per_x, per_y = image.width / width, image.height / height
@@ -160,24 +172,24 @@ def resize_and_crop(
 
 
 def _resize(image: Image.Image, height: int, width: int, mode: str) -> np.ndarray:
-    """uint8 [height, width, 3], within some grey levels of Pillow's resize, in a third of its time (with AVX2)."""
+    """uint8 [height, width, 3], within a few grey levels of Pillow's resize, in a third of its time (with AVX2)."""
     pixels = torch.from_numpy(np.asarray(image))
-    resized = torch.nn.functional.interpolate(  # permuted in this order it is taken for channels-last, and not copied
+    resized = torch.nn.functional.interpolate(  # permuted like this, it counts as channels-last and is not copied
         pixels[None].permute(0, 3, 1, 2), (height, width), mode=mode, antialias=True, align_corners=False
     )
     return resized[0].permute(1, 2, 0).numpy()
 
 
 def prepare_sample(raw: RawSample, preparation: Preparation, *, draws: np.ndarray) -> Sample:
-    """Decode, resize, crop and flip the picture, and choose the caption; or unpack what was encoded.
+    """Decodes, resizes, crops and flips the picture and chooses a caption, or unpacks an encoded sample.
 
     Args:
-        draws: float64 [5] in [0, 1): top, left, flip, which caption, empty caption. All are always drawn, so that
-            switching one option on changes none of the others.
+        draws: float64 [5] in [0, 1): top, left, flip, which caption, empty caption. All five are always drawn, so
+            that switching one option on does not change the others.
 
     Raises:
         BadSample: the sample cannot be used.
-        MixedShards: it is of another kind than `preparation` is for.
+        MixedShards: the sample is of another kind than `preparation` is for.
     """
     if raw.duplicate:
         raise BadSample(DUPLICATE_NAME)
@@ -193,9 +205,9 @@ def prepare_sample(raw: RawSample, preparation: Preparation, *, draws: np.ndarra
     flipped = preparation.random_flip and flip < 0.5
     number = None if empty < preparation.proportion_empty_prompts else int(which * len(captions))
     if preparation.encoding is not None:
-        sample = _unpacked(raw, content, preparation, flipped, number, len(captions))
+        sample = _unpack_sample(raw, content, preparation, flipped, number, len(captions))
     else:
-        sample = _decoded(content, preparation, top, left, flipped)
+        sample = _decode_sample(content, preparation, top, left, flipped)
         sample.original_size = _size_in_json(meta) or sample.original_size
     sample.caption = "" if number is None else captions[number]
     if preparation.fixed_size:
@@ -204,8 +216,9 @@ def prepare_sample(raw: RawSample, preparation: Preparation, *, draws: np.ndarra
 
 
 def _picture_or_latents(raw: RawSample, encoding: Encoding | None) -> bytes:
-    """The file that `encoding` asks for; `MixedShards` if the other is there instead."""
-    picture, latents = next((raw.files[e] for e in PICTURES if e in raw.files), None), raw.files.get(LATENTS)
+    """The content of the file that `encoding` asks for; `MixedShards` if the sample has the other instead."""
+    picture = next((raw.files[extension] for extension in PICTURE_EXTENSIONS if extension in raw.files), None)
+    latents = raw.files.get(LATENTS_EXTENSION)
     if encoding is None:
         if picture is None:
             if latents is not None:
@@ -219,8 +232,8 @@ def _picture_or_latents(raw: RawSample, encoding: Encoding | None) -> bytes:
     return latents
 
 
-def _decoded(content: bytes, preparation: Preparation, top: float, left: float, flipped: bool) -> Sample:
-    """The sample of a picture's file, still without a caption."""
+def _decode_sample(content: bytes, preparation: Preparation, top: float, left: float, flipped: bool) -> Sample:
+    """The sample of a picture's file, without its caption."""
     resolution = preparation.resolution
     image, true_size = decode_picture(content, resolution=resolution, min_image_size=preparation.min_image_size)
     if preparation.center_crop:
@@ -229,7 +242,7 @@ def _decoded(content: bytes, preparation: Preparation, top: float, left: float, 
         image,
         true_size=true_size,
         resolution=resolution,
-        resample=_FILTERS[preparation.interpolation],
+        resample=_RESAMPLING[preparation.interpolation],
         top=top,
         left=left,
     )
@@ -239,18 +252,30 @@ def _decoded(content: bytes, preparation: Preparation, top: float, left: float, 
     return Sample({"pixels": square}, "", original_size=true_size, crop_top_left=(y, x), picture_size=true_size)
 
 
-def _unpacked(
+def _unpack_sample(
     raw: RawSample, content: bytes, preparation: Preparation, flipped: bool, number: int | None, captions: int
 ) -> Sample:
-    """The sample of an encoded picture's file, still without a caption, but with the embeddings of the `number`-th."""
+    """The sample of an encoded picture's file, without its caption, but with the embeddings of caption `number`.
+
+    `number` None is the empty caption; `captions` is how many the sample has.
+    """
     encoding = preparation.encoding
     assert encoding is not None
     try:
-        parts = unpack(content, encoding, mirrored=flipped, captions=captions)
-    except OtherEncoding:
-        raise MixedShards(raw, "was encoded in another way than others") from None
+        encoded = unpack(content, encoding, mirrored=flipped, captions=captions)
+    except EncodingMismatch:
+        raise MixedShards(raw, "was encoded with other settings than others") from None
     except ValueError:
         raise BadSample(DAMAGED_LATENTS) from None
-    check_size(parts.picture_size, preparation.min_image_size)
-    chosen = encoding.empty_caption if number is None else {name: e[number] for name, e in parts.embeddings.items()}
-    return Sample({"moments": parts.moments} | chosen, "", parts.original_size, parts.crop_top_left, parts.picture_size)
+    check_size(encoded.picture_size, preparation.min_image_size)
+    if number is None:
+        embeddings = encoding.empty_caption
+    else:
+        embeddings = {name: of_captions[number] for name, of_captions in encoded.embeddings.items()}
+    return Sample(
+        {"moments": encoded.moments} | embeddings,
+        "",
+        original_size=encoded.original_size,
+        crop_top_left=encoded.crop_top_left,
+        picture_size=encoded.picture_size,
+    )

@@ -1,14 +1,13 @@
-"""A sample before it is decoded: its files, the kinds of files there are, and why a sample is left out."""
+"""A sample before it is decoded: its files, the known kinds of files, and the reasons to leave a sample out."""
 
 from dataclasses import dataclass, field
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "avif", "jfif", "bmp", "gif", "tif", "tiff")
-LATENTS = "latents.safetensors"  # in place of a picture: `lcm_distill.data.encoded`
-# What other readers unpickle or run: never read here, not even as the text of a caption.
-CODE_BEARING = frozenset("pyd pkl pickle dill joblib pth pt ckpt bin npy npz ten tb py pyc sh so dll exe".split())
+PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "avif", "jfif", "bmp", "gif", "tif", "tiff")
+LATENTS_EXTENSION = "latents.safetensors"  # in place of a picture: `lcm_distill.data.encoded`
+# What other readers unpickle or run. Never read here, not even as the text of a caption.
+CODE_EXTENSIONS = frozenset("pyd pkl pickle dill joblib pth pt ckpt bin npy npz ten tb py pyc sh so dll exe".split())
 
-
-# Why a sample is left out.
+# Why a sample is left out. These are stored in the shards of `encode_shards` and the manifests of `pack_shards`.
 NO_PICTURE = "no picture (.jpg, .png, .webp or another known kind)"
 NO_CAPTION = "no caption (.txt, .text, .caption or a JSON caption)"
 CAPTION_NOT_UTF8 = "caption is not UTF-8"
@@ -23,7 +22,7 @@ DAMAGED_LATENTS = "latents are damaged, or not what the shard says"
 
 
 class BadSample(Exception):
-    """This sample is not used; `reason` is one of the constants above, of `caption_reasons`, or a filter's."""
+    """A sample that cannot be used; `reason` is a constant above, one of `caption_reasons`, or a filter's."""
 
     def __init__(self, reason: str):
         super().__init__(reason)
@@ -36,10 +35,10 @@ class RawSample:
 
     key: str
     files: dict[str, bytes] = field(default_factory=dict)
-    duplicate: bool = False  # a name came twice: which caption goes with which picture cannot be known
-    too_large: bool = False  # one of its files was left unread
-    end: int | None = None  # the byte of the shard from which on the other samples are read; None: not known
-    last: bool = False  # the shard ends with it
+    duplicate: bool = False  # a name came twice, so it is unknown which caption belongs to which picture
+    too_large: bool = False  # one of its files was too large to be read
+    end: int | None = None  # the byte of the shard at which the next sample begins; None: not known
+    last: bool = False  # it is the last of its shard
 
     @property
     def nbytes(self) -> int:
@@ -47,15 +46,15 @@ class RawSample:
 
 
 def list_counts(counts: dict[str, int]) -> str:
-    """ "3 x .jpg, 1 x .txt", the most frequent first, at most twenty kinds; "nothing" for none."""
+    """ "3 x .jpg, 1 x .txt", the most frequent first, at most twenty kinds; "nothing" if there are none."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    listed = [f"{count} x {printable(what)}" for what, count in ordered[:20]]
+    listed = [f"{count} x {printable(name)}" for name, count in ordered[:20]]
     if ordered[20:]:
         listed.append(f"{len(ordered) - 20} more kinds")
     return ", ".join(listed) or "nothing"
 
 
 def printable(text: str) -> str:
-    """Names in a hostile tar may hold what no terminal can show, what it would obey, or a megabyte."""
+    """At most 200 characters of `text`, without control characters: names in a hostile tar can be anything."""
     shown = "".join(character if character.isprintable() else "?" for character in text[:200])
     return shown + "..." * (len(text) > 200)

@@ -1,9 +1,9 @@
-"""Which shards there are, and their files as raw samples: bytes, not decoded.
+"""Finds shards, and reads their files as raw samples: bytes that are not decoded yet.
 
     shards = expand_shards("data/{000..010}.tar")
-    for raw in read_shard(shards[0]): ...               # through lcm_distill.data.sources
+    for raw in read_shard(shards[0]): ...               # opened by lcm_distill.data.sources
 
-Nothing in a shard is executed: only files whose extension is wanted are kept, as bytes.
+Nothing in a shard is executed: only files with known extensions are read, as bytes.
 """
 
 import glob
@@ -18,8 +18,8 @@ from typing import BinaryIO
 from braceexpand import braceexpand
 
 from lcm_distill.data.captions import caption_files, check_caption_column
-from lcm_distill.data.raw import LATENTS, PICTURES, RawSample, list_counts
-from lcm_distill.data.sources import expand_url, local_path, open_shard, why_not
+from lcm_distill.data.raw import LATENTS_EXTENSION, PICTURE_EXTENSIONS, RawSample, list_counts
+from lcm_distill.data.sources import expand_url, find_problem, local_path, open_shard
 from lcm_distill.data.tar import TarReader
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import SHARDS_FLAG
@@ -29,16 +29,16 @@ logger = logging.getLogger(__name__)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 LIST_SUFFIXES = (".txt", ".list", ".lst")
 
-MAX_FILE_BYTES = 256 * 2**20  # a larger picture is not read,
-MAX_TEXT_BYTES = 4 * 2**20  # nor a larger caption or JSON
+MAX_FILE_BYTES = 256 * 2**20  # larger pictures are not read
+MAX_TEXT_BYTES = 4 * 2**20  # nor are larger captions and JSON files
 
-
-SHARD_NEEDS = (
+# For error messages.
+SHARD_FORMAT = (
     "A shard is a tar in which the files of a sample share a name and stand next to each other: 0001.jpg (or .png, "
     '.webp, .avif, .bmp, .gif, .tif) with 0001.txt (or .text, .caption, or 0001.json with a "caption" or "text"); '
     "--caption_column names another extension or JSON key. "
     "An extension is what follows the first dot of a name: write a_b.jpg, not a.b.jpg. "
-    "To make shards of a folder of pictures: python -m lcm_distill.pack_shards FOLDER OUT"
+    "To make shards from a folder of pictures: python -m lcm_distill.pack_shards FOLDER OUT"
 )
 
 
@@ -46,19 +46,19 @@ def expand_shards(spec: str | None) -> list[str]:
     """The shards that `--train_shards_path_or_url` names, in a fixed order.
 
     Args:
-        spec: a tar, a brace pattern (`data/{000..010}.tar`), a glob, a folder (its `.tar`, `.tar.gz` and `.tgz`,
-            or, if it has none, those of the folders in it), a list file (`.txt`: one of these on each line; `#`
-            begins a comment), a URL or a `pipe:` command (braces expanded; remote folders, which end in `/`, and
-            globs are listed where fsspec can), or several of these with `::` between them.
+        spec: a tar, a brace pattern (`data/{000..010}.tar`), a glob, a folder (its `.tar`, `.tar.gz` and `.tgz`
+            files, or, if it has none, those of its subfolders), a list file (`.txt`: one of these on each line; `#`
+            begins a comment), a URL or a `pipe:` command (braces are expanded; remote folders, which end in `/`,
+            and globs are listed if fsspec can), or several of these joined by `::`.
 
     Raises:
         UsageError: nothing given, a local path that does not exist, a folder or list without tars, unbalanced
-            braces, or a URL that nothing here opens.
+            braces, or a URL that no installed package opens.
     """
     parts = [part.strip() for part in (spec or "").split("::") if part.strip()]
     if not parts:
         raise UsageError(
-            f"{SHARDS_FLAG} is missing. Give it tar shards: a file, a pattern such as 'data/{{000..010}}.tar', "
+            f"{SHARDS_FLAG} is missing. Give tar shards: a file, a pattern such as 'data/{{000..010}}.tar', "
             "a folder of tars, a URL, or a 'pipe:' command."
         )
     return [shard for part in parts for shard in _expand_one(part)]
@@ -73,11 +73,11 @@ def _expand_one(spec: str) -> list[str]:
     for name in names:
         path = local_path(name)
         if path is None:
-            found += _remote(name)
+            found += _list_remote(name)
         elif os.path.isdir(path):
-            found += _tars_in(path)
+            found += _find_tars(path)
         elif os.path.isfile(path) and path.lower().endswith(LIST_SUFFIXES):
-            found += _listed_in(path)
+            found += _read_list(path)
         elif os.path.exists(path):
             found.append(path)
         else:
@@ -89,37 +89,40 @@ def _expand_one(spec: str) -> list[str]:
     if missing:
         raise UsageError(
             f"{SHARDS_FLAG}: {len(missing)} of the {len(names)} paths of {spec!r} not found, the first is "
-            f"{missing[0]}. "
-            f"{_describe_folder(os.path.dirname(missing[0]))} Correct the path; relative ones start at {os.getcwd()}."
+            f"{missing[0]}. {_describe_folder(os.path.dirname(missing[0]))} Correct the path; relative ones start at "
+            f"{os.getcwd()}."
         )
     return found
 
 
-def _remote(url: str) -> list[str]:
-    problem = why_not(url)
-    if problem:
+def _list_remote(url: str) -> list[str]:
+    problem = find_problem(url)
+    if problem is not None:
         raise UsageError(f"{SHARDS_FLAG}: {problem}")
     try:
         found = expand_url(url, TAR_SUFFIXES)
     except Exception as error:  # noqa: BLE001 - each file system has errors of its own
-        raise UsageError(f"{SHARDS_FLAG}: {url} cannot be listed: {error}") from None
+        raise UsageError(
+            f"{SHARDS_FLAG}: {url} cannot be listed: {error}. Check the URL and your access to it, or name the shards "
+            "themselves."
+        ) from None
     if not found:
-        raise UsageError(f"{SHARDS_FLAG}: {url} matches no .tar, .tar.gz or .tgz.")
+        raise UsageError(f"{SHARDS_FLAG}: {url} matches no .tar, .tar.gz or .tgz; correct the URL.")
     return found
 
 
-def _listed_in(path: str) -> list[str]:
-    """The shards of a list file: one entry on each line, relative paths start at the list's folder."""
+def _read_list(path: str) -> list[str]:
+    """The shards of a list file: one entry per line; relative paths start at the list's folder."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             lines = [line.strip() for line in file]
     except UnicodeDecodeError:
         raise UsageError(
-            f"{SHARDS_FLAG}: {path} should be a list of shards, one on each line, but is not text."
+            f"{SHARDS_FLAG}: {path} should be a list of shards, one per line, but is not a text file."
         ) from None
     entries = [line for line in lines if line and not line.startswith("#")]
     if not entries:
-        raise UsageError(f"{SHARDS_FLAG}: the list {path} is empty.")
+        raise UsageError(f"{SHARDS_FLAG}: the list {path} is empty; write one shard per line.")
     found = []
     for entry in entries:
         if entry.lower().endswith(LIST_SUFFIXES):
@@ -129,23 +132,25 @@ def _listed_in(path: str) -> list[str]:
     return found
 
 
-def _tars_in(folder: str) -> list[str]:
-    def tars(where: str, names: list[str]) -> list[str]:
-        visible = (name for name in names if not name.startswith("."))
-        return [os.path.join(where, name) for name in visible if name.lower().endswith(TAR_SUFFIXES)]
+def _find_tars(folder: str) -> list[str]:
+    """The tars directly in `folder`, or, if there are none, those of its subfolders."""
 
-    found = sorted(tars(folder, os.listdir(folder)))
+    def pick_tars(parent: str, names: list[str]) -> list[str]:
+        visible = (name for name in names if not name.startswith("."))
+        return [os.path.join(parent, name) for name in visible if name.lower().endswith(TAR_SUFFIXES)]
+
+    found = sorted(pick_tars(folder, os.listdir(folder)))
     if not found:
-        found = sorted(path for where, _, names in os.walk(folder) for path in tars(where, names))
+        found = sorted(path for parent, _, names in os.walk(folder) for path in pick_tars(parent, names))
     if not found:
         raise UsageError(
-            f"{SHARDS_FLAG}: no .tar, .tar.gz or .tgz in {folder}. {_describe_folder(folder)} {SHARD_NEEDS}"
+            f"{SHARDS_FLAG}: no .tar, .tar.gz or .tgz in {folder}. {_describe_folder(folder)} {SHARD_FORMAT}"
         )
     return found
 
 
 def _describe_folder(folder: str) -> str:
-    """What there is at `folder`, or at the nearest folder above it, in one sentence."""
+    """What `folder`, or the nearest folder above it that exists, contains, in one sentence."""
     folder = folder or "."
     if not os.path.isdir(folder):
         return f"There is no folder {folder}. " + _describe_folder(os.path.dirname(folder.rstrip("/")) or ".")
@@ -155,20 +160,20 @@ def _describe_folder(folder: str) -> str:
         return f"The folder {folder} is empty."
     kinds = Counter("folder" if n.endswith("/") else os.path.splitext(n)[1] or "other file" for n in found)
     names = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-    return f"The folder {folder} holds {list_counts(kinds)} ({names})."
+    return f"The folder {folder} contains {list_counts(kinds)} ({names})."
 
 
 def _has_parts(sample: RawSample, caption_column: str | None) -> bool:
-    """It has a picture, or one's latents, and something to take a caption from."""
-    pictures, captions = (*PICTURES, LATENTS), caption_files(caption_column)
+    """Whether the sample has a picture, or its latents, and a file that may hold a caption."""
+    pictures, captions = (*PICTURE_EXTENSIONS, LATENTS_EXTENSION), caption_files(caption_column)
     return any(e in sample.files for e in pictures) and any(e in sample.files for e in captions)
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """(key, extension in lower case) of a file in a tar, split at the first dot of its name as webdataset does.
+    """(key, extension in lower case) of a file in a tar, split at the first dot of its base name, as webdataset does.
 
-    Two empty strings for a name without a dot, or with one at its start. (webdataset's regular expression takes
-    hours for some names.)
+    Two empty strings for a name that has no dot or starts with one. (webdataset's own regular expression takes hours
+    for some names.)
     """
     folder, slash, name = name.rpartition("/")
     stem, _, extension = name.partition(".")
@@ -177,18 +182,18 @@ def _split_name(name: str) -> tuple[str, str]:
 
 @dataclass
 class _Member:
-    """A wanted file of a tar; `content` is None if it is too large to be read."""
+    """A file of a sample in a tar; `content` is None if it is too large to be read."""
 
     name: str
     content: bytes | None
-    start: int | None  # the byte where its header begins, if the tar is not compressed
+    start: int | None  # the byte at which its header begins; None for a compressed tar
 
 
-def _group(files: Iterable[_Member], caption_column: str | None) -> Iterator[RawSample]:
-    """Consecutive files of one key make a sample (webdataset's own grouping raises on duplicates or mixes them)."""
+def _group_by_key(members: Iterable[_Member], caption_column: str | None) -> Iterator[RawSample]:
+    """Consecutive files with the same key are a sample (webdataset's grouping raises on duplicates or mixes them)."""
     sample = None
     try:
-        for member in files:
+        for member in members:
             key, extension = _split_name(member.name)
             if sample is None or key != sample.key:
                 if sample is not None:
@@ -204,7 +209,7 @@ def _group(files: Iterable[_Member], caption_column: str | None) -> Iterator[Raw
                 if sample.nbytes > MAX_FILE_BYTES:
                     sample.files, sample.too_large = {}, True
     except Exception:
-        # The tar is cut. Its last sample is good if it was whole by then; otherwise it is part of the damage.
+        # The tar is damaged from here on. A last sample that has all parts is good; otherwise it is part of the damage.
         if sample is not None and _has_parts(sample, caption_column):
             yield sample
         raise
@@ -213,54 +218,59 @@ def _group(files: Iterable[_Member], caption_column: str | None) -> Iterator[Raw
         yield sample
 
 
-def _members(file: BinaryIO, *, offset: int, wanted: Callable[[str], bool]) -> Iterator[_Member]:
-    """The wanted regular files of a tar in their order; `file` stands at `offset`."""
+def _read_members(file: BinaryIO, *, offset: int, is_needed: Callable[[str], bool]) -> Iterator[_Member]:
+    """The needed regular files of a tar, in order; the position of `file` is `offset`."""
     tar = TarReader(file, offset)
     for entry in tar:
-        if not entry.readable or not wanted(entry.name):
+        if not entry.readable or not is_needed(entry.name):
             continue
         start = None if tar.compressed else entry.start
-        if entry.size > (MAX_FILE_BYTES if entry.name.lower().endswith((*PICTURES, LATENTS)) else MAX_TEXT_BYTES):
-            yield _Member(entry.name, None, start)
-        else:
-            yield _Member(entry.name, tar.content(), start)
+        is_text = not entry.name.lower().endswith((*PICTURE_EXTENSIONS, LATENTS_EXTENSION))
+        too_large = entry.size > (MAX_TEXT_BYTES if is_text else MAX_FILE_BYTES)
+        yield _Member(entry.name, None if too_large else tar.content(), start)
 
 
 def read_shard(
     shard: str, *, caption_column: str | None = None, extensions: Counter | None = None, offset: int = 0
 ) -> Iterator[RawSample]:
-    """The samples of a shard in file order, undecoded; of what is no picture, latents, caption or JSON nothing is read.
+    """Yields the samples of a shard in file order, undecoded.
+
+    Files other than pictures, latents, captions and JSON are not read.
 
     Args:
         shard: a path, URL or `pipe:` command, as `open_shard` takes it.
-        caption_column: where the caption is, as `check_caption_column` gives it; None for the usual places.
-        extensions: if given, counts the extensions of all files passed, the unread ones too.
-        offset: 0, or the `end` of an earlier sample: read what comes after it.
+        caption_column: where the caption is, as returned by `check_caption_column`; None for the usual places.
+        extensions: if given, counts the extensions of all files, also of those that are not read.
+        offset: 0, or the `end` of an earlier sample, to read what comes after it.
 
     Raises:
-        Exception: what opener and tar reader raise (many kinds), after the samples that could be read.
+        Exception: whatever opener and tar reader raise (many types), after the samples that could be read.
     """
-    needed = frozenset((*PICTURES, LATENTS, *caption_files(caption_column)))
+    needed = _needed_extensions(caption_column)
 
-    def wanted(name: str) -> bool:
+    def is_needed(name: str) -> bool:
         _, extension = _split_name(name)
         if extension and extensions is not None:
             extensions[extension] += 1
         return extension in needed
 
     with open_shard(shard, offset) as file:
-        yield from _group(_members(file, offset=offset, wanted=wanted), caption_column)
+        yield from _group_by_key(_read_members(file, offset=offset, is_needed=is_needed), caption_column)
+
+
+def _needed_extensions(caption_column: str | None) -> frozenset[str]:
+    return frozenset((*PICTURE_EXTENSIONS, LATENTS_EXTENSION, *caption_files(caption_column)))
 
 
 def count_samples(shards: list[str], *, caption_column: str | None = None) -> int | None:
-    """How many samples the shards hold, from the tar headers alone; None if a shard is not on a local file system.
+    """The number of samples in the shards, from the tar headers alone; None if a shard is not on a local file system.
 
     Counts samples with a picture (or its latents) and a caption file (that of `--caption_column`, if given) or a JSON;
-    whether they decode, and whether the JSON has a caption, is not known here. What cannot be read counts as nothing.
-    Takes about a second for 10,000 samples; a compressed tar has to be unpacked for it.
+    whether they decode, and whether the JSON has a caption, is not checked. What cannot be read is not counted.
+    Takes about a second for 10,000 samples; compressed tars have to be decompressed for it.
     """
     column = check_caption_column(caption_column)
-    needed = frozenset((*PICTURES, LATENTS, *caption_files(column)))
+    needed = _needed_extensions(column)
     total = 0
     for shard in shards:
         path = local_path(shard)
@@ -269,8 +279,8 @@ def count_samples(shards: list[str], *, caption_column: str | None = None) -> in
         try:
             with open_shard(path) as file:
                 names = (entry.name for entry in TarReader(file) if entry.readable)
-                wanted = (_Member(name, b"", None) for name in names if _split_name(name)[1] in needed)
-                for sample in _group(wanted, column):
+                members = (_Member(name, b"", None) for name in names if _split_name(name)[1] in needed)
+                for sample in _group_by_key(members, column):
                     total += _has_parts(sample, column) and not sample.duplicate
         except Exception as error:  # noqa: BLE001 - as in the stream
             logger.warning("%s cannot be read to its end: %s", shard, error)

@@ -25,7 +25,7 @@ from lcm_distill.data.encoded import HEADER, read_encoding, unpack
 from lcm_distill.data.filters import FILTERED, parse_filters
 from lcm_distill.data.preflight import inspect_shards
 from lcm_distill.data.preparation import Preparation
-from lcm_distill.data.raw import DAMAGED_LATENTS, LATENTS, NO_CAPTION, NO_LATENTS, NOT_A_PICTURE
+from lcm_distill.data.raw import DAMAGED_LATENTS, LATENTS_EXTENSION, NO_CAPTION, NO_LATENTS, NOT_A_PICTURE
 from lcm_distill.data.shards import count_samples, expand_shards, read_shard
 from lcm_distill.data.stream import ShardStream, StreamIterator, make_loader
 from lcm_distill.encode_shards import DROPPED, encode_shards, main, output_names
@@ -144,7 +144,7 @@ def test_a_random_crop_is_where_the_shard_says(pictures, latents, teacher, mirro
     vae = sd.load_frozen(Teacher(teacher), device="cpu", dtype=torch.float32).vae
     corners = Counter()
     for raw in itertools.chain.from_iterable(map(read_shard, latents)):
-        arrays = load_bytes(raw.files[LATENTS])
+        arrays = load_bytes(raw.files[LATENTS_EXTENSION])
         picture = Image.open(io.BytesIO(originals[raw.key].files["png"]))
         (height, width), (top, left) = picture.size[::-1], arrays["sizes"][1].tolist()
         assert arrays["sizes"][2].tolist() == [height, width]
@@ -225,7 +225,7 @@ def test_a_shard_is_the_one_it_was_made_of(pictures, latents):
         assert next(iter(new)) == HEADER
         header = json.loads(new.pop(HEADER))
         assert (header["resolution"], header["center_crop"], header["random_flip"]) == (32, False, True)
-        assert list(new) == [name.replace("png", LATENTS) for name in old]
+        assert list(new) == [name.replace("png", LATENTS_EXTENSION) for name in old]
         assert all(new[name] == content for name, content in old.items() if not name.endswith("png"))
     assert count_samples(latents) == 10
 
@@ -388,8 +388,8 @@ def test_shards_of_several_kinds_are_refused(pictures, latents, with_captions, t
     for first, second, words in (
         (of_pictures, latents, "is encoded, and others are pictures"),
         (latents, of_pictures, "is a picture, and others are encoded"),
-        (latents, crops, "was encoded in another way than others"),
-        (latents, with_captions, "was encoded in another way than others"),
+        (latents, crops, "was encoded with other settings than others"),
+        (latents, with_captions, "was encoded with other settings than others"),
     ):
         with pytest.raises(UsageError, match=words) as preflight:
             inspect_shards([first[0], second[1]], PREPARATION)
@@ -492,7 +492,7 @@ ONE_SIDED = ("wrong shape", "wrong dtype", "NaN", "infinite", "no mirror image")
 def test_hostile_latents_are_dropped_with_a_reason(latents, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     good = contents(latents[0])
-    name = f"deep/0_1.{LATENTS}"
+    name = f"deep/0_1.{LATENTS_EXTENSION}"
     shard = changed(latents[0], tmp_path / "0.tar", {name: HOSTILE[kind](load_bytes(good[name]))})
     preparation = dataclasses.replace(PREPARATION, random_flip=True)
     iterator = StreamIterator(stream_of([shard], preparation, batch_size=1), worker=0, workers=0)
@@ -512,7 +512,7 @@ def test_hostile_latents_are_dropped_with_a_reason(latents, tmp_path, monkeypatc
 def test_arrays_are_found_wherever_they_lie_in_the_file(latents):
     """Files of one shape share a header; those of other writers have more in them, and it elsewhere."""
     encoding = read_encoding(latents[0])
-    content = next(content for name, content in contents(latents[0]).items() if name.endswith(LATENTS))
+    content = next(content for name, content in contents(latents[0]).items() if name.endswith(LATENTS_EXTENSION))
     arrays = load_bytes(content)
     others = {"moments": arrays["moments"] + 1}
     more = {"another": np.arange(7.0)}  # float64: comes first
@@ -528,7 +528,7 @@ def test_arrays_are_found_wherever_they_lie_in_the_file(latents):
 def test_embeddings_that_do_not_fit_the_captions_are_dropped(with_captions, tmp_path):
     """Someone edited the captions: which embedding is whose cannot be known."""
     changes = {"0_0.txt": b"", "0_1.json": json.dumps({"caption": ["a", "b"]}).encode(), "0_1.txt": None}
-    shard = changed(with_captions[0], tmp_path / "0.tar", changes | {f"0_2.{LATENTS}": None})
+    shard = changed(with_captions[0], tmp_path / "0.tar", changes | {f"0_2.{LATENTS_EXTENSION}": None})
     stream = stream_of([shard], shuffle_window=1, batch_size=1)
     assert next(iter(stream))["dropped"] == {NO_CAPTION: 1, DAMAGED_LATENTS: 1, NO_LATENTS: 1}
 
@@ -596,7 +596,7 @@ def test_other_text_encoders_are_refused(family, pictures, teachers, tmp_path):
         shutil.copy(Path(teachers[family]) / path.relative_to(folder), path)
         check_encoding(encoding, Teacher(str(folder)), fingerprint)
         index = folder / "model_index.json"
-        zeros = not sdxl.forces_zeros(Teacher(str(folder)))
+        zeros = not sdxl.uses_zeros_for_empty_caption(Teacher(str(folder)))
         index.write_text(json.dumps(json.loads(index.read_text()) | {"force_zeros_for_empty_prompt": zeros}))
         with pytest.raises(UsageError, match="other text encoders"):
             check_encoding(encoding, Teacher(str(folder)), fingerprint)

@@ -380,7 +380,7 @@ def test_mistakes_name_the_remedy(tmp_path):
     write_jsonl(images, {"file_name": "a.png", "text": "an a"}, {"image": "b.png", "text": "a b"})
     refused(r"metadata.jsonl cannot be used: no file_name.*b\.png")
     (images / "metadata.jsonl").write_text('{"file_name": "a.png"}\n{"file_na')
-    refused("metadata.jsonl cannot be used: .*Mend row 1 or the next")
+    refused("metadata.jsonl cannot be used: .*Fix row 1 or the next")
     (images / "metadata.jsonl").write_bytes(b'{"file_name": "a.png", "text": "\xff"}\n')
     refused("metadata.jsonl cannot be used: .*utf-8")
 
@@ -400,7 +400,7 @@ def test_shards_inside_the_images_are_not_packed(tmp_path):
     save(images / "out" / "stray.png", caption="stray")
     pictures, _ = find_pictures(str(images), str(images / "out"))
     assert [p.path for p in pictures] == ["000.png", "001.png", "002.png"]
-    with pytest.raises(UsageError, match="holds other things"):
+    with pytest.raises(UsageError, match="contains other files"):
         pack(images, images)
 
 
@@ -508,15 +508,15 @@ def test_other_settings_or_files_are_refused(tmp_path):
             pack(images, tmp_path / "out", **{"samples_per_shard": 2} | settings)
         assert contents(tmp_path / "out") == before
 
-    refused("begun with --samples_per_shard 2 and --seed 0. Name another folder", samples_per_shard=3, seed=1)
+    refused("was started with --samples_per_shard 2 and --seed 0. Give another folder", samples_per_shard=3, seed=1)
     (images / "000.txt").write_text("edited: other")
-    refused("begun with 4 pictures, some of which have changed, gone or come since")
+    refused("was started with 4 pictures, some of which were changed, added or removed")
     save(images / "new.png", caption="new")
-    refused("begun with 4 pictures")
+    refused("was started with 4 pictures")
     (tmp_path / "out" / MANIFEST).write_text("{}")
-    refused("is not of this program")
+    refused("is not from pack_shards")
     (tmp_path / "out" / MANIFEST).unlink()
-    refused("holds other things; name a new or empty folder")
+    refused("contains other files; give a new or empty folder")
 
 
 def test_a_file_that_goes_away_stops_the_packing(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from lcm_distill.data.decode import decode_picture
 from lcm_distill.data.filters import FILTERED, parse_filters
 from lcm_distill.data.preflight import inspect_shards
 from lcm_distill.data.preparation import Preparation, resize_and_crop
-from lcm_distill.data.raw import CODE_BEARING, PICTURES
+from lcm_distill.data.raw import CODE_EXTENSIONS, PICTURE_EXTENSIONS
 from lcm_distill.data.shards import count_samples, expand_shards
 from lcm_distill.data.stream import DropCounter, ShardStream, StreamIterator, deal_shards, make_loader
 from lcm_distill.errors import UsageError
@@ -586,7 +586,7 @@ def test_a_large_jpeg_is_decoded_small_and_shows_the_same():
     assert size == (1801, 1200) and upright.size == (150, 226)
 
 
-@pytest.mark.parametrize("extension", PICTURES)
+@pytest.mark.parametrize("extension", PICTURE_EXTENSIONS)
 def test_every_kind_of_picture_is_read(tmp_path, extension):
     kind = {"jpg": "JPEG", "jpeg": "JPEG", "jfif": "JPEG", "tif": "TIFF"}.get(extension, extension.upper())
     if kind == "AVIF" and kind not in decode.PILLOW_FORMATS:
@@ -766,7 +766,7 @@ def test_a_caption_column_that_is_not_utf8_is_told_by_its_name(tmp_path):
         inspect_shards(shards, Preparation(resolution=16, caption_column="blip"))
 
 
-@pytest.mark.parametrize("column", [*sorted(CODE_BEARING), ".PKL", "blip.pickle", "pt.txt", "meta.npy"])
+@pytest.mark.parametrize("column", [*sorted(CODE_EXTENSIONS), ".PKL", "blip.pickle", "pt.txt", "meta.npy"])
 def test_a_caption_column_that_can_hold_code_is_refused(tmp_path, column):
     """Nothing is made of such a file but text; still, it is not even opened."""
     touched = tmp_path / "touched"
@@ -776,7 +776,7 @@ def test_a_caption_column_that_can_hold_code_is_refused(tmp_path, column):
         lambda: inspect_shards(shards, Preparation(resolution=16, caption_column=column)),
         lambda: count_samples(shards, caption_column=column),
     ):
-        with pytest.raises(UsageError, match=f"--caption_column {re.escape(column)}: .*can hold code.* json"):
+        with pytest.raises(UsageError, match=f"--caption_column {re.escape(column)}: .*can contain code.* json"):
             refused()
     assert not touched.exists()
 
@@ -1071,8 +1071,8 @@ def test_expand_shards(tmp_path, monkeypatch):
         (None, ["missing", "{000..010}"]),
         ("  ", ["missing"]),
         ("{tmp}/nowhere/0.tar", ["nowhere", "There is no folder", "Correct the path"]),
-        ("{tmp}/data/{{000..004}}.tar", ["2 of the 5", "003.tar", "holds 3 x .tar (000.tar, 001.tar, 002.tar)"]),
-        ("{tmp}/data/*.tgz", ["1 of the 1", "holds 3 x .tar"]),
+        ("{tmp}/data/{{000..004}}.tar", ["2 of the 5", "003.tar", "contains 3 x .tar (000.tar, 001.tar, 002.tar)"]),
+        ("{tmp}/data/*.tgz", ["1 of the 1", "contains 3 x .tar"]),
         ("{tmp}/pictures", ["no .tar", "2 x .jpg", "1 x .txt", "pack_shards FOLDER OUT"]),
         ("{tmp}/empty", ["no .tar", "is empty"]),
         ("{tmp}/data/{{000", ["braces"]),

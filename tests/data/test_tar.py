@@ -5,7 +5,7 @@ import tarfile
 
 from hostile_shards import header
 
-from lcm_distill.data.tar import _PLAIN, _parse
+from lcm_distill.data.tar import _PLAIN_HEADER, _parse_header
 
 
 def test_a_header_says_what_tarfile_reads_in_it():
@@ -33,7 +33,7 @@ def test_a_header_says_what_tarfile_reads_in_it():
             total = sum(block) - sum(block[148:156]) + 256
             block[148:156] = rng.choice((b"%06o\0 ", b"%06o \0", b"%07o\0", b" %5o\0 ")) % total
         expected = outcome(lambda block: tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape"), bytes(block))
-        assert outcome(_parse, bytes(block)) == expected, bytes(block)
-        plain += _PLAIN.match(block, 100) is not None
+        assert outcome(_parse_header, bytes(block)) == expected, bytes(block)
+        plain += _PLAIN_HEADER.match(block, 100) is not None
         read += len(expected) == 4
     assert 500 < plain < 4000 and 2000 < read < 5500
