@@ -67,12 +67,12 @@ def two_teacher_passes(program: Any) -> None:
             branches.append((output, noisy, timesteps))
         w = per_sample(w, noisy) if isinstance(w, torch.Tensor) else w
         guide = []
-        for prediction in (schedule.predict_sample, schedule.predict_noise):
+        for prediction in (schedule.predict_x0, schedule.predict_epsilon):
             conditional, empty = (prediction(*branch) for branch in branches)
             guide.append(conditional + w * (conditional - empty))
         return tuple(guide)
 
-    program.guided_prediction = torch.no_grad()(guided)
+    consistency.guided_prediction = torch.no_grad()(guided)
 
 
 def ema_per_tensor(program: Any) -> None:
@@ -81,7 +81,7 @@ def ema_per_tensor(program: Any) -> None:
         for mine, other in zip(target, source, strict=True):
             mine.mul_(decay).add_(other, alpha=1 - decay)
 
-    program.update_ema = update
+    consistency.update_ema = update
 
 
 def optimizer_not_fused(program: Any) -> None:
@@ -145,18 +145,24 @@ def wait() -> None:
 
 
 class Watch:
-    """Adds up what `read` says (seconds, FLOPs) by part, while `on`."""
+    """Adds up what `read` returns (seconds, FLOPs) by part, while `on`; a part inside another counts as the outer one."""
 
     def __init__(self, read: Callable[[], float]):
         self.read = read
         self.on = False
+        self._inside = False
         self.parts: dict[str, float] = defaultdict(float)
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        before = self.read() if self.on else 0.0
-        yield
-        if self.on:
+        if not self.on or self._inside:
+            yield
+            return
+        before, self._inside = self.read(), True
+        try:
+            yield
+        finally:
+            self._inside = False
             self.parts[name] += self.read() - before
 
     def wrap(self, owner: Any, function: str, name: str | Callable[[], str]) -> None:
@@ -169,12 +175,12 @@ class Watch:
         setattr(owner, function, watched)
 
     def attach(self, program: Any, family: Any) -> None:
-        """To the functions that a program calls in a step, by the names under which it calls them."""
+        """To the functions that a program calls in a step, where it finds them."""
         self.wrap(program, "batch_latents", "VAE")
         self.wrap(family, "batch_conditioning", "text")
-        self.wrap(program, "guided_prediction", "teacher")
-        self.wrap(program, "unet_output", lambda: "student" if torch.is_grad_enabled() else "target")
-        self.wrap(program, "update_ema", "EMA")
+        self.wrap(consistency, "guided_prediction", "teacher")
+        self.wrap(consistency, "unet_output", lambda: "student" if torch.is_grad_enabled() else "target")
+        self.wrap(consistency, "update_ema", "EMA")
         self.wrap(Accelerator, "backward", "backward")
         self.wrap(Accelerator, "clip_grad_norm_", "clip")
         self.wrap(AcceleratedOptimizer, "step", "optimizer")
@@ -309,8 +315,9 @@ def matrix_rate(argv: list[str]) -> float:
 
 
 def modules(kind: str) -> tuple[Any, Any]:
-    family = "sdxl" if "sdxl" in kind else "sd"
-    return importlib.import_module(f"train_lcm_distill_{kind}_wds"), importlib.import_module(f"lcm_distill.{family}")
+    """The program of a `kind`, and its family's module."""
+    program = importlib.import_module(f"train_lcm_distill_{kind}_wds")
+    return program, program.family
 
 
 def alone(function: Callable[..., Any], *given: Any) -> Any:
