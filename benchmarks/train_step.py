@@ -145,7 +145,7 @@ def wait() -> None:
 
 
 class Watch:
-    """Adds up what `read` returns (seconds, FLOPs) by part, while `on`; a part inside another counts as the outer one."""
+    """Adds up what `read` returns (seconds, FLOPs) by part, while `on`; one inside another counts as the outer one."""
 
     def __init__(self, read: Callable[[], float]):
         self.read = read
