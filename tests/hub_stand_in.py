@@ -1,13 +1,13 @@
-"""A small Hub on loopback, for the real client: repositories, uploads by LFS, commits, downloads; and faults on order.
+"""A small Hub on loopback for the real client: repositories, uploads by LFS, commits, downloads, and injected faults.
 
     with HubStandIn(token="secret") as hub:
-        hub.add("toys/sd", folder)                  # a model that is there already
-        hub.break_down(r"/commit/", 503, times=2)   # a status, "hang", "drop", "cut" or seconds of delay
+        hub.add("toys/sd", folder)                  # a model that exists already
+        hub.inject_fault(r"/commit/", 503, times=2) # a status, "hang", "drop", "cut" or seconds of delay
         ...                                         # clients with HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET=1
         hub.files["me/model"]["README.md"]          # what was committed
 
-It knows the one user "me", who may write everywhere with the token; all may read. What the client never asks for is not
-here: branches, pull requests, the Xet storage.
+It has one user, "me", who may write everywhere with the token; everyone may read. What the client never requests is
+missing: branches, pull requests, the Xet storage.
 """
 
 import base64
@@ -25,7 +25,7 @@ import yaml
 
 
 class HubStandIn:
-    """The server, from `with` to its end. Attributes: `url`, `files` by repository and path, `requests` heard."""
+    """The server, from `with` to its end. Attributes: `url`, `files` by repository and path, `requests` received."""
 
     def __init__(self, token: str):
         self.token = token
@@ -63,11 +63,11 @@ class HubStandIn:
         self.files[repo_id] = files | ({"README.md": card.encode()} if card else {})
         self.commits[repo_id] = ["first"]
 
-    def break_down(self, pattern: str, how: int | float | str, times: int = 10**9, method: str = "") -> None:
-        """The next `times` requests of `method` (all) to a path with `pattern` in it go wrong."""
+    def inject_fault(self, pattern: str, how: int | float | str, times: int = 10**9, method: str = "") -> None:
+        """The next `times` requests of `method` (default: any) to a path that matches `pattern` fail."""
         self._faults.append([re.compile(pattern), how, times, method])
 
-    def mend(self) -> None:
+    def clear_faults(self) -> None:
         self._faults.clear()
 
     def fault(self, method: str, path: str) -> int | float | str | None:
@@ -120,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         body = self._body(length)
         if isinstance(fault, int):
-            return self._answer(fault, b"broken on order")
+            return self._answer(fault, b"injected fault")
         if isinstance(fault, float):
             time.sleep(fault)
         authorised = self.headers.get("Authorization") == f"Bearer {hub.token}"
@@ -156,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(409 if exists else 200, {"url": f"{self.stand_in.url}/{repo_id}", "id": repo_id})
 
     def _validate_yaml(self, body: bytes) -> None:
-        """As the Hub: a head that is YAML, with a licence, tags and relations that it knows."""
+        """As the Hub does: the metadata must be YAML, with tags and a relation that it knows."""
         text = json.loads(body)["content"]
         try:
             head = yaml.safe_load(text.split("---")[1])

@@ -1,4 +1,8 @@
-"""The upload to the Hub: refused before training or not at all, retried, and never the end of a run."""
+"""The upload to the Hub: a refusal is known before training, a failure is retried and never ends a run.
+
+Each request runs in a process of its own, `hub_client`, since only a process can be stopped: uploads go through the
+client's Xet library, compiled code that respects no timeout of httpx.
+"""
 
 import json
 import logging
@@ -20,23 +24,26 @@ logger = logging.getLogger(__name__)
 
 
 class _Refused(Exception):
-    """The Hub says no, and would say it again."""
+    """The Hub refuses, and would refuse the same request again."""
 
 
 class _Unreachable(Exception):
-    """No answer, or one that a later try may better."""
+    """No answer, or an error that another try may not have."""
 
 
 class HubUpload:
-    """The upload of a run's result. What is wrong with token or name shows at once, before training.
+    """The upload of a run's result. A wrong token or name is an error at once, before training.
 
-    A Hub that cannot be reached then is told as a warning; the repository is made at the end instead. `silence`:
-    seconds without a byte after which a request fails. `pauses`: seconds between two tries at the end. `patience`:
-    seconds that one thing may take at the end, its tries and pauses together; an upload has those of a line of 1 MB/s
-    besides.
+    If the Hub cannot be reached then, that is a warning, and the repository is created at the end instead.
+
+    Args:
+        timeout: seconds without a byte after which a request fails.
+        retry_delays: seconds between two tries at the end.
+        time_limit: seconds for one action at the end, with all its tries and delays; an upload has the time that its
+            files take at 1 MB/s in addition.
 
     Raises:
-        UsageError: no token, no right to write, a name that cannot be, the client's offline mode.
+        UsageError: no token, no write access, an invalid name, the client's offline mode.
     """
 
     def __init__(
@@ -45,42 +52,42 @@ class HubUpload:
         token: str | None,
         output_dir: str,
         *,
-        silence: float = 60.0,
-        pauses: Sequence[float] = (10.0, 30.0, 90.0),
-        patience: float = 600.0,
+        timeout: float = 60.0,
+        retry_delays: Sequence[float] = (10.0, 30.0, 90.0),
+        time_limit: float = 600.0,
     ):
         self.repo_id = repo_id or Path(output_dir).resolve().name
         self._folder = Path(output_dir)
-        self._silence, self._pauses, self._patience = silence, tuple(pauses), patience
+        self._timeout, self._retry_delays, self._time_limit = timeout, tuple(retry_delays), time_limit
         self._staged: tuple[list[str], str] = [], ""
-        self._missing: str | None = None  # why the repository is not there
+        self._missing: str | None = None  # why the repository could not be created
         self._token = token or get_token()
         if not self._token:
             raise UsageError(
                 "--push_to_hub: there is no token. Set HF_TOKEN, log in with `hf auth login`, or give --hub_token."
             )
         try:
-            self.repo_id = self._ask("create", 2 * silence, repo_id=self.repo_id)["repo_id"]
+            self.repo_id = self._ask("create", 2 * timeout, repo_id=self.repo_id)["repo_id"]
         except _Refused as error:
             raise UsageError(
                 f"--push_to_hub: the Hub refused the repository {self.repo_id!r} ({error}). Check --hub_model_id "
-                "(NAME, or OWNER/NAME), that the token (--hub_token, HF_TOKEN or `hf auth login`) may write there, "
+                "(NAME, or OWNER/NAME), that the token (--hub_token, HF_TOKEN or `hf auth login`) has write access, "
                 "and that HF_HUB_OFFLINE is not set; or leave out --push_to_hub."
             ) from None
         except _Unreachable as error:
             self._missing = str(error)
             logger.warning(
-                "--push_to_hub: the Hub cannot be reached now (%s). The run goes on; whether it may write to %s shows "
-                "at its end.",
+                "--push_to_hub: the Hub cannot be reached now (%s). The run continues; whether it can write to %s is "
+                "checked at its end.",
                 error,
                 self.repo_id,
             )
 
     def ensure_repository(self, base_model: str | None) -> dict[str, Any]:
-        """Makes the repository if it is not there yet, so that `repo_id` has its owner. Never raises.
+        """Creates the repository unless it exists, so that `repo_id` has its owner. Never raises.
 
         Returns the licence of `base_model`, a Hub id, as a card's `license`, `license_name` and `license_link`; empty
-        without one, or if the Hub does not tell.
+        without one, or if it cannot be read.
         """
         if self._missing:
             try:
@@ -100,28 +107,28 @@ class HubUpload:
         return licence
 
     def stage(self, files: Sequence[str], message: str) -> None:
-        """What `push` shall upload: `files`, named relative to the output folder."""
+        """Sets the `files` that `push` uploads, relative to the output folder, and the commit's message."""
         self._staged = list(files), message
 
     def push(self) -> bool:
-        """Uploads what is staged in one commit; whether it is there now (True too if there is nothing).
+        """Uploads the staged files in one commit; returns False if that failed.
 
-        It may take longer than other ranks can be kept waiting: a program calls it last of all. A failure is told with
-        the command that mends it, never raised: the result is on the disk.
+        It may take longer than other ranks can wait, so a program calls it last. A failure is logged with the command
+        that uploads the result, never raised: the result is on the disk.
         """
         files, message = self._staged
         if not files:
             return True
-        patience = self._patience + sum((self._folder / name).stat().st_size for name in files) / 1e6
+        time_limit = self._time_limit + sum((self._folder / name).stat().st_size for name in files) / 1e6
         request: dict[str, Any] = dict(folder=str(self._folder.resolve()), files=files, message=message)
         try:
             if self._missing:
                 raise _Unreachable(self._missing)
-            answer = self._retry("upload", patience=patience, repo_id=self.repo_id, **request)
+            answer = self._retry("upload", time_limit=time_limit, repo_id=self.repo_id, **request)
         except (_Refused, _Unreachable) as error:
             chosen = [word for name in files for word in ("--include", name)]
             logger.error(
-                "the upload to %s failed (%s). The result is whole in %s; upload it with: %s",
+                "the upload to %s failed (%s). The result is complete in %s; upload it with: %s",
                 self.repo_id,
                 error,
                 self._folder,
@@ -132,24 +139,24 @@ class HubUpload:
         return True
 
     def _retry(
-        self, action: str, *, tries: int | None = None, patience: float | None = None, **request: Any
+        self, action: str, *, tries: int | None = None, time_limit: float | None = None, **request: Any
     ) -> dict[str, Any]:
-        """Asks until there is an answer, at most `tries` times (None: once more than there are pauses)."""
-        end = time.monotonic() + (self._patience if patience is None else patience)
-        pauses = iter(self._pauses if tries is None else self._pauses[: tries - 1])
+        """Asks until there is an answer, at most `tries` times (None: once, and once after each delay)."""
+        end = time.monotonic() + (self._time_limit if time_limit is None else time_limit)
+        delays = iter(self._retry_delays if tries is None else self._retry_delays[: tries - 1])
         while True:
             try:
                 return self._ask(action, end - time.monotonic(), **request)
             except _Unreachable as error:
-                pause = next(pauses, None)
-                if pause is None or time.monotonic() + pause >= end:
+                delay = next(delays, None)
+                if delay is None or time.monotonic() + delay >= end:
                     raise
-                logger.warning("the Hub cannot be reached now (%s); tried again in %g s", error, pause)
-                time.sleep(pause)
+                logger.warning("the Hub cannot be reached now (%s); trying again in %g s", error, delay)
+                time.sleep(delay)
 
     def _ask(self, action: str, seconds: float, **request: Any) -> dict[str, Any]:
-        """The answer of `hub_client`, which is stopped after so many `seconds`."""
-        request |= {"action": action, "token": self._token, "silence": self._silence}
+        """The answer of `hub_client`, which is killed after `seconds`."""
+        request |= {"action": action, "token": self._token, "timeout": self._timeout}
         try:
             done = subprocess.run(
                 [sys.executable, "-m", f"{__package__}.hub_client"],
@@ -157,20 +164,20 @@ class HubUpload:
                 stdout=subprocess.PIPE,
                 text=True,
                 timeout=seconds,
-                cwd=Path(__file__).parents[2],  # where the package is found, installed or not
+                cwd=Path(__file__).parents[2],  # so that the package is found if it is not installed
             )
             answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         except subprocess.TimeoutExpired:
             raise _Unreachable(f"not done after {seconds:.0f} s") from None
         except (OSError, IndexError, ValueError) as error:
-            raise _Unreachable(f"the Hub's client ended without an answer, {type(error).__name__}") from None
+            raise _Unreachable(f"the Hub's client exited without an answer, {type(error).__name__}") from None
         if "error" in answer:
             raise (_Refused if answer["refused"] else _Unreachable)(answer["error"])
         return answer
 
 
 def open_hub(accelerator: Accelerator, repo_id: str | None, token: str | None, output_dir: str) -> HubUpload | None:
-    """The upload on the main process, None on the others; a refusal is a `UsageError` on all of them."""
+    """A `HubUpload` on the main process, None on the others; a refusal is a `UsageError` on all of them."""
     upload, refusal = None, None
     if accelerator.is_main_process:
         try:

@@ -1,8 +1,8 @@
-"""Asks the Hub one thing, in a process of its own: `python -m lcm_distill.export.hub_client`, JSON in and JSON out.
+"""Sends the Hub one request, in a process of its own: `python -m lcm_distill.export.hub_client`, JSON in and JSON out.
 
-A process can be stopped; in the run's own, a client that waits for ever, its threads and compiled code cannot. The
-request comes on stdin, since it holds the token, and a machine's other users see command lines. Progress bars and
-warnings go to stderr. Only the Hub's client is imported: asking takes half a second.
+A process can be killed; inside the run's own, a client that hangs, its threads and its compiled code cannot. The
+request comes on stdin, since it holds the token, and other users of a machine can see command lines. Progress bars and
+warnings go to stderr. Only the Hub's client is imported: a request takes half a second.
 """
 
 import json
@@ -15,23 +15,23 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, get_session, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-# Too slow, two at once, too early, too many: of the 4xx, what a later try may mend.
-_PASSING = (408, 409, 412, 425, 429)
+# The 4xx that a later try may not have: timeout, conflict, precondition, too early, too many requests.
+_TEMPORARY = (408, 409, 412, 425, 429)
 
 
 def create(api: HfApi, repo_id: str) -> dict[str, Any]:
-    """Makes the repository unless there is one; its `repo_id` with the owner. An error without the right to write."""
-    made = api.create_repo(repo_id, exist_ok=True).repo_id
+    """Creates the repository unless it exists; its `repo_id` with the owner. Raises without write access."""
+    full_id = api.create_repo(repo_id, exist_ok=True).repo_id
     try:
-        api.auth_check(made, write=True)  # of one that exists, create_repo is content with the right to read
+        api.auth_check(full_id, write=True)  # if it exists, create_repo accepts a token that can only read
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             raise
-    return {"repo_id": made}
+    return {"repo_id": full_id}
 
 
 def read_licence(api: HfApi, repo_id: str) -> dict[str, Any]:
-    """What the model's card says of its licence, under a card's own names; empty if it says nothing."""
+    """The licence in the model's card, with the card's keys; empty if it names none."""
     card = api.model_info(repo_id, expand=["cardData"]).card_data
     known = card.to_dict() if card else {}
     names = ("license", "license_name", "license_link")
@@ -39,7 +39,7 @@ def read_licence(api: HfApi, repo_id: str) -> dict[str, Any]:
 
 
 def upload(api: HfApi, repo_id: str, folder: str, files: list[str], message: str) -> dict[str, Any]:
-    """Uploads the `files` of `folder`, named relative to it, in one commit: all of them arrive, or none."""
+    """Uploads the `files` of `folder`, named relative to it, in one commit: all of them or none."""
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=Path(folder) / name) for name in files]
     return {"url": api.create_commit(repo_id, additions, commit_message=message).commit_url}
 
@@ -47,22 +47,22 @@ def upload(api: HfApi, repo_id: str, folder: str, files: list[str], message: str
 _ACTIONS: dict[str, Callable[..., dict[str, Any]]] = {"create": create, "read_licence": read_licence, "upload": upload}
 
 
-def _limit_silence(seconds: float) -> None:
-    """Every request of the client fails after so long without a byte; its own sessions wait for ever."""
+def _set_timeout(seconds: float) -> None:
+    """Makes every request fail after so many seconds without a byte; by default the client waits forever."""
     session = get_session()
-    kind, hooks = type(session), session.event_hooks  # versions differ in the HTTP library that they stand on
+    kind, hooks = type(session), session.event_hooks  # versions of the client differ in their HTTP library
     set_client_factory(lambda: kind(event_hooks=hooks, follow_redirects=True, timeout=seconds))
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether the same request would fail again: no right, no such name, and not a matter of the moment."""
+    """Whether the same request would fail again: no access, an invalid name, not a temporary error."""
     if isinstance(error, HfHubHTTPError):
-        return 400 <= error.response.status_code < 500 and error.response.status_code not in _PASSING
+        return 400 <= error.response.status_code < 500 and error.response.status_code not in _TEMPORARY
     return isinstance(error, (HFValidationError, OfflineModeIsEnabled))
 
 
 def _brief(error: BaseException, token: str) -> str:
-    """The first lines of an error and of what it came from, without the token and the queries of signed URLs."""
+    """The first lines of an error and of its cause, without the token and the queries of signed URLs."""
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
@@ -72,11 +72,13 @@ def _brief(error: BaseException, token: str) -> str:
 
 def main() -> None:
     request = json.load(sys.stdin)
-    action, token, silence = request.pop("action"), request.pop("token"), request.pop("silence")
-    _limit_silence(silence)
+    action, token, timeout = request.pop("action"), request.pop("token"), request.pop("timeout")
+    _set_timeout(timeout)
     try:
         answer = _ACTIONS[action](HfApi(token=token), **request)
-    except Exception as error:  # no connection, no right, no such name, no JSON in the answer: each its own class
+    except (
+        Exception
+    ) as error:  # no connection, no access, an invalid name, an answer that is not JSON: each its own class
         answer = {"error": _brief(error, token), "refused": _is_refusal(error)}
     print(json.dumps(answer))
 

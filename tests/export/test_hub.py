@@ -1,4 +1,4 @@
-"""The Hub: what is uploaded and what its card says, against a stand-in on loopback with the real client."""
+"""The upload and the model card, with the real client against a stand-in of the Hub on loopback."""
 
 import json
 import logging
@@ -75,7 +75,7 @@ def test_a_full_student_goes_to_the_hub_and_the_token_nowhere(hub, command, tmp_
         "lcm-toy", pretrained_teacher_model="toys/sd", push_to_hub=True, hub_token=SECRET, validation_steps=1,
         report_to="tensorboard,wandb",
     )  # fmt: skip
-    told = python("train_lcm_distill_sd_wds.py", *argv)
+    done = python("train_lcm_distill_sd_wds.py", *argv)
     out, uploaded = tmp_path / "lcm-toy", hub.files["me/lcm-toy"]
     weights = "diffusion_pytorch_model.safetensors"
     assert sorted(uploaded) == [
@@ -88,17 +88,17 @@ def test_a_full_student_goes_to_the_hub_and_the_token_nowhere(hub, command, tmp_
     assert hub.commits["me/lcm-toy"] == ["first", "Distilled for 2 steps"]
 
     assert any("wandb" in name for name in written) and any("events.out" in name for name in written)
-    for name, data in {**written, "stdout": told.stdout.encode(), "stderr": told.stderr.encode()}.items():
+    for name, data in {**written, "stdout": done.stdout.encode(), "stderr": done.stderr.encode()}.items():
         assert SECRET.encode() not in data, name
     for name, data in uploaded.items():
         assert str(tmp_path).encode() not in data and str(ROOT).encode() not in data, name
 
-    drawn = python("-c", USER, "me/lcm-toy", *ON_A_CPU)
-    assert drawn.stdout.splitlines()[-1] == "(64, 64) True []"
+    used = python("-c", USER, "me/lcm-toy", *ON_A_CPU)
+    assert used.stdout.splitlines()[-1] == "(64, 64) True []"
 
 
 def test_a_lora_goes_to_the_hub(hub, command, run, tmp_path, monkeypatch):
-    """With the token of the environment, from a teacher in a folder; its averaged target stays at home.
+    """With the token of the environment, from a teacher in a folder; its averaged target is not uploaded.
 
     The upload came before the process group's end: other ranks waited for it, and NCCL ends a run that waits.
     """
@@ -122,8 +122,8 @@ def test_a_lora_goes_to_the_hub(hub, command, run, tmp_path, monkeypatch):
     assert all(written[name] == data for name, data in uploaded.items())
     for name, data in uploaded.items():
         assert str(tmp_path).encode() not in data and str(ROOT).encode() not in data, name
-    drawn = python("-c", USER, "me/lcm-lora-toy", *ON_A_CPU, "'sd'", repr(TEACHERS["sd"]))
-    assert drawn.stdout.splitlines()[-1].startswith("(64, 64) True ['default_0'")
+    used = python("-c", USER, "me/lcm-lora-toy", *ON_A_CPU, "'sd'", repr(TEACHERS["sd"]))
+    assert used.stdout.splitlines()[-1].startswith("(64, 64) True ['default_0'")
 
 
 def export(folder: Path, **options) -> None:
@@ -189,7 +189,7 @@ FILES = ["README.md", "unet/weights.safetensors"]
 
 def quick(folder: Path, token: str | None = SECRET, repo_id: str | None = "model", **options) -> HubUpload:
     return HubUpload(
-        repo_id, token, str(folder), **{"silence": 5.0, "pauses": (0.02, 0.02), "patience": 30.0} | options
+        repo_id, token, str(folder), **{"timeout": 5.0, "retry_delays": (0.02, 0.02), "time_limit": 30.0} | options
     )
 
 
@@ -199,8 +199,8 @@ def pushed(upload: HubUpload) -> bool:
 
 
 @pytest.mark.parametrize("case", ["wrong token", "no right", "no namespace", "bad name", "offline"])
-def test_a_refusal_is_told_before_training(case, hub, result, monkeypatch):
-    """A token that may only read was told at the end: of a repository that exists, the Hub's client asks no more."""
+def test_a_refusal_is_an_error_before_training(case, hub, result, monkeypatch):
+    """A token that may only read was noticed at the end: for a repository that exists the client does not check."""
     token, repo_id = SECRET, "model"
     if case == "wrong token":
         token = "hf_wrong"
@@ -208,7 +208,7 @@ def test_a_refusal_is_told_before_training(case, hub, result, monkeypatch):
         hub.add("me/model", result)
         hub.read_only = True
     elif case == "no namespace":
-        hub.break_down("/repos/create", 404)
+        hub.inject_fault("/repos/create", 404)
     elif case == "bad name":
         repo_id = "a/b/c"
     else:
@@ -218,7 +218,7 @@ def test_a_refusal_is_told_before_training(case, hub, result, monkeypatch):
     assert token not in str(refused.value)
 
 
-def test_no_token_is_told_before_anything_is_asked(hub, result, monkeypatch):
+def test_without_a_token_nothing_is_asked(hub, result, monkeypatch):
     monkeypatch.setattr("lcm_distill.export.hub.get_token", lambda: None)
     with pytest.raises(UsageError, match="--push_to_hub: there is no token.*HF_TOKEN"):
         quick(result, None)
@@ -228,25 +228,25 @@ def test_no_token_is_told_before_anything_is_asked(hub, result, monkeypatch):
 @pytest.mark.parametrize("how", [503, 429, "hang", "drop"])
 def test_a_hub_that_cannot_be_reached_at_first_stops_no_run(how, hub, result, caplog):
     """It did: any error at the start was taken for a refusal."""
-    hub.break_down("/repos/create", how, times=2)
-    upload = quick(result, silence=2.0 if how == "hang" else 5.0)
-    assert "cannot be reached now" in caplog.text and "The run goes on" in caplog.text
+    hub.inject_fault("/repos/create", how, times=2)
+    upload = quick(result, timeout=2.0 if how == "hang" else 5.0)
+    assert "cannot be reached now" in caplog.text and "The run continues" in caplog.text
     assert upload.repo_id == "model"
     assert upload.ensure_repository(None) == {} and upload.repo_id == "me/model"
     assert pushed(upload) and list(hub.files["me/model"]) == FILES
 
 
-def test_a_hub_that_is_not_there_at_all_loses_nothing(hub, result, monkeypatch, caplog):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the port of the discard service: nobody listens
+def test_an_unreachable_hub_loses_nothing(hub, result, monkeypatch, caplog):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the port of the discard service: nothing listens
     upload = quick(result)
     assert upload.ensure_repository("toys/sd") == {} and not pushed(upload)
-    assert caplog.text.count("tried again in") == 2 and "Connect" in caplog.text and "hf upload model" in caplog.text
+    assert caplog.text.count("trying again in") == 2 and "Connect" in caplog.text and "hf upload model" in caplog.text
 
 
 @pytest.mark.parametrize(("path", "how"), [("/commit/", 500), ("/validate-yaml", 503), ("/storage/", "cut")])
 def test_what_fails_is_tried_again(path, how, hub, result):
     upload = quick(result)
-    hub.break_down(path, how, times=1)
+    hub.inject_fault(path, how, times=1)
     assert pushed(upload)
     assert hub.files["me/model"] == {name: (result / name).read_bytes() for name in FILES}
     assert hub.commits["me/model"] == ["first", "done"]
@@ -254,21 +254,21 @@ def test_what_fails_is_tried_again(path, how, hub, result):
 
 def test_a_slow_hub_is_waited_for(hub, result):
     upload = quick(result)
-    hub.break_down("/commit/|/storage/", 1.0)
+    hub.inject_fault("/commit/|/storage/", 1.0)
     started = time.monotonic()
     assert pushed(upload) and time.monotonic() - started > 2
 
 
-def test_a_hub_that_dies_is_told_with_the_command_that_mends_it(hub, result, caplog):
+def test_a_hub_that_dies_is_logged_with_the_command_that_uploads(hub, result, caplog):
     upload = quick(result)
-    hub.break_down("/commit/", "drop")
+    hub.inject_fault("/commit/", "drop")
     assert not pushed(upload)
     assert sum("/commit/" in path for _, path in hub.requests) == 3 and hub.files["me/model"] == {}
-    (told,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
-    assert "The result is whole in" in told and SECRET not in caplog.text
+    (message,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert "The result is complete in" in message and SECRET not in caplog.text
 
-    hub.mend()
-    words = shlex.split(told.partition("upload it with: ")[2])
+    hub.clear_faults()
+    words = shlex.split(message.partition("upload it with: ")[2])
     assert words[:3] == ["hf", "upload", "me/model"]
     words[0] = str(Path(sys.executable).with_name("hf"))
     subprocess.run(words, env=os.environ | {"HF_TOKEN": SECRET}, check=True, capture_output=True, timeout=60)
@@ -277,22 +277,24 @@ def test_a_hub_that_dies_is_told_with_the_command_that_mends_it(hub, result, cap
 
 def test_a_refusal_at_the_end_is_not_tried_again(hub, result, caplog):
     upload = quick(result)
-    hub.break_down("/preupload/", 403)
+    hub.inject_fault("/preupload/", 403)
     assert not pushed(upload)
     assert sum("/preupload/" in path for _, path in hub.requests) == 1 and "403" in caplog.text
 
 
-@pytest.mark.parametrize("options", [{"silence": 1.5, "pauses": ()}, {"patience": 3.0}], ids=["silence", "patience"])
+@pytest.mark.parametrize(
+    "options", [{"timeout": 1.5, "retry_delays": ()}, {"time_limit": 3.0}], ids=["timeout", "time_limit"]
+)
 def test_a_hub_that_never_answers_is_not_waited_for(options, hub, result, caplog):
-    """The client's own sessions have no timeouts. What they would not notice ends with the process they are in."""
-    upload = quick(result, silence=30.0)
-    late = quick(result, **({"silence": 30.0} | options))
-    hub.break_down("/commit/", "hang")
+    """The client's own sessions have no timeouts, and Xet respects none: the process that they are in is killed."""
+    upload = quick(result, timeout=30.0)
+    late = quick(result, **({"timeout": 30.0} | options))
+    hub.inject_fault("/commit/", "hang")
     started = time.monotonic()
     assert not pushed(late) and time.monotonic() - started < 15
     assert any("/commit/" in path for _, path in hub.requests)
     assert "the upload to me/model failed" in caplog.text
-    hub.mend()
+    hub.clear_faults()
     assert pushed(upload)
 
 
@@ -317,22 +319,22 @@ def card(**options):
 
 def test_the_card_has_what_the_hub_expects():
     licence = {"license": "other", "license_name": "toy", "license_link": "https://host/LICENSE"}
-    told = card(relation="adapter", licence=licence, picture="validation/step-000002.png", tags=["lora"])
-    data = told.data.to_dict()
+    found = card(relation="adapter", licence=licence, picture="validation/step-000002.png", tags=["lora"])
+    data = found.data.to_dict()
     assert data["base_model"] == "org/model" and data["base_model_relation"] == "adapter"
     assert {name: data[name] for name in licence} == licence
     assert data["library_name"] == "diffusers" and data["pipeline_tag"] == "text-to-image"
     assert {"lcm", "lora", "diffusers", "text-to-image"} <= set(data["tags"])
-    assert "(validation/step-000002.png)" in told.text and "[toy](https://host/LICENSE)" in told.text
+    assert "(validation/step-000002.png)" in found.text and "[toy](https://host/LICENSE)" in found.text
     bare = card().data.to_dict()
     assert bare["base_model_relation"] == "finetune" and not any("license" in name for name in bare)
     assert "licence" not in card().text and "![" not in card().text
 
 
-def test_the_card_tells_measured_numbers_and_settings():
-    told = card(settings={"lr": 1, "x": None, "filter": ["a|b", "c"]}, measured={"trajectory distance": 0.123456}).text
-    assert "## Measured" in told and "| trajectory distance | 0.1235 |" in told
-    assert "| `--lr` | 1 |" in told and "--x" not in told and r"a\|b" in told and "draw()" in told
+def test_the_card_has_measured_numbers_and_settings():
+    text = card(settings={"lr": 1, "x": None, "filter": ["a|b", "c"]}, measured={"trajectory distance": 0.123456}).text
+    assert "## Measured" in text and "| trajectory distance | 0.1235 |" in text
+    assert "| `--lr` | 1 |" in text and "--x" not in text and r"a\|b" in text and "draw()" in text
     assert "## Measured" not in card().text and "## Measured" not in card(measured={}).text
 
 
@@ -357,11 +359,11 @@ def test_the_card_of_a_local_teacher_names_no_folder(tmp_path):
         (True, True),
     ],
 )  # fmt: skip
-def test_local_paths_are_not_for_the_public(value, public):
+def test_local_paths_are_stripped(value, public):
     assert strip_folders(value) == public
 
 
-def test_hub_ids_are_told_from_folders(monkeypatch, tmp_path):
+def test_hub_ids_are_distinguished_from_folders(monkeypatch, tmp_path):
     (tmp_path / "org" / "model").mkdir(parents=True)
     assert (
         parse_hub_id("org/model") == "org/model"
