@@ -1,23 +1,24 @@
-"""Encode pictures once, and train from their latents: no training step needs the VAE, or has pictures to decode.
+"""Encode pictures once and train on their latents: training then neither runs the VAE nor decodes pictures.
 
     python -m lcm_distill.encode_shards "data/{00000..00099}.tar" encoded \\
         --pretrained_teacher_model stable-diffusion-v1-5/stable-diffusion-v1-5 --resolution 512 --captions
     torchrun --nproc_per_node 8 -m lcm_distill.encode_shards ...              # a process for each GPU
 
-IN is what --train_shards_path_or_url takes. For each of its shards OUT gets one of the same name, with the same samples
-in the same order, their captions and their JSON. In place of a picture it holds the distribution of its latents (mean
-and standard deviation, float16), of which each training step draws, as it does from a picture. The training programs
-take OUT as --train_shards_path_or_url, with the same teacher, VAE and --resolution, and refuse it with others.
+IN is anything that --train_shards_path_or_url takes. For each shard of IN, a shard of the same name is written to OUT,
+with the same samples in the same order, their captions and their JSON. In place of each picture it holds the
+distribution of its latents (mean and standard deviation, float16), from which each training step samples, as it does
+when training on pictures. The training programs take OUT as --train_shards_path_or_url, with the same teacher, VAE and
+--resolution, and refuse it with others.
 
-What is drawn anew in each epoch from pictures is fixed here: each sample has one crop, at random from (--seed, shard,
-sample), or with --center_crop the middle. With --random_flip the mirrored pictures are encoded too, and training with
---random_flip draws which. --captions encodes the captions as well: then training needs no text encoder either. A
-picture takes 66 kB at 512 pixels, 262 kB at 1024; a caption 118 kB for Stable Diffusion 1.x, 318 kB for SDXL.
+What training on pictures draws anew in each epoch is fixed here: each sample has one crop, drawn from (--seed, shard,
+sample), or the middle with --center_crop. With --random_flip the mirrored pictures are encoded too, and training with
+--random_flip draws one of the two. --captions encodes the captions as well: training then needs no text encoders
+either. A picture takes 66 kB at 512 pixels, 262 kB at 1024; a caption 118 kB for Stable Diffusion 1.x, 318 kB for SDXL.
 
-Samples that training would leave out (bad ones, and those of the filters) are left out here, and named in a file
-.dropped.json at the end of their shard. A shard that has its name is whole: after a kill the same command goes on with
-the others. Started by torchrun (RANK, WORLD_SIZE) each process takes every WORLD_SIZE-th shard; they need neither start
-nor end together. The same pictures, flags and device give the same bytes.
+Samples that training would leave out (bad or filtered ones) are left out here, and listed in a file .dropped.json at
+the end of their shard. A shard gets its name only when it is complete: after a kill the same command continues with the
+others. Started by torchrun (RANK, WORLD_SIZE), each process takes every WORLD_SIZE-th shard; the processes need not
+start or end together. The same pictures, flags and device give the same bytes.
 """
 
 import argparse
@@ -36,14 +37,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "shards", metavar="IN", help=f"shards of pictures: a folder, a pattern, a URL, as {flags.SHARDS_FLAG} takes"
     )
-    parser.add_argument("out", metavar="OUT", help="folder for the encoded shards: new or empty, or one to go on with")
+    parser.add_argument(
+        "out", metavar="OUT", help="folder for the encoded shards: new, empty, or from an earlier run to continue"
+    )
     flags.add_group(parser, flags.TeacherFlags)
     flags.add_group(parser, flags.PreparationFlags)
     group = parser.add_argument_group("encoding")
     group.add_argument(
         "--captions", action=argparse.BooleanOptionalAction, default=False, help="encode the captions as well"
     )
-    group.add_argument("--seed", type=flags.count, default=0, help="of the random crops")
+    group.add_argument("--seed", type=flags.count, default=0, help="seed of the random crops")
     group.add_argument("--batch_size", type=flags.positive_int, default=8, help="pictures encoded at once")
     group.add_argument("--num_workers", type=flags.positive_int, default=4, help="threads that decode pictures")
     flags.add_group(parser, flags.EncodingDeviceFlags)
@@ -51,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    parse_args()  # --help and mistakes are answered here, before the seconds that the imports below take
+    parse_args()  # answers --help and mistyped flags here, before the imports below, which take seconds
 
 import contextlib
 import glob
@@ -89,24 +92,24 @@ from lcm_distill.data.raw import (
 )
 from lcm_distill.data.shards import expand_shards, read_shard
 from lcm_distill.data.sources import local_path
-from lcm_distill.data.tar import PARTIAL, TarWriter, atomic_tar
+from lcm_distill.data.tar import PARTIAL, RESUME_HINT, TarWriter, atomic_tar
 from lcm_distill.environment import choose_device, quiet_libraries
 from lcm_distill.models.families import Family, family_of
 from lcm_distill.models.teacher import Teacher, read_configs
 from lcm_distill.models.vae import encode_moments, scale_and_shift, vae_factor
 
-DROPPED = ".dropped.json"  # the last file of a shard: reason to the names of the samples left out
-KEPT = "The shards that are whole are kept: run the same command again to go on"
+DROPPED = ".dropped.json"  # the last file of a shard: reason to the names of the samples that were left out
 
-_NAME = re.compile(r"([^/\\\s'\"?=&.][^/\\\s'\"?=&]*?)\.(?:tar|tgz)(?![^\W_])")
+# The base name of a tar in a path, URL or command.
+_TAR_NAME = re.compile(r"([^/\\\s'\"?=&.][^/\\\s'\"?=&]*?)\.(?:tar|tgz)(?![^\W_])")
 
 
 @dataclass
-class Encoded:
-    """What one process did."""
+class EncodeResult:
+    """What one process wrote."""
 
     shards: int = 0
-    there: int = 0  # shards that an earlier run had encoded
+    already_encoded: int = 0  # shards that an earlier run encoded
     samples: int = 0
     bytes: int = 0
     dropped: Counter = field(default_factory=Counter)
@@ -114,7 +117,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Networks, and how they are used."""
+    """The networks and the settings that encode a shard."""
 
     encoding: Encoding
     preparation: Preparation
@@ -125,16 +128,16 @@ class Encoder:
 
 
 def output_names(shards: list[str]) -> list[str]:
-    """The names of the shards' encoded ones: their own, always with .tar; numbers where an address has none.
+    """The names of the encoded shards: those of the shards, always with .tar, or numbers for shards without a name.
 
-    `UsageError` if two have one name.
+    `UsageError` if two shards have the same name.
     """
     names = []
     for number, shard in enumerate(shards):
-        found = _NAME.findall(shard)
+        found = _TAR_NAME.findall(shard)
         names.append(f"{found[-1] if found else f'{number:05d}'}.tar")
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UsageError(f"IN: several shards are called {twice[0]}; encode them into folders of their own.")
+    if duplicates := [name for name, count in Counter(names).items() if count > 1]:
+        raise UsageError(f"IN: several shards are called {duplicates[0]}; encode them into separate folders.")
     return names
 
 
@@ -152,17 +155,27 @@ def encode_shards(
     dtype: torch.dtype = torch.float32,
     rank: int = 0,
     world_size: int = 1,
-) -> Encoded:
-    """Encodes every `world_size`-th shard, from number `rank` on, that is not yet in `out`; see the module's docstring.
+) -> EncodeResult:
+    """Encodes every `world_size`-th shard, starting with number `rank`, unless it is in `out` already.
 
-    `preparation` is as for training, which would draw from (seed, epoch, sample) what is fixed here.
+    See the module's docstring.
+
+    Args:
+        shards: of pictures, as returned by `expand_shards`.
+        preparation: as for training on the pictures.
+        captions: encode the captions, too.
+        seed: of the random crops.
+        batch_size: pictures that are encoded at once.
+        num_workers: threads that decode pictures.
+        dtype: of the networks; SDXL's VAE stays in float32 unless its config marks half precision as safe.
+        rank, world_size: of this process among those that encode the same shards.
 
     Raises:
-        UsageError: two shards of one name; an `out` that holds anything but shards of this encoding; a teacher or
-            shards that cannot be used; latents beyond float16; what stops it on the way (a full disk): then the whole
-            shards stay.
+        UsageError: two shards of the same name; an `out` that contains anything but shards of this encoding; a teacher
+            or shards that cannot be used; latents that overflow float16; a failure on the way (a full disk), after
+            which completed shards stay.
     """
-    out, result = Path(out), Encoded()
+    out, result = Path(out), EncodeResult()
     names = output_names(shards)
     family = family_of(teacher.read_config(UNet2DConditionModel, "unet"))
     configs = read_configs(teacher, family=family.NAME, resolution=preparation.resolution, num_ddim_timesteps=1)
@@ -179,7 +192,7 @@ def encode_shards(
         random_flip=preparation.random_flip,
         caption_column=preparation.caption_column,
         seed=seed,
-        filters=_filters_in_words(preparation),
+        filters=_filter_flags(preparation),
         text=family.text_fingerprint(teacher) if captions else None,
         text_dtype=str(dtype).removeprefix("torch.") if captions else None,
         vae_name=_public_name(teacher.vae or teacher.model),
@@ -187,15 +200,15 @@ def encode_shards(
     )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        there = _find_encoded(out, encoding)
-        mine = list(zip(shards, names, strict=True))[rank::world_size]
-        todo = [(shard, out / name) for shard, name in mine if name not in there]
-        result.there = len(mine) - len(todo)
+        encoded = _find_encoded(out, encoding)
+        own = list(zip(shards, names, strict=True))[rank::world_size]
+        todo = [(shard, out / name) for shard, name in own if name not in encoded]
+        result.already_encoded = len(own) - len(todo)
         if not todo:
             return result
         report = inspect_shards(shards, preparation)
         if report.preparation.encoding is not None:
-            raise UsageError(f"IN holds encoded shards already ({report.preparation.encoding}); give it pictures.")
+            raise UsageError(f"IN contains encoded shards ({report.preparation.encoding}); give shards of pictures.")
         if captions:
             empty = _embeddings(family.encode_captions(frozen, [""]))
             shapes = {name: array.shape[1:] for name, array in empty.items()}
@@ -204,8 +217,8 @@ def encode_shards(
         encoder = Encoder(encoding, preparation, frozen, family, batch_size, num_workers)
         with tqdm(desc="encoding", unit=" pictures", dynamic_ncols=True, position=rank) as bar:
             for shard, path in todo:
-                for left in out.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):  # by a killed process
-                    left.unlink(missing_ok=True)
+                for partial in out.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):  # from a killed process
+                    partial.unlink(missing_ok=True)
                 with atomic_tar(path) as tar:
                     samples, dropped = _encode_shard(shard, path.name, encoder, tar, bar)
                 result.shards += 1
@@ -213,34 +226,35 @@ def encode_shards(
                 result.bytes += tar.size
                 result.dropped.update({reason: len(keys) for reason, keys in dropped.items()})
     except OSError as error:
-        raise UsageError(f"OUT {out}: {error.strerror or error}. {KEPT} when that is mended") from None
+        raise UsageError(f"OUT {out}: {error.strerror or error}. {RESUME_HINT} once that is fixed") from None
     return result
 
 
 def _public_name(model: str) -> str:
-    """A model's Hub id; of a path the last part, since shards travel."""
+    """A model's Hub id, or the last part of its path: shards may be published."""
     return Path(model).resolve().name if Path(model).exists() else model
 
 
-def _filters_in_words(preparation: Preparation) -> tuple[str, ...]:
+def _filter_flags(preparation: Preparation) -> tuple[str, ...]:
+    """The filters of a preparation, as flags."""
     size = preparation.min_image_size
     return (*[f"--min_image_size {size}"] * bool(size), *(condition.flag for condition in preparation.filters))
 
 
 def _find_encoded(out: Path, encoding: Encoding) -> set[str]:
-    """The names of the shards in `out`; `UsageError` unless all that is there are shards of this encoding."""
+    """The names of the shards in `out`; `UsageError` if it contains anything but shards of this encoding."""
     found = set()
     for path in sorted(out.iterdir()):
         if path.name.startswith("."):
             continue
-        before = None
-        with contextlib.suppress(Exception):  # no tar, or a folder
-            before = read_encoding(str(path))
-        if before is None:
-            raise UsageError(f"OUT {out} holds other things ({printable(path.name)}); name a new or empty folder.")
-        if different := encoding.differences(before):
+        earlier = None
+        with contextlib.suppress(Exception):  # not a tar, or a folder
+            earlier = read_encoding(str(path))
+        if earlier is None:
+            raise UsageError(f"OUT {out} contains other files ({printable(path.name)}); give a new or empty folder.")
+        if differences := encoding.differences(earlier):
             raise UsageError(
-                f"OUT {out} was begun with other flags or another teacher: {', '.join(different)}. Name another "
+                f"OUT {out} was started with other flags or another teacher: {', '.join(differences)}. Give another "
                 "folder, or remove that one."
             )
         found.add(path.name)
@@ -250,40 +264,44 @@ def _find_encoded(out: Path, encoding: Encoding) -> set[str]:
 def _encode_shard(
     shard: str, name: str, encoder: Encoder, tar: TarWriter, bar: tqdm
 ) -> tuple[int, dict[str, list[str]]]:
-    """Fills `tar` from a shard; returns (how many samples it has, the names of those left out by reason)."""
+    """Fills `tar` from a shard; returns (the number of its samples, the names of those left out by reason)."""
     for file, content in encoder.encoding.header_files().items():
         tar.add(file, content)
     dropped: dict[str, list[str]] = defaultdict(list)
     samples, last_key = 0, None
-    good: list[tuple[RawSample, Sample]] = []
-    for raw, sample in _prepared(shard, name, encoder, dropped):
+    batch: list[tuple[RawSample, Sample]] = []
+    for raw, sample_or_reason in _prepare_samples(shard, name, encoder, dropped):
         bar.update()
-        reason = DUPLICATE_NAME if isinstance(sample, Sample) and raw.key == last_key else sample
-        if isinstance(reason, Sample):
-            good.append((raw, reason))
-            last_key = raw.key
+        if isinstance(sample_or_reason, str):
+            dropped[sample_or_reason].append(printable(raw.key))
+        elif raw.key == last_key:  # bad samples between the two are left out, so they would become one
+            dropped[DUPLICATE_NAME].append(printable(raw.key))
         else:
-            dropped[reason].append(printable(raw.key))
-        if len(good) == encoder.batch_size:
-            samples += _write_batch(good, shard, encoder, tar)
-            good = []
-    samples += _write_batch(good, shard, encoder, tar)
+            batch.append((raw, sample_or_reason))
+            last_key = raw.key
+        if len(batch) == encoder.batch_size:
+            samples += _write_batch(batch, shard, encoder, tar)
+            batch = []
+    samples += _write_batch(batch, shard, encoder, tar)
     if dropped:
         tar.add(DROPPED, json.dumps(dropped, indent=1, sort_keys=True).encode())
     return samples, dropped
 
 
-def _prepared(
+def _prepare_samples(
     shard: str, name: str, encoder: Encoder, dropped: dict[str, list[str]]
 ) -> Iterator[tuple[RawSample, Sample | str]]:
-    """The samples of a shard in their order, decoded by threads: each with its pixels, or why it cannot be used."""
-    # The mirror image is made of the pixels, and no caption is chosen yet.
+    """Yields the samples of a shard, in order, decoded by threads: each prepared, or why it cannot be used.
+
+    Adds to `dropped` if the shard cannot be read to its end.
+    """
+    # The mirrored picture is made from the pixels later, and all captions are kept.
     preparation = replace(encoder.preparation, random_flip=False, proportion_empty_prompts=0.0)
     seed = encoder.encoding.seed
 
     def prepare(raw: RawSample) -> tuple[RawSample, Sample | str]:
-        place = hashlib.blake2b(f"{name}\0{raw.key}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        sequence = np.random.SeedSequence((seed, int.from_bytes(place, "big")))
+        sample_id = hashlib.blake2b(f"{name}\0{raw.key}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        sequence = np.random.SeedSequence((seed, int.from_bytes(sample_id, "big")))
         draws = np.random.Generator(np.random.Philox(sequence)).random(5)
         try:
             return raw, prepare_sample(raw, preparation, draws=draws)
@@ -297,11 +315,11 @@ def _prepared(
                 waiting.append(pool.submit(prepare, raw))
                 if len(waiting) > encoder.batch_size + encoder.num_workers:
                     yield waiting.popleft().result()
+        except UsageError:
+            raise
         except Exception as error:
-            if isinstance(error, UsageError):
-                raise
-            if local_path(shard) is None or getattr(error, "errno", None):  # the next time it may not break off
-                raise UsageError(f"IN: {printable(shard)} broke off ({error}). {KEPT}.") from None
+            if local_path(shard) is None or getattr(error, "errno", None):  # possibly transient: not a damaged shard
+                raise UsageError(f"IN: reading {printable(shard)} failed ({error}). {RESUME_HINT}.") from None
             dropped[UNREADABLE_SHARD].append(f"{os.path.basename(shard)}: {error}")
         while waiting:
             yield waiting.popleft().result()
@@ -309,7 +327,7 @@ def _prepared(
 
 @torch.no_grad()
 def _write_batch(samples: list[tuple[RawSample, Sample]], shard: str, encoder: Encoder, tar: TarWriter) -> int:
-    """Encodes samples and adds them to `tar`; returns how many there are."""
+    """Encodes samples and adds them to `tar`; returns their number."""
     if not samples:
         return 0
     pixels = torch.from_numpy(np.stack([sample.arrays["pixels"] for _, sample in samples])).permute(0, 3, 1, 2)
@@ -317,25 +335,25 @@ def _write_batch(samples: list[tuple[RawSample, Sample]], shard: str, encoder: E
     if encoder.preparation.random_flip:
         arrays["mirrored_moments"] = _moments(pixels.flip(-1), encoder)
     captions = [read_captions(raw, read_json(raw), encoder.preparation.caption_column)[0] for raw, _ in samples]
-    ends = np.cumsum([len(of_sample) for of_sample in captions])[:-1]
+    ends = np.cumsum([len(texts) for texts in captions])[:-1]
     embeddings = {}
     if encoder.encoding.text:
-        flat = [caption for of_sample in captions for caption in of_sample]
+        flat = [caption for texts in captions for caption in texts]
         parts = [
             _embeddings(encoder.family.encode_captions(encoder.frozen, flat[first : first + encoder.batch_size]))
             for first in range(0, len(flat), encoder.batch_size)
         ]
         embeddings = {name: np.split(np.concatenate([part[name] for part in parts]), ends) for name in parts[0]}
     for number, (raw, sample) in enumerate(samples):
-        own = {name: array[number] for name, array in (arrays | embeddings).items()}
-        for what, array in own.items():
+        of_sample = {name: array[number] for name, array in (arrays | embeddings).items()}
+        for name, array in of_sample.items():
             if not np.isfinite(array).all():
                 raise UsageError(
-                    f"IN: the {what} of {printable(raw.key)} in {printable(shard)} are not finite in half precision. "
+                    f"IN: the {name} of {printable(raw.key)} in {printable(shard)} are not finite in half precision. "
                     f"Give --dtype fp32, and in place of SDXL's own VAE {VAE_FLAG} madebyollin/sdxl-vae-fp16-fix."
                 )
         sizes = np.array([sample.original_size, sample.crop_top_left, sample.picture_size], np.int64)
-        tar.add(f"{raw.key}.{LATENTS_EXTENSION}", encoder.encoding.pack(own | {"sizes": sizes}))
+        tar.add(f"{raw.key}.{LATENTS_EXTENSION}", encoder.encoding.pack(of_sample | {"sizes": sizes}))
         for extension, content in raw.files.items():
             if extension not in (*PICTURE_EXTENSIONS, LATENTS_EXTENSION):
                 tar.add(f"{raw.key}.{extension}", content)
@@ -353,14 +371,15 @@ def _embeddings(conditioning: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _rank() -> tuple[int, int]:
-    """(rank, world size) as torchrun tells them."""
+    """(rank, world size) from torchrun's environment variables; (0, 1) without them."""
+    given = {name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))}
     try:
-        rank, world_size = (int(os.environ.get(name, least)) for name, least in (("RANK", 0), ("WORLD_SIZE", 1)))
+        rank, world_size = map(int, given.values())
+        if 0 <= rank < world_size:
+            return rank, world_size
     except ValueError:
-        rank, world_size = 0, 0
-    if not 0 <= rank < world_size:
-        raise UsageError("RANK and WORLD_SIZE in the environment are not those of a process among several; unset them.")
-    return rank, world_size
+        pass
+    raise UsageError(f"RANK={given['RANK']} and WORLD_SIZE={given['WORLD_SIZE']} do not fit together; unset both.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -372,7 +391,7 @@ def main(argv: list[str] | None = None) -> None:
     teacher = Teacher.from_flags(flags.take(flags.TeacherFlags, args))
     preparation = Preparation.from_flags(flags.take(flags.PreparationFlags, args))
     try:
-        done = encode_shards(
+        result = encode_shards(
             expand_shards(args.shards),
             args.out,
             teacher=teacher,
@@ -387,15 +406,16 @@ def main(argv: list[str] | None = None) -> None:
             world_size=world_size,
         )
     except KeyboardInterrupt:
-        print(f"interrupted. {KEPT}", file=sys.stderr)
+        print(f"interrupted. {RESUME_HINT}", file=sys.stderr)
         sys.exit(130)
-    who = f"process {rank} of {world_size}: " if world_size > 1 else ""
-    before = f" ({done.there} more were there already)" if done.there else ""
-    if done.dropped:
-        print(f"{who}left out, all named in the {DROPPED} of their shards: {list_counts(done.dropped)}")
+    process = f"process {rank} of {world_size}: " if world_size > 1 else ""
+    earlier = f" (and {result.already_encoded} encoded earlier)" if result.already_encoded else ""
+    if result.dropped:
+        print(f"{process}left out; listed in the {DROPPED} of each shard: {list_counts(result.dropped)}")
     print(
-        f"{who}{done.shards} shard{'s' * (done.shards != 1)}{before}, {done.samples} samples, "
-        f"{done.bytes / 10**6:.1f} MB: train with {SHARDS_FLAG} {shlex.quote(args.out)} --resolution {args.resolution}"
+        f"{process}{result.shards} shard{'s' * (result.shards != 1)}{earlier}, {result.samples} samples, "
+        f"{result.bytes / 10**6:.1f} MB: train with {SHARDS_FLAG} {shlex.quote(args.out)} "
+        f"--resolution {args.resolution}"
     )
 
 

@@ -43,7 +43,7 @@ def loaded(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_run_from_latents_is_the_run_from_pictures(program, command, run, encoded, loaded, tmp_path, monkeypatch):
-    """The same losses to float16 by the same draws; nothing loaded but the U-Net; 2 + 2 resumed steps are 4."""
+    """The same losses to float16 from the same draws; only the U-Net is loaded; 2 + 2 resumed steps equal 4."""
     losses = captured_losses(monkeypatch)
     options = {"family": family(program), "learning_rate": 1e-3, "random_flip": True, "center_crop": True,
                "proportion_empty_prompts": 0.3, "ema_decay": 0.9, "num_validation_images": 0}  # fmt: skip
@@ -59,7 +59,9 @@ def test_a_run_from_latents_is_the_run_from_pictures(program, command, run, enco
     run(program, command("whole", steps=4, checkpointing_steps=2, **options))
     assert loaded == ["unet"]
     from_latents = [loss for _, loss in losses]
-    assert from_latents[:2] == pytest.approx(from_pictures, rel=1e-3) and from_latents[:2] != from_pictures
+    assert from_latents[:2] != from_pictures  # the latents are rounded,
+    assert from_latents[0] == pytest.approx(from_pictures[0], rel=1e-4)
+    assert from_latents[1] == pytest.approx(from_pictures[1], rel=1e-2)  # and a step amplifies that
 
     half = str(tmp_path / "whole" / "checkpoint-2")
     run(program, command("rest", steps=4, resume_from_checkpoint=half, **options))
@@ -89,7 +91,7 @@ def test_a_dry_run_from_latents_draws(command, run, encoded, loaded, caplog, tmp
     loaded.clear()
     program = "train_lcm_distill_lora_sdxl_wds"
     run(program, command(family="sdxl", dry_run=True, lora_rank=4, train_shards_path_or_url=shards))
-    assert "dry run: shards, models, a training step and a drawing all work" in caplog.text
+    assert "dry run: shards, models, a training step and validation all work" in caplog.text
     assert "encoded by sdxl in float32; latents of 64x64, centre crop, with their mirror images" in caplog.text
     assert sorted(loaded) == sorted([*NOT_NEEDED, "unet"]) and not (tmp_path / "out").exists()
 
@@ -175,5 +177,5 @@ def test_an_embedding_is_moved_before_it_is_cast():
             return self
 
     frozen = FrozenParts(None, device="cpu", kinds={}, dtypes={"text_encoder": torch.bfloat16}, text=())
-    frozen.embedding(Stored())
+    frozen.to_embedding(Stored())
     assert Stored.moves == [((torch.device("cpu"),), {"non_blocking": True}), ((torch.bfloat16,), {})]

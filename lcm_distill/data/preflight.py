@@ -1,4 +1,9 @@
-"""The preflight: a first look into the shards, before any model is loaded."""
+"""The preflight: a first look into the shards, before any model is loaded.
+
+report = inspect_shards(shards, preparation)        # UsageError if nothing can be trained on
+print(report)                                       # files, captions, sizes, what is dropped and why
+preparation = report.preparation                    # with the encoding of the shards, if they are encoded
+"""
 
 import math
 from collections import Counter
@@ -20,20 +25,25 @@ from lcm_distill.flags import SHARDS_FLAG
 class ShardReport:
     """What a first look into the shards found; print it."""
 
-    shards: int  # how many there are
-    preparation: Preparation  # as the training's stream needs it: with the encoding of the shards, if they are encoded
-    opened: int = 0  # how many were looked into
-    seen: int = 0  # samples
-    usable: int = 0  # and not left out by a filter
+    shards: int  # number of shards
+    preparation: Preparation  # for the stream: with the encoding of the shards, if they are encoded
+    opened: int = 0  # shards that were looked into
+    seen: int = 0  # samples that were tried
+    usable: int = 0  # samples that can be trained on and pass the filters
     enlarged: int = 0  # usable samples whose picture is smaller than the resolution
-    extensions: Counter = field(default_factory=Counter)  # of all files, the unread ones too
+    extensions: Counter = field(default_factory=Counter)  # of all files, also of those that are not read
     caption_sources: Counter = field(default_factory=Counter)
     json_keys: Counter = field(default_factory=Counter)
     dropped: Counter = field(default_factory=Counter)
     smallest: tuple[int, int] | None = None  # (height, width) of the usable picture with the fewest pixels
     largest: tuple[int, int] | None = None
-    captions: list[str] = field(default_factory=list)  # the first distinct ones, at most 4
-    problems: list[str] = field(default_factory=list)  # shards that could not be read, and why
+    captions: list[str] = field(default_factory=list)  # the first four distinct ones
+    problems: list[str] = field(default_factory=list)  # shards that cannot be read, and why
+
+    @property
+    def filtered(self) -> int:
+        """The number of samples that filters left out."""
+        return sum(count for reason, count in self.dropped.items() if is_filtered(reason))
 
     def __str__(self) -> str:
         lines = [
@@ -45,14 +55,13 @@ class ShardReport:
         if self.preparation.encoding is not None:
             lines.insert(1, f"  {self.preparation.encoding}")
         if self.smallest and self.largest:
-            (h, w), (H, W) = self.smallest, self.largest
-            lines.append(f"  picture sizes:   {w}x{h} to {W}x{H} (width x height)")
+            smallest, largest = (f"{width}x{height}" for height, width in (self.smallest, self.largest))
+            lines.append(f"  picture sizes:   {smallest} to {largest} (width x height)")
         if self.enlarged:
             resolution = self.preparation.resolution
             lines.append(f"  {self.enlarged} of {self.usable} pictures are enlarged to --resolution {resolution}")
         if self.preparation.min_image_size or self.preparation.filters:
-            filtered = sum(count for reason, count in self.dropped.items() if is_filtered(reason))
-            lines.append(f"  filters:         {self.seen - filtered} of {self.seen} samples pass")
+            lines.append(f"  filters:         {self.seen - self.filtered} of {self.seen} samples pass")
         if self.dropped:
             lines.append(f"  dropped:         {list_counts(self.dropped)}")
         return "\n".join(lines + [f"  unreadable:      {problem}" for problem in self.problems[:3]])
@@ -66,36 +75,35 @@ def inspect_shards(
     max_samples: int | None = 1000,
     max_shards: int | None = 32,
 ) -> ShardReport:
-    """The preflight: open the first shards, try their first samples, and tell what is there.
+    """Opens the first shards, tries their first samples, and reports what they contain.
 
     Args:
-        shards: as `expand_shards` gives them.
-        preparation: as the flags say it.
-        limit: samples to look at. As long as none of them is usable the search goes on, up to
-        max_samples: samples, in up to
-        max_shards: shards; None for no bound.
+        shards: as returned by `expand_shards`.
+        preparation: as the flags describe it.
+        limit: samples to try. If none of them is usable, the search continues:
+        max_samples: through at most this many samples (None: no limit),
+        max_shards: in at most this many shards (None: no limit).
 
     Raises:
-        UsageError: no usable sample in what was looked at; says how many were dropped and why, which files and JSON
-            keys were found, and what a shard needs. Or encoded samples that are mixed with others, or that the flags
-            contradict.
+        UsageError: no sample that was tried is usable; the message has how many were dropped and why, which files and
+            JSON keys were found, and what a shard must contain. Or encoded samples are mixed with others, or
+            contradict the flags.
     """
     report = ShardReport(shards=len(shards), preparation=preparation)
-    column = preparation.caption_column
 
-    def done() -> bool:
-        enough = report.usable and report.seen >= limit
-        return bool(enough or (max_samples is not None and report.seen >= max_samples))
+    def is_done() -> bool:
+        enough = report.usable > 0 and report.seen >= limit
+        return enough or (max_samples is not None and report.seen >= max_samples)
 
     for shard in shards[:max_shards]:
         report.opened += 1
         try:
             if not report.seen:
-                report.preparation = _as_encoded(preparation, read_encoding(shard))
-                column = report.preparation.caption_column
+                report.preparation = _match_encoding(preparation, read_encoding(shard))
+            column = report.preparation.caption_column
             for raw in read_shard(shard, caption_column=column, extensions=report.extensions):
                 _inspect_sample(raw, report)
-                if done():
+                if is_done():
                     break
         except MixedShards as error:
             raise UsageError(f"{error} It is in {printable(shard)}.") from None
@@ -104,56 +112,54 @@ def inspect_shards(
         except Exception as error:  # noqa: BLE001 - as in the stream
             report.dropped[UNREADABLE_SHARD] += 1
             report.problems.append(f"{shard}: {error}")
-        if done():
+        if is_done():
             break
     if report.usable:
         return report
-    all_seen = report.opened == report.shards and (max_samples is None or report.seen < max_samples)
+    raise _nothing_usable(report, all_seen=report.opened == len(shards) and not is_done())
+
+
+def _nothing_usable(report: ShardReport, *, all_seen: bool) -> UsageError:
+    """The error for shards of which no sample that was tried is usable; `all_seen`: all samples were tried."""
     so_far = "" if all_seen else " as far as this first look went"
-    filtered = sum(count for reason, count in report.dropped.items() if is_filtered(reason))
-    if filtered:
-        raise UsageError(
-            f"{SHARDS_FLAG} gives nothing to train on{so_far}, and {filtered} of {report.seen} samples are filtered "
-            f"out: give milder filters. {report}"
+    if report.filtered:
+        return UsageError(
+            f"{SHARDS_FLAG} gives nothing to train on{so_far}, and {report.filtered} of {report.seen} samples are "
+            f"filtered out: give milder filters. {report}"
         )
-    without = sum(report.dropped[reason] for reason in caption_reasons(column))
-    if column is not None and without:
-        raise UsageError(
-            f"--caption_column {column} gives nothing to train on{so_far}. Name one of the file extensions or "
-            f"JSON keys that there are, or leave the flag out to look in the usual places: {report}"
+    column = report.preparation.caption_column
+    if column is not None and any(report.dropped[reason] for reason in caption_reasons(column)):
+        return UsageError(
+            f"--caption_column {column} gives nothing to train on{so_far}. Give one of the file extensions or "
+            f"JSON keys that exist, or omit the flag to look in the usual places: {report}"
         )
-    raise UsageError(f"{SHARDS_FLAG} gives nothing to train on{so_far}: {report}\n{SHARD_FORMAT}")
+    return UsageError(f"{SHARDS_FLAG} gives nothing to train on{so_far}: {report}\n{SHARD_FORMAT}")
 
 
-def _as_encoded(preparation: Preparation, encoding: Encoding | None) -> Preparation:
-    """How samples of this encoding are prepared; `UsageError` if that is not what the flags ask for."""
+def _match_encoding(preparation: Preparation, encoding: Encoding | None) -> Preparation:
+    """How samples of this encoding are prepared; `UsageError` if the flags ask for something else."""
     if encoding is None:
         return preparation
-    again = "or encode the pictures again"
+    remedy = "omit the flag, or encode the pictures again with it."
     if preparation.resolution != encoding.resolution:
         raise UsageError(
             f"--resolution {preparation.resolution}: the latents in {SHARDS_FLAG} are of {encoding.resolution} "
-            f"pixels; give --resolution {encoding.resolution}, {again}."
+            f"pixels; give --resolution {encoding.resolution}, or encode the pictures again."
         )
     if preparation.center_crop and not encoding.center_crop:
-        raise UsageError(
-            f"--center_crop: the latents in {SHARDS_FLAG} are of random crops; leave it out, {again} with it."
-        )
+        raise UsageError(f"--center_crop: the latents in {SHARDS_FLAG} are of random crops; {remedy}")
     if preparation.random_flip and not encoding.random_flip:
-        raise UsageError(
-            f"--random_flip: no mirrored pictures are among the latents in {SHARDS_FLAG}; leave it out, {again} with "
-            "it."
-        )
+        raise UsageError(f"--random_flip: the latents in {SHARDS_FLAG} include no mirrored pictures; {remedy}")
     if preparation.interpolation not in (Preparation.interpolation, encoding.interpolation):
         raise UsageError(
             f"--interpolation_type {preparation.interpolation}: the pictures in {SHARDS_FLAG} were resized with "
-            f"{encoding.interpolation}; leave it out, {again} with it."
+            f"{encoding.interpolation}; {remedy}"
         )
     if encoding.text and preparation.caption_column not in (None, encoding.caption_column):
-        told = "the usual places" if encoding.caption_column is None else encoding.caption_column
+        source = "the usual places" if encoding.caption_column is None else encoding.caption_column
         raise UsageError(
             f"--caption_column {preparation.caption_column}: the embeddings in {SHARDS_FLAG} are of the captions from "
-            f"{told}; leave it out, {again} with it."
+            f"{source}; {remedy}"
         )
     return replace(
         preparation,
@@ -165,11 +171,12 @@ def _as_encoded(preparation: Preparation, encoding: Encoding | None) -> Preparat
 
 
 def _inspect_sample(raw: RawSample, report: ShardReport) -> None:
+    """Tries a sample and adds what it finds to the report."""
     report.seen += 1
     meta = read_json(raw)
     report.json_keys.update(meta.keys())
     try:
-        # Whether it decodes is the question, not how it looks. (Of latents the encoding says the resolution.)
+        # Only whether it decodes matters, so resize quickly. (The resolution of latents is that of the encoding.)
         quick = replace(report.preparation, resolution=1, interpolation="nearest", proportion_empty_prompts=0.0)
         sample = prepare_sample(raw, quick, draws=np.zeros(5))
         _, source = read_captions(raw, meta, report.preparation.caption_column)

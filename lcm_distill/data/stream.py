@@ -1,4 +1,4 @@
-"""Captioned pictures from WebDataset shards: an endless, seeded stream that knows its place.
+"""Captioned pictures from WebDataset shards: an endless, seeded stream that can be resumed at any batch.
 
     shards = expand_shards("data/{000..010}.tar")           # lcm_distill.data.shards
     preparation = Preparation(resolution=512)               # lcm_distill.data.preparation
@@ -7,16 +7,16 @@
     loader = make_loader(stream, num_workers=4)             # a StatefulDataLoader
     for batch in loader: ...                                # epoch after epoch; the loop counts steps
 
-Order. C = ranks x workers consumers share the shards. In each epoch the shards are permuted from (seed, epoch)
-and dealt whole as long as they go round; the S mod C that are left over are cut into C slots each, dealt evenly,
-so a consumer reads at most two of them. Over all consumers each sample comes once an epoch (`resampled`: each of S
-shards drawn with replacement). A consumer permutes its samples inside consecutive blocks of up to
-`shuffle_window`, from (seed, epoch, consumer, block).
+Order. C = ranks x workers consumers share S shards. In each epoch the shards are permuted from (seed, epoch), and
+each consumer gets the same number of complete shards; the S mod C remaining ones are cut into C slots each, which are
+dealt evenly, so a consumer reads parts of at most two of them. Over all consumers each sample comes once per epoch
+(with `resampled`, each sample of S shards that are drawn with replacement). A consumer permutes its samples within
+consecutive blocks of up to `shuffle_window`, from (seed, epoch, consumer, block).
 
-Place. (epoch, start of the block, place in the block) is the whole state: restoring reads one block again, from
-the byte of its shard where it starts. (A compressed shard is read from its beginning, but not decoded.)
+State. (epoch, start of the block, place in the block) is the complete state: restoring it reads one block again, from
+the byte of the shard at which it starts. (A compressed shard is read from its beginning, but not decoded.)
 
-Safety. Only pictures, captions and JSON are read; nothing in a shard is unpickled or handed to another program.
+Safety. Only pictures, latents, captions and JSON are read; nothing in a shard is unpickled or run.
 """
 
 import atexit
@@ -47,11 +47,11 @@ from lcm_distill.flags import SHARDS_FLAG, StreamingFlags
 
 logger = logging.getLogger(__name__)
 
-LEAST_SEEN = 500  # samples that a process has seen before it judges how many are bad
-WARN_AFTER_DROPS = 1024  # samples dropped in a row, and each doubling of that, are worth a message
-WINDOW_BYTES = 256 * 2**20  # a shuffle block ends here even when it has fewer than `shuffle_window` samples
+MIN_SEEN = 500  # samples that a process must have seen before `max_bad_fraction` applies
+WARN_AFTER_DROPS = 1024  # a warning after so many samples dropped in a row, and at each doubling
+MAX_BLOCK_BYTES = 256 * 2**20  # a shuffle block ends here even if it has fewer than `shuffle_window` samples
 
-SHARD_ORDER, BLOCK_ORDER, SAMPLE_DRAWS = range(3)  # what a random stream is for, so that no two share numbers
+SHARD_ORDER, BLOCK_ORDER, SAMPLE_DRAWS = range(3)  # keys of the random generators, so that no two give the same numbers
 
 
 def _rng(seed: int, *key: int) -> np.random.Generator:
@@ -59,10 +59,10 @@ def _rng(seed: int, *key: int) -> np.random.Generator:
 
 
 class StreamError(UsageError):
-    """The shards give nothing to train on. Raised in a worker process too, and reads the same there.
+    """The shards give nothing to train on. The message is the same if it is raised in a worker process.
 
-    A loader wraps a worker's error into "Caught ... in worker 0. Original Traceback ..."; what the person at the
-    shell needs is the message alone.
+    A loader wraps a worker's error as "Caught ... in worker 0. Original Traceback ...", from which this takes the
+    message alone.
     """
 
     def __init__(self, message: str):
@@ -71,10 +71,10 @@ class StreamError(UsageError):
 
 @dataclass(frozen=True)
 class ShardSlice:
-    """What a consumer reads of a shard: the samples i with `low` <= (i + epoch) % consumers < `high`."""
+    """The part of a shard that a consumer reads: the samples i with `low` <= (i + epoch) % consumers < `high`."""
 
     shard: int
-    turn: int  # how often the shard has come in this epoch before: 0, unless shards are drawn with replacement
+    turn: int  # earlier occurrences of the shard in this epoch: 0, unless shards are drawn with replacement
     low: int
     high: int
 
@@ -82,11 +82,11 @@ class ShardSlice:
 def deal_shards(
     num_shards: int, *, seed: int, epoch: int, consumer: int, consumers: int, resampled: bool = False
 ) -> list[ShardSlice]:
-    """What a consumer reads in an epoch, in order.
+    """The parts of shards that a consumer reads in an epoch, in order.
 
-    Over all consumers each sample comes exactly once; with `resampled`, those of `num_shards` shards drawn with
-    replacement. The epoch turns the slots, so that a consumer that gets nothing of a tiny shard gets some the
-    next time.
+    Over all consumers each sample comes exactly once; with `resampled`, each sample of `num_shards` shards that are
+    drawn with replacement. The slots rotate with the epoch, so that a consumer that gets no sample of a tiny shard
+    gets one in a later epoch.
     """
     rng = _rng(seed, SHARD_ORDER, epoch)
     order = (rng.integers(num_shards, size=num_shards) if resampled else rng.permutation(num_shards)).tolist()
@@ -95,10 +95,10 @@ def deal_shards(
     for shard in order:
         turns.append((shard, seen[shard]))
         seen[shard] += 1
-    left_over = num_shards % consumers
-    dealt, shared = turns[: num_shards - left_over], turns[num_shards - left_over :]
-    parts = [ShardSlice(*turn, 0, consumers) for turn in dealt[consumer::consumers]]
-    slot, end = consumer * left_over, (consumer + 1) * left_over
+    remaining = num_shards % consumers
+    complete, shared = turns[: num_shards - remaining], turns[num_shards - remaining :]
+    parts = [ShardSlice(*turn, 0, consumers) for turn in complete[consumer::consumers]]
+    slot, end = consumer * remaining, (consumer + 1) * remaining
     while slot < end:
         number, low = divmod(slot, consumers)
         high = min(consumers, low + end - slot)
@@ -111,36 +111,37 @@ class ShardStream(IterableDataset):
     """Endless batches of captioned pictures; see the module's docstring for their order.
 
     A batch is a dict of
-        pixels: uint8 [batch_size, 3, resolution, resolution], 0 to 255, channels last in memory; or of encoded shards
-        moments: float16 [batch_size, 2C, h, w], mean and standard deviation of the latents, and if the captions are
-            encoded too, encoder_hidden_states: float16 [batch_size, tokens, dim], and text_embeds, [batch_size, dim]
-        captions: list of str, "" with probability `proportion_empty_prompts`; of a sample's several captions one is
+        pixels: uint8 [batch_size, 3, resolution, resolution], 0 to 255, channels last in memory; not for encoded shards
+        moments: for encoded shards, float16 [batch_size, 2C, h, w], mean and standard deviation of the latents; if the
+            captions are encoded too, also encoder_hidden_states, float16 [batch_size, tokens, dim], and, for SDXL,
+            text_embeds, float16 [batch_size, dim]
+        captions: list of str, "" with probability `proportion_empty_prompts`; from several captions of a sample one is
             drawn, anew in each epoch
-        original_sizes: int64 [batch_size, 2], (height, width) by the JSON's original_height and original_width, else
-            its height and width, else of the picture itself, in pixels
-        crop_top_lefts: int64 [batch_size, 2], (top, left) of the crop in pixels of the resized picture, mirrored
-            with it if it was flipped
+        original_sizes: int64 [batch_size, 2], (height, width) in pixels, from the JSON's original_height and
+            original_width, else from its height and width, else of the picture itself
+        crop_top_lefts: int64 [batch_size, 2], (top, left) of the crop in pixels of the resized picture, which is
+            mirrored first if the sample is flipped
         target_sizes: int64 [batch_size, 2], (height, width) of the pixels, or of what the latents decode to
-        dropped: dict of reason to count: what this worker has dropped since the run began; see `DropCounter`
+        dropped: dict of reason to count, of the samples that this worker has dropped since the run began; see
+            `DropCounter`
         worker: int, the worker that made the batch
-    All batches are full: the last samples of an epoch share a batch with the first of the next. All draws come
-    from (seed, epoch, place of the shard in the list, number of the sample in it), whoever reads the sample.
+    All batches are full: the last samples of an epoch share a batch with the first of the next. All draws come from
+    (seed, epoch, index of the shard in the list, index of the sample in it), whichever consumer reads the sample.
 
     Args:
-        shards: as `expand_shards` gives them.
-        preparation: how a sample becomes pixels and words.
-        batch_size: samples in a batch (of one rank).
+        shards: as returned by `expand_shards`.
+        preparation: how a sample becomes pixels and a caption.
+        batch_size: samples per batch (of one rank).
         seed: not negative.
         rank, world_size: of this process among those that train together.
-        max_bad_fraction: 0 to 1; the stream ends with an error when more of the samples than that (of at least 500
-            that this process and its workers have seen) cannot be used. What is left out on purpose is not bad.
-        shuffle_window: samples in a shuffle block; a block also ends at 256 MiB. Each worker holds one in memory.
+        max_bad_fraction: 0 to 1; the stream ends with an error if a larger share of the samples that this process and
+            its workers have seen (at least 500) cannot be used. Samples left out by filters are not bad.
+        shuffle_window: samples in a shuffle block; a block also ends at 256 MiB. Each worker keeps one in memory.
         resampled: draw shards with replacement.
 
     Raises:
-        UsageError: from the constructor for an argument out of range; from the iterator for too many bad samples, or,
-            in the words of `inspect_shards`, when it went through an epoch without a sample and no shard has one to
-            give.
+        UsageError: from the constructor, an argument out of range; from the iterator, too many bad samples, or, with
+            the message of `inspect_shards`, an epoch without a sample after which no shard has a usable one.
     """
 
     def __init__(
@@ -158,7 +159,7 @@ class ShardStream(IterableDataset):
     ):
         assert 0 <= rank < world_size, (rank, world_size)
         if not shards:
-            raise UsageError(f"{SHARDS_FLAG} names no shard.")
+            raise UsageError(f"{SHARDS_FLAG} names no shard; give at least one.")
         for flag, value, least in (
             ("--train_batch_size", batch_size, 1),
             ("--seed", seed, 0),
@@ -176,8 +177,8 @@ class ShardStream(IterableDataset):
         self.shuffle_window = shuffle_window
         self.resampled = resampled
         self.start_epoch = 0
-        self.tally: torch.Tensor | None = None  # set by `make_loader`, for its workers to share
-        names = [os.path.basename(shard.partition("?")[0]) for shard in shards]  # data may move between runs
+        self.tally: torch.Tensor | None = None  # set by `make_loader`; its workers share it
+        names = [os.path.basename(shard.partition("?")[0]) for shard in shards]  # base names: data may move
         self._digest = hashlib.blake2b("\0".join(names).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
     def __iter__(self) -> "StreamIterator":
@@ -185,7 +186,7 @@ class ShardStream(IterableDataset):
         return StreamIterator(self, worker=info.id if info else 0, workers=info.num_workers if info else 0)
 
     def layout(self, workers: int) -> dict:
-        """What a saved place depends on: with any of these changed it points at other samples.
+        """What a saved state depends on: if any of these changes, it refers to other samples.
 
         Args:
             workers: of the loader; 0 and 1 give the same samples, but torchdata stores their states differently.
@@ -202,25 +203,25 @@ class ShardStream(IterableDataset):
 
 
 def _new_tally(workers: int) -> torch.Tensor:
-    """int64 [workers, 2]: the samples good and bad that each worker has seen, in memory they all see."""
+    """int64 [workers, 2]: the numbers of good and bad samples that each worker has seen, in shared memory."""
     return torch.zeros(max(1, workers), 2, dtype=torch.int64).share_memory_()
 
 
-_PLACE = ("epoch", "block", "part", "sample", "offset", "place")
+_STATE = ("epoch", "block", "part", "sample", "offset", "place")
 
 
 @dataclass
 class _Read:
-    """A sample as it was read, and where the one after it is."""
+    """A sample as it was read, and where the next one begins."""
 
     raw: RawSample
     part: ShardSlice
-    index: int  # its number in the shard
+    index: int  # of the sample in its shard
     next: tuple[int, int, int | None]  # (part, sample, offset)
 
 
 class StreamIterator:
-    """One consumer's pass through a `ShardStream`, with a state that `StatefulDataLoader` saves batch by batch."""
+    """One consumer's pass through a `ShardStream`; `StatefulDataLoader` saves its state after each batch."""
 
     def __init__(self, stream: ShardStream, *, worker: int, workers: int):
         self.stream = stream
@@ -229,33 +230,33 @@ class StreamIterator:
         self.consumer = stream.rank * max(1, workers) + worker
         self.consumers = stream.world_size * max(1, workers)
         self.epoch = stream.start_epoch
-        self.block = 0  # number of the block in the epoch
-        self.part = 0  # the block starts in this part of what `deal_shards` gave,
+        self.block = 0  # index of the block in the epoch
+        self.part = 0  # the block starts in this one of the parts from `deal_shards`,
         self.sample = 0  # at this sample of the shard,
         self.offset: int | None = 0  # which begins at this byte; None: not known, as in a compressed shard
-        self.place = 0  # so many of the block's samples, in its shuffled order, are used up
+        self.place = 0  # samples of the block, in its shuffled order, that are used up
         self.dropped: Counter = Counter()
-        self._dropped_in_a_row = 0  # samples dropped since the last that was not
-        self._tally = (_new_tally(workers) if stream.tally is None else stream.tally).numpy()  # quicker one by one
-        self._samples = self._run()
+        self._dropped_in_a_row = 0  # since the last usable sample
+        self._tally = (_new_tally(workers) if stream.tally is None else stream.tally).numpy()  # faster to index
+        self._samples = self._generate_samples()
 
     def state_dict(self) -> dict:
-        place = {name: getattr(self, name) for name in _PLACE}
-        return {"layout": self.stream.layout(self.workers), **place, "dropped": dict(self.dropped)}
+        state = {name: getattr(self, name) for name in _STATE}
+        return {"layout": self.stream.layout(self.workers), **state, "dropped": dict(self.dropped)}
 
     def load_state_dict(self, state: dict) -> None:
-        assert state["layout"] == self.stream.layout(self.workers)  # `ShardLoader` sees to it
-        for name in _PLACE:
+        assert state["layout"] == self.stream.layout(self.workers)  # `ShardLoader` checks it
+        for name in _STATE:
             setattr(self, name, state[name])
         self.dropped = Counter(state["dropped"])
-        self._samples = self._run()
+        self._samples = self._generate_samples()
 
     def __iter__(self) -> "StreamIterator":
         return self
 
     def __next__(self) -> dict:
         samples = list(islice(self._samples, self.stream.batch_size))
-        # In a worker process it stacks into shared memory: nothing is copied on the way to the main process.
+        # In a worker process `default_collate` stacks into shared memory, which saves a copy to the main process.
         tensors = {
             name: default_collate([torch.from_numpy(sample.arrays[name]) for sample in samples])
             for name in samples[0].arrays
@@ -272,17 +273,17 @@ class StreamIterator:
             "worker": self.worker,
         }
 
-    def _run(self) -> Iterator[Sample]:
-        """Sample after sample, for ever."""
-        stream, barren = self.stream, 0
+    def _generate_samples(self) -> Iterator[Sample]:
+        """Yields sample after sample, endlessly."""
+        stream, empty_epochs = self.stream, 0
         while True:
-            reader, delivered = self._read_epoch(), False
-            while window := self._fill(reader):
-                next_start = window[-1].next
-                order = _rng(stream.seed, BLOCK_ORDER, self.epoch, self.consumer, self.block).permutation(len(window))
-                while self.place < len(window):
-                    drawn = int(order[self.place])
-                    read, window[drawn] = window[drawn], None  # its bytes are not needed any more
+            reader, is_empty = self._read_epoch(), True
+            while block := self._read_block(reader):
+                next_start = block[-1].next
+                order = _rng(stream.seed, BLOCK_ORDER, self.epoch, self.consumer, self.block).permutation(len(block))
+                while self.place < len(block):
+                    chosen = int(order[self.place])
+                    read, block[chosen] = block[chosen], None  # its bytes are not needed any more
                     self.place += 1
                     key = (read.part.shard, read.index) + ((read.part.turn,) if read.part.turn else ())
                     draws = _rng(stream.seed, SAMPLE_DRAWS, self.epoch, *key).random(5)
@@ -293,19 +294,19 @@ class StreamIterator:
                         continue
                     except MixedShards as error:
                         raise StreamError(f"{error} It is in {stream.shards[read.part.shard]}.") from None
-                    delivered = True
+                    is_empty = False
                     self._count(bad=False)
                     yield sample
                 (self.part, self.sample, self.offset), self.block, self.place = next_start, self.block + 1, 0
             self.epoch, self.block, self.part, self.sample, self.offset, self.place = self.epoch + 1, 0, 0, 0, 0, 0
-            # Nothing for this consumer: bad luck (others have the good shards), or nothing to be had? Looking costs
-            # up to a pass over the data, so do it after 1, 2, 4, 8, ... such epochs.
-            barren = 0 if delivered else barren + 1
-            if barren.bit_count() == 1:
-                self._look_for_a_usable_sample()
+            # This consumer got no sample: do others have the good shards, or are there none? Checking costs up to one
+            # pass over the data, so do it after 1, 2, 4, 8, ... such epochs.
+            empty_epochs = empty_epochs + 1 if is_empty else 0
+            if empty_epochs.bit_count() == 1:
+                self._check_for_usable_samples()
 
     def _read_epoch(self) -> Iterator[_Read]:
-        """What this consumer reads in the epoch, from the block's start on."""
+        """Yields what this consumer reads in the epoch, from the start of the block on."""
         epoch, start_part = self.epoch, self.part
         caption_column = self.stream.preparation.caption_column
         parts = deal_shards(
@@ -330,51 +331,56 @@ class StreamIterator:
                         yield _Read(raw, part, index, following)
                     index += 1
             except Exception as error:  # noqa: BLE001 - opener, decompressor and tar reader raise nearly anything
-                if part.low <= (index + epoch) % self.consumers < part.high:  # one of those who share it counts it
+                if part.low <= (index + epoch) % self.consumers < part.high:  # only one of its consumers counts it
                     logger.info("%s, sample %d: %s", shard, index, error)
                     self._drop(UNREADABLE_SHARD)
 
-    def _fill(self, reader: Iterator[_Read]) -> list:
-        """The next block: up to `shuffle_window` samples, or `WINDOW_BYTES`; [] at the end of the epoch."""
-        window: list[_Read] = []
+    def _read_block(self, reader: Iterator[_Read]) -> list:
+        """The next block: up to `shuffle_window` samples or `MAX_BLOCK_BYTES`; [] at the end of the epoch."""
+        block: list[_Read] = []
         nbytes = 0
         dropped_before = Counter(self.dropped)
         for read in reader:
-            window.append(read)
+            block.append(read)
             nbytes += read.raw.nbytes
-            if len(window) >= self.stream.shuffle_window or nbytes >= WINDOW_BYTES:
+            if len(block) >= self.stream.shuffle_window or nbytes >= MAX_BLOCK_BYTES:
                 break
-        if self.place:  # restored inside this block: what reading it again counted is in the saved counts already
+        if self.place:  # restored inside this block: the saved counts already include what reading it counts
             self.dropped = dropped_before
-        return window
+        return block
 
     def _drop(self, reason: str) -> None:
         self.dropped[reason] += 1
         self._dropped_in_a_row += 1
-        if (
-            self._dropped_in_a_row >= WARN_AFTER_DROPS and self._dropped_in_a_row & (self._dropped_in_a_row - 1) == 0
-        ):  # whoever waits for a batch is told why
-            what = "worker %d of %d: none of the last %d samples can be used; dropped so far: %s"
-            logger.warning(what, self.worker, max(1, self.workers), self._dropped_in_a_row, list_counts(self.dropped))
+        # The run may be waiting for a batch: log why.
+        if self._dropped_in_a_row >= WARN_AFTER_DROPS and self._dropped_in_a_row.bit_count() == 1:
+            logger.warning(
+                "worker %d of %d: none of the last %d samples can be used; dropped so far: %s",
+                self.worker,
+                max(1, self.workers),
+                self._dropped_in_a_row,
+                list_counts(self.dropped),
+            )
         if not is_filtered(reason):
             self._count(bad=True)
 
     def _count(self, *, bad: bool) -> None:
-        """Adds one sample to what this process has seen; `StreamError` if too many of them are bad."""
+        """Counts one more sample of this process; `StreamError` if too many of them are bad."""
         self._tally[self.worker, int(bad)] += 1
         if not bad:
             self._dropped_in_a_row = 0
             return
-        good_ones, bad_ones = self._tally.sum(axis=0).tolist()
-        seen, most = good_ones + bad_ones, self.stream.max_bad_fraction
-        if seen >= LEAST_SEEN and bad_ones > most * seen:
-            whose = f" (those of worker {self.worker} of {self.workers})" if self.workers > 1 else ""
+        num_good, num_bad = self._tally.sum(axis=0).tolist()
+        seen, allowed = num_good + num_bad, self.stream.max_bad_fraction
+        if seen >= MIN_SEEN and num_bad > allowed * seen:
+            whose = f" (of worker {self.worker} of {self.workers})" if self.workers > 1 else ""
             raise StreamError(
-                f"{bad_ones} of {seen} samples cannot be used, more than --max_bad_fraction {most:g} allows. "
-                f"The reasons{whose}: {list_counts(self.dropped)}. Mend the shards, or raise --max_bad_fraction."
+                f"{num_bad} of {seen} samples cannot be used, more than --max_bad_fraction {allowed:g} allows. "
+                f"The reasons{whose}: {list_counts(self.dropped)}. Fix the shards, or raise --max_bad_fraction."
             )
 
-    def _look_for_a_usable_sample(self) -> None:
+    def _check_for_usable_samples(self) -> None:
+        """`StreamError`, with the preflight's message, if no shard has a usable sample."""
         try:
             inspect_shards(self.stream.shards, self.stream.preparation, limit=1, max_samples=None, max_shards=None)
         except UsageError as error:
@@ -382,7 +388,7 @@ class StreamIterator:
 
 
 class DropCounter:
-    """Totals what this process's workers dropped: give it each batch, and read `total()` or print it."""
+    """The total of what this process's workers dropped: `update` it with each batch; read `total()`, or print it."""
 
     def __init__(self):
         self._of_worker: dict[int, dict[str, int]] = {}
@@ -399,60 +405,60 @@ class DropCounter:
 
 
 class ShardLoader(StatefulDataLoader):
-    """A `StatefulDataLoader` that can also take the state of a run with other ranks, workers or shards."""
+    """A `StatefulDataLoader` that can also load the state of a run with other ranks, workers or shards."""
 
-    leaving: torch.Tensor  # bool, in memory the workers see: whether they may end
+    may_exit: torch.Tensor  # bool in shared memory: whether the workers obey SIGTERM
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue exactly behind the batch after which `state_dict` was called.
+        """Continues exactly after the batch at which `state_dict` was called.
 
-        If ranks, workers, shards, seed or shuffle window are not those of the saved run, that place does not exist:
-        then continue at the start of the saved epoch, and log a warning.
+        If ranks, workers, shards, seed or shuffle window are not those of the saved run, that position does not
+        exist: then it continues at the start of the saved epoch, and logs a warning.
         """
-        saved = list(_places(state))
+        saved = list(_find_states(state))
         layout = self.dataset.layout(self.num_workers)
         changed = {
-            f"{name} {place['layout'].get(name)} -> {value}"
-            for place in saved
+            f"{name} {of_worker['layout'].get(name)} -> {value}"
+            for of_worker in saved
             for name, value in layout.items()
-            if place["layout"].get(name) != value
+            if of_worker["layout"].get(name) != value
         }
         if saved and not changed:
             return super().load_state_dict(state)
         super().load_state_dict({})
-        self.dataset.start_epoch = min((place["epoch"] for place in saved), default=0)
+        self.dataset.start_epoch = min((of_worker["epoch"] for of_worker in saved), default=0)
         logger.warning(
-            "The shard stream cannot continue at the very sample where it was saved (%s); it continues at the "
-            "start of epoch %d, so some samples come a second time.",
-            ", ".join(sorted(changed)) or "the saved state holds no place",
+            "The shard stream cannot continue exactly where it was saved (%s); it continues at the start of epoch %d, "
+            "so some samples come a second time.",
+            ", ".join(sorted(changed)) or "the saved state has no position",
             self.dataset.start_epoch,
         )
 
     def close(self) -> None:
-        """End the worker processes, now and not when the garbage collector comes by; `state_dict` stays valid.
+        """Ends the worker processes now, instead of at garbage collection; `state_dict` stays valid.
 
-        If an error's traceback holds the iterator, its queues may be gone before it is: then each worker is waited
-        for in vain, for five seconds, at some later time.
+        Otherwise, if the traceback of an error holds the iterator, its queues may be destroyed before it is: then,
+        at some later time, five seconds are spent waiting for each worker.
         """
         if self._iterator is not None and self.num_workers:
-            self.leaving.fill_(True)
+            self.may_exit.fill_(True)
             self._iterator._shutdown_workers()
 
 
-def _places(state: object) -> Iterator[dict]:
-    """The states of all `StreamIterator`s in a loader's state, which differs with and without workers."""
+def _find_states(state: object) -> Iterator[dict]:
+    """The states of all `StreamIterator`s in a loader's state, whose structure depends on the number of workers."""
     if isinstance(state, dict):
         if "layout" in state:
             yield state
         else:
             for value in state.values():
-                yield from _places(value)
+                yield from _find_states(value)
 
 
 def open_loader(
     flags: StreamingFlags, shards: list[str], preparation: Preparation, seed: int, accelerator: Accelerator
 ) -> ShardLoader:
-    """`make_loader` over the `ShardStream` that the flags ask for, this process's share of it."""
+    """A loader over this process's share of the `ShardStream` that the flags describe."""
     stream = ShardStream(
         shards=shards,
         preparation=preparation,
@@ -468,38 +474,38 @@ def open_loader(
 
 
 def make_loader(stream: ShardStream, num_workers: int) -> ShardLoader:
-    """A loader over the stream; iterate it once, it is endless. Its state is that of the last batch it gave.
+    """A loader over the stream, to be iterated once, since it is endless. Its state is that after the last batch.
+
+    Tensors are pinned if there is a CUDA device. Nothing is drawn from torch's global generator.
 
     Args:
-        num_workers: processes that read and decode; 0 does it in this one.
-
-    The tensors are pinned if there is a CUDA device. Nothing is drawn from torch's global generator.
+        num_workers: processes that read and decode; with 0 this process does.
     """
     if num_workers < 0:
         raise UsageError(f"--dataloader_num_workers is {num_workers}; give 0 or more.")
     stream.tally = _new_tally(num_workers)
-    leaving = torch.zeros((), dtype=torch.bool).share_memory_()
-    atexit.register(leaving.fill_, True)  # before multiprocessing ends the workers
+    may_exit = torch.zeros((), dtype=torch.bool).share_memory_()
+    atexit.register(may_exit.fill_, True)  # before multiprocessing ends the workers
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*set_vital.*")  # torchdata 0.11 calls what torch 2.13 deprecates
         loader = ShardLoader(
             stream,
             batch_size=None,
-            worker_init_fn=functools.partial(_heed_the_run_alone, leaving),
+            worker_init_fn=functools.partial(_set_signal_handlers, may_exit),
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=2 if num_workers else None,
-            # The workers of an endless stream live as long as its only iterator. "Persistent" ones add nothing to that,
-            # and with pinned memory each costs five seconds at exit.
+            # The workers of an endless stream live as long as its only iterator. Making them persistent adds nothing,
+            # and with pinned memory each then costs five seconds at exit.
             persistent_workers=False,
-            generator=torch.Generator(),  # without it, making the iterator draws from the global one
+            generator=torch.Generator(),  # otherwise creating the iterator draws from the global one
         )
-    loader.leaving = leaving
+    loader.may_exit = may_exit
     return loader
 
 
-def _heed_the_run_alone(leaving: torch.Tensor, worker: int) -> None:
-    """Signals to all processes of a job are for the run to answer: its step needs the data, so the workers stay."""
+def _set_signal_handlers(may_exit: torch.Tensor, worker: int) -> None:
+    """Ignores signals to all processes of a job: the run handles them, and needs data for its last step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving else None)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if may_exit else None)

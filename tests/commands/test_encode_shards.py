@@ -272,7 +272,7 @@ def test_the_same_bytes_by_several_processes_and_after_a_kill(pictures, latents,
     ],
 )
 def test_a_folder_begun_with_other_flags_is_refused(pictures, latents, teacher, flags, words):
-    with pytest.raises(UsageError, match=f"^OUT .* was begun with other flags .*{words}"):
+    with pytest.raises(UsageError, match=f"^OUT .* was started with other flags .*{words}"):
         main([pictures, str(Path(latents[0]).parent), "--pretrained_teacher_model", teacher, *flags])
 
 
@@ -282,16 +282,16 @@ def test_mistakes_are_told(pictures, latents, teacher, tmp_path, monkeypatch):
 
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "notes.md").touch()
-    with pytest.raises(UsageError, match="OUT .*used holds other things"):
+    with pytest.raises(UsageError, match="OUT .*used contains other files"):
         run(pictures, str(tmp_path / "used"))
-    with pytest.raises(UsageError, match="^IN holds encoded shards already"):
+    with pytest.raises(UsageError, match="^IN contains encoded shards"):
         run(str(Path(latents[0]).parent), str(tmp_path / "twice"))
     with pytest.raises(UsageError, match="^IN: several shards are called 000.tar"):
         run(f"{pictures}/000.tar::{pictures}/000.tar", str(tmp_path / "out"))
     with pytest.raises(UsageError, match="--resolution 36 is not a multiple of 8"):
         main([pictures, str(tmp_path / "out"), "--pretrained_teacher_model", teacher, "--resolution", "36"])
     monkeypatch.setenv("RANK", "2")
-    with pytest.raises(UsageError, match="^RANK and WORLD_SIZE"):
+    with pytest.raises(UsageError, match="^RANK=2 and WORLD_SIZE=1 .* unset both"):
         run(pictures, str(tmp_path / "out"))
 
 
@@ -330,7 +330,7 @@ def test_a_shard_whose_disk_fails_is_not_taken_for_a_short_one(pictures, teacher
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(module, "read_shard", breaking)
-    with pytest.raises(UsageError, match=r"^IN: .*000.tar broke off .*Input/output error.*run the same command again"):
+    with pytest.raises(UsageError, match=r"^IN: reading .*000.tar failed .*Input/output error.*run the same command again"):
         encoded(pictures, tmp_path / "out", teacher)
     assert not list((tmp_path / "out").iterdir())
 

@@ -206,7 +206,7 @@ def test_shuffle_stays_in_the_window(tmp_path):
 
 def test_shuffle_window_is_bounded_in_bytes(tmp_path, monkeypatch):
     shards = write_shards(tmp_path, [10])
-    monkeypatch.setattr(stream_module, "WINDOW_BYTES", 1)
+    monkeypatch.setattr(stream_module, "MAX_BLOCK_BYTES", 1)
     assert captions_of_two_epochs(shards, shuffle_window=10)[0] == [f"0-{i}" for i in range(10)]
 
 
@@ -255,7 +255,7 @@ def test_restore_is_exact(tmp_path, workers):
     for _ in range(27):
         states.append(original.state_dict())
         batches.append(next(iterator))
-    assert all(place["epoch"] >= 1 for place in stream_module._places(states[-1]))
+    assert all(place["epoch"] >= 1 for place in stream_module._find_states(states[-1]))
     assert {reason for batch in batches for reason in batch["dropped"]} > {raw.UNREADABLE_SHARD}
     for k in range(0, 27, 3):
         buffer = io.BytesIO()
@@ -343,7 +343,7 @@ def test_restore_with_another_layout_continues_at_the_epochs_start(
     saved = make_loader(make_stream(shards, world_size=ranks), workers)
     take(iter(saved), 24)  # in the second epoch, or, of two ranks, the fourth
     state = saved.state_dict()
-    epoch = min(place["epoch"] for place in stream_module._places(state))
+    epoch = min(place["epoch"] for place in stream_module._find_states(state))
     assert epoch >= 1
     restored = make_loader(make_stream(shards, world_size=new_ranks), new_workers)
     with caplog.at_level(logging.WARNING):
@@ -480,7 +480,7 @@ def test_filters_that_let_nothing_pass_are_told(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_bad_samples_end_the_run_with_their_reasons(tmp_path, monkeypatch, workers):
     """Nine of ten samples lost in silence is a run on other data than its owner thinks."""
-    monkeypatch.setattr(stream_module, "LEAST_SEEN", 50)
+    monkeypatch.setattr(stream_module, "MIN_SEEN", 50)
     files = [
         file
         for n in range(100)
@@ -509,7 +509,7 @@ def test_a_worker_that_finds_nothing_says_so(tmp_path, monkeypatch, caplog):
 
 
 def test_filtered_samples_are_not_bad(tmp_path, monkeypatch):
-    monkeypatch.setattr(stream_module, "LEAST_SEEN", 10)
+    monkeypatch.setattr(stream_module, "MIN_SEEN", 10)
     options = {"filters": parse_filters(["aesthetic>=9"]), "max_bad_fraction": 0.1}
     take(iter(make_stream(_filtered_shards(tmp_path), **options)), 30)
 
@@ -804,7 +804,7 @@ def test_a_caption_column_that_no_sample_has_lists_what_there_is(tmp_path, worke
     with pytest.raises(UsageError) as preflight:
         inspect_shards(shards, Preparation(resolution=16, caption_column="blip"))
     message = str(preflight.value)
-    assert message.startswith("--caption_column blip gives nothing to train on. Name one of the file extensions")
+    assert message.startswith("--caption_column blip gives nothing to train on. Give one of the file extensions")
     assert "file extensions: 2 x png, 2 x txt, 1 x blip2, 1 x json" in message
     assert "JSON keys:       1 x caption, 1 x url" in message
     assert 'dropped:         2 x no caption in "blip" (--caption_column)' in message
