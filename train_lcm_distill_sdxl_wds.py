@@ -48,7 +48,7 @@ from lcm_distill.run.accelerator import autocast_over, inference_dtype
 from lcm_distill.run.optim import build_lr_scheduler, build_optimizer
 from lcm_distill.run.run import Run
 from lcm_distill.run.validation import Validation, check_validation, validation_guidance_scale
-from lcm_distill.sampling.generate import teacher_sampler
+from lcm_distill.sampling.generate import build_teacher_sampler
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     teacher = Teacher.from_flags(args.teacher)
     configs = read_configs(teacher, family=family.NAME, resolution=resolution, num_ddim_timesteps=steps)
     sampler = build_lcm_scheduler(configs.scheduler, steps, distillation.timestep_scaling_factor)
-    ddim = teacher_sampler(configs.scheduler)
+    ddim = build_teacher_sampler(configs.scheduler)
     prompts = check_validation(args.validation, sampler, ddim)
     architecture = unets.full_student_architecture(configs.unet, args.student)
     run = Run(PROGRAM, args.launch, architecture, args.flat(), argv=argv, can_split=True)

@@ -1,18 +1,18 @@
-"""Seconds per picture on this machine: students in a few steps beside their teacher in many.
+"""Seconds per picture on this machine: students in a few steps, compared with their teacher in many.
 
     python -m lcm_distill.bench_inference --pretrained_teacher_model stabilityai/stable-diffusion-xl-base-1.0 \\
         --variant fp16 --student latent-consistency/lcm-lora-sdxl --batch_sizes 1 4
     python -m lcm_distill.bench_inference … --student lcm-sd15 lcm-lora-sd15 --steps 2 --output_dir speed
 
-It is the table of the LCM-LoRA announcement: a student at --steps 4, the teacher at --teacher_steps 25.
+The defaults are those of the LCM-LoRA announcement: a student at --steps 4, the teacher at --teacher_steps 25.
 
-What is timed is a whole picture, from the prompt to the pixels: text encoders, the U-Net's steps, the VAE's decoder;
-loading is not. Students that are LoRAs are fused into the U-Net. The teacher, and whoever draws at a guidance scale
-above 1 without a guidance embedding, takes two passes of the U-Net for each step.
+The time of a picture is measured from the prompt to the pixels: text encoders, the U-Net's steps, the VAE's decoder,
+without loading. LoRA students are fused into the U-Net. The teacher, and students without a guidance embedding at a
+guidance scale above 1, take two passes of the U-Net per step.
 
-The models take turns, round after round, after --warmup rounds that do not count. The table has medians over the
-rounds, of the seconds and of the ratios within a round, so that a machine that is busy at times does not mislead.
-Between its turns a U-Net is in the main memory: the GPU's peak is that of one model.
+In each round every model is timed once; the first --warmup rounds are discarded. The table has medians over the rounds
+of the seconds and of the ratios within a round, which a machine that is busy now and then does not distort. Models that
+are not being timed are in CPU memory, so that the peak GPU memory is that of one model.
 """
 
 import argparse
@@ -41,13 +41,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--guidance_scale",
         type=flags.non_negative,
         default=8.0,
-        help="of the teacher, and of students that have a guidance embedding",
+        help="guidance scale (w + 1) of the teacher, and of students with a guidance embedding",
     )
     group.add_argument(
         "--lora_guidance_scale",
         type=flags.non_negative,
         default=1.0,
-        help="of the other students; above 1 each step takes a second pass",
+        help="guidance scale of the other students; above 1, each step takes a second pass",
     )
     group.add_argument(
         "--batch_sizes", type=flags.positive_int, nargs="+", default=[1, 4], metavar="N", help="(default: 1 4)"
@@ -56,15 +56,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--resolution",
         type=flags.positive_int,
         default=None,
-        help="side of the pictures in pixels (default: what the teacher's U-Net was made for)",
+        help="side of the pictures in pixels (default: what the teacher's U-Net was trained for)",
     )
-    group.add_argument("--prompt", default="a castle at dusk", help="what to draw")
-    group.add_argument("--repeats", type=flags.positive_int, default=5, help="rounds that count")
-    group.add_argument("--warmup", type=flags.count, default=1, help="rounds before these")
+    group.add_argument("--prompt", default="a castle at dusk", help="what to generate")
+    group.add_argument("--repeats", type=flags.positive_int, default=5, help="timed rounds")
+    group.add_argument("--warmup", type=flags.count, default=1, help="untimed rounds before them")
     group.add_argument(
         "--compile",
         action="store_true",
-        help="compile the U-Nets (torch.compile); that takes minutes in the first warm-up round, and needs one",
+        help="compile the U-Nets (torch.compile); takes minutes, in the first warm-up round, which it needs",
     )
     flags.add_group(parser, flags.DeviceFlags)
     parser.add_argument(
@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if args.compile and not args.warmup:
-        parser.error("argument --compile: give it a round to compile in, --warmup 1")
+        parser.error("argument --compile: it needs a round to compile in; pass --warmup 1 or more")
     return args
 
 
@@ -102,13 +102,13 @@ from lcm_distill.distributed.compiling import compile_networks
 from lcm_distill.environment import check_writable, choose_device, device_name, memory_errors, quiet_libraries
 from lcm_distill.models.teacher import Teacher
 from lcm_distill.models.vae import decode_latents
-from lcm_distill.sampling.finished import Student, find_students, load_teacher, natural_resolution
+from lcm_distill.sampling.finished import Student, find_students, load_teacher, native_resolution
 from lcm_distill.sampling.generate import check_steps, generate_latents
 
 
 @dataclasses.dataclass
 class Contender:
-    """A network and how it draws."""
+    """A model to time, and its settings."""
 
     name: str
     unet: Any
@@ -120,7 +120,7 @@ class Contender:
 
 @dataclasses.dataclass
 class Result:
-    """One line of the table: a model at a batch size. `seconds` has, for each round, those of one picture."""
+    """One line of the table: a model at a batch size. `seconds` are those per picture, for each round."""
 
     model: str
     steps: int
@@ -136,7 +136,7 @@ class Result:
         return statistics.median(self.seconds)
 
 
-def enter(
+def prepare_contenders(
     pipeline: Any,
     students: Sequence[Student],
     *,
@@ -145,18 +145,23 @@ def enter(
     guidance_scale: float,
     lora_guidance_scale: float,
 ) -> list[Contender]:
-    """The teacher and each student, its LoRA fused; the students' U-Nets in the main memory."""
+    """The teacher and each student, with LoRAs fused; the students' U-Nets are in CPU memory.
+
+    `UsageError` for more steps than a sampler can take, or a student that does not fit the teacher.
+    """
     check_steps("--teacher_steps", teacher_steps, pipeline.scheduler)
     contenders = [
         Contender("teacher", pipeline.unet, pipeline.scheduler, teacher_steps, guidance_scale, guidance_scale > 1)
     ]
     for student in students:
-        told = student.has_guidance_embedding
-        scale = guidance_scale if told else lora_guidance_scale
+        embedded = student.has_guidance_embedding
+        scale = guidance_scale if embedded else lora_guidance_scale
         check_steps("--steps", steps, student.sampler(pipeline.scheduler.config))
         with student.installed_in(pipeline, fuse=True):
             unet = pipeline.unet.to("cpu")
-            contenders.append(Contender(student.name, unet, pipeline.scheduler, steps, scale, scale > 1 and not told))
+            contenders.append(
+                Contender(student.name, unet, pipeline.scheduler, steps, scale, scale > 1 and not embedded)
+            )
     return contenders
 
 
@@ -170,7 +175,7 @@ def measure(
     repeats: int,
     warmup: int,
 ) -> list[Result]:
-    """The table, by batch size; `contenders` begin with the teacher, to which the others are compared."""
+    """Times all `contenders`, of which the first, the teacher, is what the others are compared with; by batch size."""
     device = pipeline.unet.device
     seconds: dict[tuple[int, int], list[float]] = {}
     peaks: dict[tuple[int, int], int] = {}
@@ -205,11 +210,11 @@ def measure(
 
 
 def _time(pipeline: Any, contender: Contender, prompts: list[str], resolution: int) -> tuple[float, int]:
-    """(seconds, peak bytes of a CUDA device or 0) of drawing `prompts` in one batch."""
+    """(seconds, peak bytes of a CUDA device, else 0) of generating pictures of `prompts` in one batch."""
     device = pipeline.unet.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    _finish(device)
+    _synchronize(device)
     start = time.perf_counter()
     latents = generate_latents(
         pipeline,
@@ -221,17 +226,17 @@ def _time(pipeline: Any, contender: Contender, prompts: list[str], resolution: i
         batch_size=len(prompts),
     )
     decode_latents(pipeline.vae, latents, batch_size=len(prompts))
-    _finish(device)
+    _synchronize(device)
     return time.perf_counter() - start, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-def _finish(device: torch.device) -> None:
-    """Waits until the device has done all that it was told to."""
+def _synchronize(device: torch.device) -> None:
+    """Waits until the device has finished all work."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
 
 
-def table(results: Sequence[Result]) -> str:
+def format_table(results: Sequence[Result]) -> str:
     """The results as a Markdown table."""
     on_gpu = any(result.peak_gpu_bytes for result in results)
     heads = ["model", "steps", "guidance scale", "U-Net passes", "batch", "seconds per picture", "times as fast"]
@@ -253,7 +258,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:
-    """What the numbers depend on: the device by its name, threads, versions."""
+    """What the numbers depend on: device, threads, versions."""
     versions = [f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft")]
     return {
         "device": device_name(device),
@@ -271,10 +276,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.output_dir is not None:
         check_writable(args.output_dir)
     teacher = Teacher.from_flags(flags.take(flags.TeacherFlags, args))
-    with memory_errors("take smaller --batch_sizes or a smaller --resolution."):
+    with memory_errors("use smaller --batch_sizes or a smaller --resolution."):
         pipeline = load_teacher(teacher, device=device, dtype=dtype, resolution=args.resolution)
-        resolution = args.resolution or natural_resolution(pipeline)
-        contenders = enter(
+        resolution = args.resolution or native_resolution(pipeline)
+        contenders = prepare_contenders(
             pipeline,
             students,
             steps=args.steps,
@@ -294,18 +299,18 @@ def main(argv: list[str] | None = None) -> None:
             warmup=args.warmup,
         )
     machine = describe_machine(device)
-    words = sys.argv[1:] if argv is None else argv
-    how = (
+    arguments = sys.argv[1:] if argv is None else argv
+    settings = (
         f"{resolution} × {resolution} pixels, {str(dtype).removeprefix('torch.')}"
         f"{', U-Nets compiled' if args.compile else ''}; medians of {args.repeats} rounds after {args.warmup}. Text "
         "encoders, U-Net and VAE are in it, loading is not; LoRAs are fused."
     )
     report = "\n\n".join(
         [
-            table(results),
-            how,
+            format_table(results),
+            settings,
             "\n".join(f"- {name}: {value}" for name, value in machine.items())
-            + f"\n- date: {date.today()}\n- command: `{shlex.join([*PROG.split(), *words])}`",
+            + f"\n- date: {date.today()}\n- command: `{shlex.join([*PROG.split(), *arguments])}`",
         ]
     )
     print(report)
@@ -315,7 +320,7 @@ def main(argv: list[str] | None = None) -> None:
         written = {
             "machine": machine,
             "date": str(date.today()),
-            "command": [*PROG.split(), *words],
+            "command": [*PROG.split(), *arguments],
             "resolution": resolution,
             "dtype": str(dtype).removeprefix("torch."),
             "compiled": args.compile,
@@ -326,4 +331,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main, "")
+    run_program(main, resume_hint="")

@@ -1,23 +1,23 @@
-"""How good is a student? Its answers beside its teacher's, in a table like Table 1 of the LCM paper.
+"""How good is a student? Metrics of its pictures beside its teacher's, in tables like Table 1 of the LCM paper.
 
     python -m lcm_distill.evaluate --pretrained_teacher_model TEACHER --student lcm-sd15 lcm-lora-sd15 \\
         --prompts prompts.txt --num_pictures 256 --output_dir evaluation
 
-Every row draws the same prompts from the same noise, in 1, 2, 4 and 8 steps: the teacher under DDIM and under
-DPM-Solver++, an untrained control (the teacher under LCMScheduler, with guidance: what a student must beat for its
-training to have been worth anything), and the students. The reference is the teacher's own answer in 50 steps of
-DDIM at --guidance_scale, the end of the trajectory that a student is to jump to:
+All rows have the same prompts and the same noise, in 1, 2, 4 and 8 steps: the teacher with DDIM and with DPM-Solver++,
+an untrained control (the teacher with LCMScheduler and guidance, which a student must beat for its training to have
+been worthwhile), and the students. The reference is the teacher in 50 steps of DDIM at --guidance_scale, the end of the
+trajectory that a student learns to reach in one step:
 
-    latents    how far the one-step answer is from that end, ‖answer − end‖ / ‖end‖ (what distillation promises);
-               in several steps LCMs add noise of their own, so there the two distributions are compared, by their
-               energy distance. In latents, without any further network, so for every teacher.
-    clip       CLIP score, by transformers' CLIP (--clip_model, a folder or Hub id)
+    latents    how far the student's one-step latents are from that end, ‖latents − end‖ / ‖end‖; in several steps LCMs
+               add new noise, so the two distributions are compared by their energy distance. Needs no other network,
+               and works for every teacher.
+    clip       CLIP score, with Transformers' CLIP (--clip_model, a folder or Hub id)
     cmmd       CMMD to the reference pictures (--cmmd_model)
     fid        FID to the reference pictures, if torch-fidelity is installed
 
-The reference pictures are the teacher's, or with --real those of your shards, whose captions are then the prompts.
-A full student draws at --guidance_scale. A LoRA, or a U-Net that one was merged into, is not told the guidance: it
-draws at --lora_guidance_scale 1, and the comparison is fair if it was trained at that guidance
+The reference pictures are the teacher's, or with --real those of your shards, whose captions are then the prompts. A
+full student generates at --guidance_scale. A LoRA, or a U-Net that one was merged into, has no guidance input: it
+generates at --lora_guidance_scale 1, and the comparison is fair if it was trained at --guidance_scale
 (w = guidance_scale − 1).
 
 Writes evaluation.md, evaluation.json and evaluation.png (the first pictures of each row) to --output_dir.
@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--num_pictures",
         type=flags.positive_int,
-        help="pictures in each row; prompts are repeated, with other noise (default: the prompts, or 64 of --real)",
+        help="pictures in each row; prompts are repeated, with new noise (default: one per prompt, or 64 of --real)",
     )
     add("--steps", type=flags.positive_int, nargs="+", default=[1, 2, 4, 8], help="(default: 1 2 4 8)")
     add(
@@ -54,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="*",
         default=list(flags.SAMPLERS),
         choices=flags.SAMPLERS,
-        help="of the teacher's rows (default: both)",
+        help="samplers of the teacher's rows (default: both)",
     )
     add("--reference_steps", type=flags.positive_int, default=50, help="DDIM steps of the reference")
     add("--guidance_scale", type=flags.non_negative, default=8.0, help="w + 1, of teacher, control and full students")
@@ -62,24 +62,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--lora_guidance_scale",
         type=flags.non_negative,
         default=1.0,
-        help="of LoRAs, and of LCMs without a guidance embedding",
+        help="w + 1, of LoRAs, and of LCMs without a guidance embedding",
     )
-    add("--resolution", type=flags.positive_int, help="pixels (default: what the teacher's U-Net is made for)")
+    add("--resolution", type=flags.positive_int, help="side of the pictures in pixels (default: the teacher's own)")
     add("--seed", type=flags.count, default=0, help="picture i starts from the noise of seed + i")
     group = parser.add_argument_group("metrics")
     add = group.add_argument
-    add("--metrics", nargs="+", default=["latents"], choices=METRICS, help="as explained above (default: latents)")
-    add("--clip_model", default="openai/clip-vit-base-patch16", help="folder or Hub id of the CLIP of clip")
-    add("--cmmd_model", default="openai/clip-vit-large-patch14-336", help="folder or Hub id of the CLIP of cmmd")
+    add("--metrics", nargs="+", default=["latents"], choices=METRICS, help="see above (default: latents)")
+    add("--clip_model", default="openai/clip-vit-base-patch16", help="folder or Hub id of the CLIP for clip")
+    add("--cmmd_model", default="openai/clip-vit-large-patch14-336", help="folder or Hub id of the CLIP for cmmd")
     group = parser.add_argument_group("output")
     add = group.add_argument
-    add("--output_dir", required=True, help="where the tables and the grid go")
-    add("--shown", type=flags.positive_int, default=8, help="pictures of each row in evaluation.png")
-    add("--batch_size", type=flags.positive_int, default=16, help="pictures drawn at once")
+    add("--output_dir", required=True, help="folder for the tables and the grid")
+    add("--shown", type=flags.positive_int, default=8, help="pictures per row in evaluation.png")
+    add("--batch_size", type=flags.positive_int, default=16, help="pictures generated at once")
     flags.add_group(parser, flags.DeviceFlags)
     args = parser.parse_args(argv)
     if not args.prompts and not args.real:
-        parser.error("give --prompts, or --real shards with captions")
+        parser.error("pass --prompts, or --real shards with captions")
     return args
 
 
@@ -100,24 +100,24 @@ from PIL import Image
 
 from lcm_distill.environment import check_writable, choose_device, device_name, memory_errors, quiet_libraries, versions
 from lcm_distill.models.teacher import Teacher
-from lcm_distill.sampling.finished import Student, find_students, load_teacher, natural_resolution
-from lcm_distill.sampling.generate import check_steps, generate_latents, read_prompts, teacher_sampler
+from lcm_distill.sampling.finished import Student, find_students, load_teacher, native_resolution
+from lcm_distill.sampling.generate import build_teacher_sampler, check_steps, generate_latents, read_prompts
 from lcm_distill.sampling.grid import labelled_grid
-from lcm_distill.sampling.metrics import ClipScore, Cmmd, Fid, Generated, LatentDistances, Metric
+from lcm_distill.sampling.metrics import ClipScore, Cmmd, Fid, GeneratedRow, LatentDistances, Metric
 
 CONTROL = "untrained control"
 
 
 @dataclasses.dataclass
 class EvaluatedRow:
-    """One way to draw, and how good it was."""
+    """One row of the tables: a model at a number of steps, and its metrics."""
 
     model: str  # "DDIM", "DPM-Solver++", "untrained control" or a student's name
     steps: int
     guidance_scale: float
     values: dict[str, float]
     seconds_per_picture: float  # to the latents
-    pictures: list[Image.Image] = dataclasses.field(repr=False)  # the first ones
+    pictures: list[Image.Image] = dataclasses.field(repr=False)  # the first ones, for the grid
     is_reference: bool = False
 
     @property
@@ -130,7 +130,7 @@ def evaluate(
     students: Sequence[Student],
     *,
     prompts: Sequence[str],
-    make_metrics: Callable[[Generated], Sequence[Metric]],
+    make_metrics: Callable[[GeneratedRow], Sequence[Metric]],
     steps: Sequence[int] = (1, 2, 4, 8),
     samplers: Sequence[str] = ("DDIM", "DPM-Solver++"),
     control: bool = True,
@@ -142,25 +142,25 @@ def evaluate(
     seed: int = 0,
     shown: int = 8,
 ) -> Iterator[EvaluatedRow]:
-    """Draws and judges row after row: the reference first, then `samplers`, the control, the `students`.
+    """Generates and evaluates row by row: the reference, then the `samplers`, the control, the `students`.
 
-    One picture of each of `prompts`, number i from the noise of seed + i. `pipeline` is the teacher's, by
-    `load_teacher`; `make_metrics` is given the reference. `UsageError`, before anything is drawn, for more steps than
-    a sampler has and for a student that does not fit the teacher.
+    A row has one picture for each of `prompts`; picture i starts from the noise of seed + i. `pipeline` is the
+    teacher's, from `load_teacher`; `make_metrics` receives the reference. `UsageError`, before anything is generated,
+    for more steps than a sampler can take, and for a student that does not fit the teacher.
     """
     scheduler_config = dict(pipeline.scheduler.config)
-    undistilled = {name: teacher_sampler(scheduler_config, name) for name in samplers}
+    teacher_samplers = {name: build_teacher_sampler(scheduler_config, name) for name in samplers}
     lcm = [student.sampler(scheduler_config) for student in students]
     untrained = lcm[0] if lcm else LCMScheduler.from_config(scheduler_config)
-    for sampler in [*undistilled.values(), *lcm, *[untrained] * control]:
+    for sampler in [*teacher_samplers.values(), *lcm, *[untrained] * control]:
         check_steps("--steps", max(steps), sampler)
-    check_steps("--reference_steps", reference_steps, teacher_sampler(scheduler_config))
+    check_steps("--reference_steps", reference_steps, build_teacher_sampler(scheduler_config))
     for student in students:
         with student.installed_in(pipeline):
             pass
     seeds = range(seed, seed + len(prompts))
 
-    def draw(count: int, scale: float) -> tuple[Generated, float]:
+    def generate(count: int, scale: float) -> tuple[GeneratedRow, float]:
         start = time.perf_counter()
         latents = generate_latents(
             pipeline,
@@ -171,64 +171,65 @@ def evaluate(
             resolution=resolution,
             batch_size=batch_size,
         ).cpu()
-        return Generated(prompts, latents, count, pipeline.vae), (time.perf_counter() - start) / len(prompts)
+        return GeneratedRow(prompts, latents, count, pipeline.vae), (time.perf_counter() - start) / len(prompts)
 
-    def judge(model: str, count: int, scale: float) -> EvaluatedRow:
-        drawn, seconds = draw(count, scale)
-        values = {name: value for metric in metrics for name, value in metric(drawn).items()}
-        return EvaluatedRow(model, count, scale, values, seconds, drawn.first_pictures(shown))
+    def evaluate_row(model: str, count: int, scale: float) -> EvaluatedRow:
+        row, seconds = generate(count, scale)
+        values = {name: value for metric in metrics for name, value in metric(row).items()}
+        return EvaluatedRow(model, count, scale, values, seconds, row.first_pictures(shown))
 
-    pipeline.scheduler = teacher_sampler(scheduler_config)
-    reference, seconds = draw(reference_steps, guidance_scale)
+    pipeline.scheduler = build_teacher_sampler(scheduler_config)
+    reference, seconds = generate(reference_steps, guidance_scale)
     metrics = make_metrics(reference)
     values = {name: value for metric in metrics for name, value in metric(reference).items()}
     yield EvaluatedRow("DDIM", reference_steps, guidance_scale, values, seconds, reference.first_pictures(shown), True)
-    for name, sampler in undistilled.items():
+    for name, sampler in teacher_samplers.items():
         pipeline.scheduler = sampler
         for count in steps:
-            yield judge(name, count, guidance_scale)
+            yield evaluate_row(name, count, guidance_scale)
     if control:
         pipeline.scheduler = untrained
         for count in steps:
-            yield judge(CONTROL, count, guidance_scale)
-    pipeline.scheduler = teacher_sampler(scheduler_config)
+            yield evaluate_row(CONTROL, count, guidance_scale)
+    pipeline.scheduler = build_teacher_sampler(scheduler_config)
     for student in students:
         scale = guidance_scale if student.has_guidance_embedding else lora_guidance_scale
         with student.installed_in(pipeline):
             for count in steps:
-                yield judge(student.name, count, scale)
+                yield evaluate_row(student.name, count, scale)
 
 
-def tables(rows: Sequence[EvaluatedRow], titles: dict[str, str], steps: Sequence[int]) -> str:
+def format_tables(rows: Sequence[EvaluatedRow], titles: dict[str, str], steps: Sequence[int]) -> str:
     """A Markdown table for each metric: a line for each model, a column for each number of steps."""
-    found = {(row.model, row.steps): row.values for row in rows if not row.is_reference}
+    values = {(row.model, row.steps): row.values for row in rows if not row.is_reference}
     parts = []
     for name, title in titles.items():
-        columns = [count for count in steps if any(name in found.get((model, count), ()) for model, _ in found)]
+        columns = [count for count in steps if any(name in values.get((model, count), ()) for model, _ in values)]
         if not columns:
             continue
         lines = [f"**{title}**", ""]
         lines += ["| model | " + " | ".join(f"{count} step{'s' * (count > 1)}" for count in columns) + " |"]
         lines += ["|---" * (len(columns) + 1) + "|"]
-        for model in dict.fromkeys(model for model, _ in found):
-            cells = [found.get((model, count), {}).get(name) for count in columns]
-            lines += [f"| {model} | " + " | ".join("" if cell is None else number(cell) for cell in cells) + " |"]
-        own = [(row.label, row.values[name]) for row in rows if row.is_reference and name in row.values]
-        lines += ["", "The reference: " + "; ".join(f"{label}: {number(value)}" for label, value in own) + "."] * bool(
-            own
-        )
+        for model in dict.fromkeys(model for model, _ in values):
+            cells = [values.get((model, count), {}).get(name) for count in columns]
+            written = ["" if cell is None else format_number(cell) for cell in cells]
+            lines += [f"| {model} | " + " | ".join(written) + " |"]
+        reference = [(row.label, row.values[name]) for row in rows if row.is_reference and name in row.values]
+        if reference:
+            written = [f"{label}: {format_number(value)}" for label, value in reference]
+            lines += ["", "The reference: " + "; ".join(written) + "."]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 
-def number(value: float) -> str:
-    """Three digits, as tables give them."""
+def format_number(value: float) -> str:
+    """`value` as in the tables: 123, 12.3 or 1.234."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
 def read_real_pictures(shards: str, count: int, resolution: int) -> tuple[list[Image.Image], list[str]]:
-    """The first `count` pictures of `shards`, resized and cropped in the middle, and their captions."""
-    # Here, since only this needs what the stream needs.
+    """The first `count` pictures of `shards`, resized and centre-cropped to `resolution`, and their captions."""
+    # Imported here, since only --real needs the data modules.
     from lcm_distill.data.preparation import Preparation, prepare_sample
     from lcm_distill.data.raw import BadSample
     from lcm_distill.data.shards import expand_shards, read_shard
@@ -245,7 +246,7 @@ def read_real_pictures(shards: str, count: int, resolution: int) -> tuple[list[I
         captions.append(sample.caption)
         if len(pictures) == count:
             return pictures, captions
-    raise UsageError(f"--real {shards} has {len(pictures)} usable pictures; --num_pictures asks for {count}.")
+    raise UsageError(f"--real {shards} has {len(pictures)} usable pictures, fewer than --num_pictures {count}.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -257,13 +258,13 @@ def main(argv: list[str] | None = None) -> None:
     check_writable(args.output_dir)
     teacher = Teacher.from_flags(flags.take(flags.TeacherFlags, args))
     pipeline = load_teacher(teacher, device=device, dtype=dtype, resolution=args.resolution)
-    resolution = args.resolution or natural_resolution(pipeline)
+    resolution = args.resolution or native_resolution(pipeline)
     count = args.num_pictures or (len(prompts) if prompts else 64)
     real, captions = read_real_pictures(args.real, count, resolution) if args.real else (None, [])
     prompts = list(itertools.islice(itertools.cycle(prompts or captions), count))
 
-    def load_metric(name: str) -> Callable[[Generated], Metric]:
-        """Loads what a metric needs; what it returns makes the metric, given the reference."""
+    def load_metric(name: str) -> Callable[[GeneratedRow], Metric]:
+        """Loads what a metric needs; returns a function that makes the metric from the reference."""
         if name == "latents":
             return LatentDistances
         if name in ("cmmd", "fid"):
@@ -272,18 +273,18 @@ def main(argv: list[str] | None = None) -> None:
         metric = ClipScore(args.clip_model, device, args.cache_dir)
         return lambda reference: metric
 
-    prepared = [load_metric(name) for name in dict.fromkeys(args.metrics)]
+    makers = [load_metric(name) for name in dict.fromkeys(args.metrics)]
 
-    def make_metrics(reference: Generated) -> list[Metric]:
-        made = [make(reference) for make in prepared]
-        titles.update({name: title for metric in made for name, title in metric.titles.items()})
-        return made
+    def make_metrics(reference: GeneratedRow) -> list[Metric]:
+        metrics = [make(reference) for make in makers]
+        titles.update({name: title for metric in metrics for name, title in metric.titles.items()})
+        return metrics
 
     titles: dict[str, str] = {}
     rows: list[EvaluatedRow] = []
     steps = list(dict.fromkeys(args.steps))
     total = 1 + len(steps) * (len(args.samplers) + 1 + len(students))
-    drawing = evaluate(
+    evaluated = evaluate(
         pipeline,
         students,
         prompts=prompts,
@@ -311,18 +312,18 @@ def main(argv: list[str] | None = None) -> None:
         "reference": "real pictures" if real else f"DDIM, {args.reference_steps} steps",
     }
     try:
-        with memory_errors("take a smaller --batch_size or --resolution."):
-            for row in drawing:
+        with memory_errors("use a smaller --batch_size or --resolution."):
+            for row in evaluated:
                 rows.append(row)
-                said = "  ".join(f"{name} {number(value)}" for name, value in row.values.items())
-                print(f"{len(rows):3d} of {total}  {row.label:32s} {said}", flush=True)
-    finally:  # interrupted, what was judged is there
+                metrics = "  ".join(f"{name} {format_number(value)}" for name, value in row.values.items())
+                print(f"{len(rows):3d} of {total}  {row.label:32s} {metrics}", flush=True)
+    finally:  # rows are also written when the evaluation is interrupted
         if rows:
-            write(rows, titles, steps, settings, Path(args.output_dir), prompts[: args.shown])
-    print("", tables(rows, titles, steps), "", f"written to {args.output_dir}", sep="\n")
+            write_results(rows, titles, steps, settings, Path(args.output_dir), prompts[: args.shown])
+    print("", format_tables(rows, titles, steps), "", f"written to {args.output_dir}", sep="\n")
 
 
-def write(
+def write_results(
     rows: Sequence[EvaluatedRow],
     titles: dict[str, str],
     steps: Sequence[int],
@@ -330,13 +331,14 @@ def write(
     output_dir: Path,
     columns: Sequence[str],
 ) -> None:
-    """`evaluation.md`, `evaluation.json` and `evaluation.png` in `output_dir`."""
+    """Writes `evaluation.md`, `evaluation.json` and `evaluation.png` to `output_dir`; `columns` label the grid."""
     grid = labelled_grid(
         [(row.label, row.pictures) for row in rows], columns=columns, size=min(256, rows[0].pictures[0].width)
     )
     grid.save(output_dir / "evaluation.png")
-    said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if name != "students")
-    (output_dir / "evaluation.md").write_text(f"{tables(rows, titles, steps)}\n\n{said}\n", encoding="utf-8")
+    described = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if name != "students")
+    text = f"{format_tables(rows, titles, steps)}\n\n{described}\n"
+    (output_dir / "evaluation.md").write_text(text, encoding="utf-8")
     kept = [{k: v for k, v in dataclasses.asdict(row).items() if k != "pictures"} for row in rows]
     record = {"settings": settings, "versions": versions(), "rows": kept}
     (output_dir / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")

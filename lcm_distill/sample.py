@@ -1,4 +1,4 @@
-"""Draw with a teacher and its students: one labelled grid, the single pictures, and what each was drawn with.
+"""Generate pictures with a teacher and its students: a labelled grid, single pictures, and the settings of each.
 
     python -m lcm_distill.sample --pretrained_teacher_model stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --student lcm-sd15 lcm-lora-sd15 --prompts "a castle at dusk" "a fox in the snow" --output_dir drawn
@@ -6,17 +6,18 @@
     python -m lcm_distill.sample … --student lcm-lora-sd15 --lora a-style-lora=0.8 --lcm_lora_scale 1.0
     python -m lcm_distill.sample … --student lcm-sd15 --init_image photo.jpg --strength 0.5
 
-A student is a full LCM (the folder that a distillation left, a U-Net, a whole pipeline's folder) or an LCM-LoRA (a
-folder, a .safetensors file), here or on the Hub. The grid has a row for each model, number of steps and guidance, and
-a column for each prompt and seed; every row starts from the same noise. --sweep is the step sweep of the LCM-LoRA
+A student is a full LCM (the output folder of a distillation, a U-Net, a pipeline's folder) or an LCM-LoRA (a folder, a
+.safetensors file), local or on the Hub. The grid has a row for each model, number of steps and guidance scale, and a
+column for each prompt and seed; all rows start from the same noise. --sweep is the step sweep of the LCM-LoRA
 announcement: students at 1 to 8 steps, the teacher at 1, 4, 8, 15, 20, 25, 30 and 50.
 
-Guidance. A full LCM is told --guidance_scale, which the teacher draws with too. An LCM-LoRA has a guidance in its
-weights and draws at --lora_guidance_scale, 1. A negative prompt counts where a model is guided by a second pass: in
+Guidance: the teacher and full LCMs generate at --guidance_scale. An LCM-LoRA has its guidance in its weights, and
+generates at --lora_guidance_scale, 1. A negative prompt has an effect where a model is guided with a second pass: in
 the teacher and in LoRAs at a scale above 1, not in a full LCM.
 
-In OUT: grid.png; pictures/, whose names tell model, steps, guidance, prompt and seed, and whose PNG texts all settings;
-samples.json, the same for all pictures. Each picture is what a Diffusers pipeline draws with these settings.
+Writes to OUT: grid.png; pictures/, with model, steps, guidance scale, prompt and seed in the file names and all
+settings in the PNG metadata; samples.json, with the settings of all pictures. A Diffusers pipeline with these settings
+generates the same pictures.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=None,
         metavar="STUDENT",
-        help="full LCMs and LCM-LoRAs to draw with: folders, Hub ids, LoRAs' .safetensors files (default: none)",
+        help="full LCMs and LCM-LoRAs: folders, Hub ids, LoRAs' .safetensors files (default: none)",
     )
     group.add_argument(
         "--lcm_lora_scale", type=flags.number(float), default=1.0, help="weight of the students that are LoRAs"
@@ -51,10 +52,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=None,
         metavar="NAME=WEIGHT",
-        help="further LoRAs, such as styles, on every model, the teacher too: folders, Hub ids or .safetensors files; "
-        "without =WEIGHT at 1",
+        help="other LoRAs, such as styles, for all models, including the teacher: folders, Hub ids or .safetensors "
+        "files; without =WEIGHT, the weight is 1",
     )
-    group = parser.add_argument_group("what to draw")
+    group = parser.add_argument_group("pictures")
     group.add_argument(
         "--prompts",
         nargs="+",
@@ -65,40 +66,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--negative_prompt",
         default=None,
-        help="what not to draw; full LCMs, and guidance scales up to 1, do not heed it",
+        help="what the pictures should not show; ignored by full LCMs, and at guidance scales up to 1",
     )
     group.add_argument(
-        "--num_images", type=flags.positive_int, default=1, help="pictures per prompt: seeds from --seed"
+        "--num_images", type=flags.positive_int, default=1, help="pictures per prompt: seeds from --seed on"
     )
-    group.add_argument("--seed", type=flags.number(int, 0, 2**63 - 1), default=0, help="the first picture's")
+    group.add_argument("--seed", type=flags.number(int, 0, 2**63 - 1), default=0, help="seed of the first picture")
     group.add_argument(
         "--seeds",
         type=flags.number(int, 0, 2**63 - 1),
         nargs="+",
         default=None,
         metavar="SEED",
-        help="these seeds, in place of --num_images and --seed",
+        help="these seeds instead of --num_images and --seed",
     )
     group.add_argument(
         "--resolution",
         type=flags.positive_int,
         default=None,
-        help="side of the pictures in pixels (default: what the teacher's U-Net was made for)",
+        help="side of the pictures in pixels (default: what the teacher's U-Net was trained for)",
     )
     group.add_argument(
         "--init_image",
         default=None,
         metavar="PICTURE",
-        help="a picture to start from (img2img), cut to a square of --resolution",
+        help="a picture to start from (img2img), cropped to a square of --resolution",
     )
     group.add_argument(
         "--strength",
         type=flags.number(float, 0.01, 1),
         default=None,
-        help="of img2img: how much of the picture is noised, 0 to 1; --steps are those that the U-Net takes, whatever "
-        "the strength (Diffusers' pipelines would take that share of them) (default: 0.5)",
+        help="img2img: how much noise is added to the picture, 0 to 1; the U-Net takes all --steps whatever the "
+        "strength (in Diffusers' pipelines, that share of them) (default: 0.5)",
     )
-    group = parser.add_argument_group("how to draw it")
+    group = parser.add_argument_group("sampling")
     group.add_argument(
         "--steps", type=flags.positive_int, nargs="+", default=None, help="steps of the students (default: 1 2 4 8)"
     )
@@ -107,12 +108,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=flags.count,
         nargs="+",
         default=None,
-        help="steps of the teacher; 0 for no row of its own (default: 25)",
+        help="steps of the teacher; 0: no row for it (default: 25)",
     )
     group.add_argument(
         "--sweep",
         action="store_true",
-        help="--steps 1 2 3 4 5 6 7 8 and --teacher_steps 1 4 8 15 20 25 30 50, where these are not given",
+        help="--steps 1 2 3 4 5 6 7 8 and --teacher_steps 1 4 8 15 20 25 30 50, unless these are given",
     )
     group.add_argument(
         "--guidance_scale",
@@ -120,7 +121,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=[8.0],
         metavar="SCALE",
-        help="the pipelines' guidance_scale, w + 1, of the teacher and of full LCMs (default: 8)",
+        help="guidance_scale (w + 1) of the teacher and of full LCMs (default: 8)",
     )
     group.add_argument(
         "--lora_guidance_scale",
@@ -128,25 +129,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=[1.0],
         metavar="SCALE",
-        help="of LCM-LoRAs, and of LCMs without a guidance embedding; 1 to 2 is right (default: 1)",
+        help="guidance_scale of LCM-LoRAs, and of LCMs without a guidance embedding; 1 to 2 works best (default: 1)",
     )
     group.add_argument(
         "--teacher_sampler", default="DDIM", choices=flags.SAMPLERS, help="sampler of the teacher's rows"
     )
-    group.add_argument("--batch_size", type=flags.positive_int, default=4, help="pictures drawn at once")
+    group.add_argument("--batch_size", type=flags.positive_int, default=4, help="pictures generated at once")
     flags.add_group(parser, flags.DeviceFlags)
     parser.add_argument(
-        "--output_dir", default="drawn", metavar="OUT", help="folder for grid, pictures and samples.json"
+        "--output_dir", default="drawn", metavar="OUT", help="folder for the grid, the pictures and samples.json"
     )
     args = parser.parse_args(argv)
     if args.strength is not None and args.init_image is None:
-        parser.error("argument --strength: it is img2img's; give a picture as --init_image too")
+        parser.error("argument --strength: it needs --init_image, the picture to start from")
     if args.steps is None:
         args.steps = SWEEP_STUDENT_STEPS if args.sweep else STUDENT_STEPS
     if args.teacher_steps is None:
         args.teacher_steps = SWEEP_TEACHER_STEPS if args.sweep else TEACHER_STEPS
     if not args.student and not any(args.teacher_steps):
-        parser.error("argument --teacher_steps: with 0 and no --student there is nothing to draw")
+        parser.error("argument --teacher_steps: with 0 and no --student there is nothing to generate")
     return args
 
 
@@ -177,24 +178,24 @@ from lcm_distill.sampling.finished import (
     WeightedLora,
     find_students,
     load_teacher,
-    natural_resolution,
+    native_resolution,
     with_loras,
 )
 from lcm_distill.sampling.generate import (
+    build_teacher_sampler,
     check_steps,
     generate_from_picture,
     generate_latents,
     read_prompts,
-    teacher_sampler,
 )
-from lcm_distill.sampling.grid import labelled_grid, shown
+from lcm_distill.sampling.grid import labelled_grid, resize_to_cell
 
-CELL = 256  # pixels of a picture in the grid, at most
+MAX_CELL = 256  # side of a picture in the grid, pixels
 
 
 @dataclasses.dataclass(frozen=True)
 class GridRow:
-    """One line of the grid: a model and how it draws. `student` is None for the teacher."""
+    """One row of the grid: a model and its settings. `student` is None for the teacher."""
 
     student: Student | None
     steps: int
@@ -215,24 +216,24 @@ def plan_rows(
     lora_guidance_scales: Sequence[float],
     negative_prompt: str | None,
 ) -> list[GridRow]:
-    """The rows of the grid, the teacher's first; what is given twice is drawn once, and 0 steps not at all.
+    """The rows of the grid, the teacher's first; duplicates are dropped, and so are 0 steps.
 
-    The negative prompt is that of the rows where it counts, those with a second pass to guide by.
+    Only rows that are guided with a second pass have the negative prompt, which has no effect in others.
     """
     rows = []
     for student in (None, *students):
-        told = student is not None and student.has_guidance_embedding
-        scales = guidance_scales if told or student is None else lora_guidance_scales
+        embedded = student is not None and student.has_guidance_embedding
+        scales = guidance_scales if embedded or student is None else lora_guidance_scales
         for scale in dict.fromkeys(scales):
-            negative = negative_prompt if scale > 1 and not told else None
-            for number in dict.fromkeys(teacher_steps if student is None else steps):
-                if number:
-                    rows.append(GridRow(student, number, scale, negative))
+            negative = negative_prompt if scale > 1 and not embedded else None
+            for count in dict.fromkeys(teacher_steps if student is None else steps):
+                if count:
+                    rows.append(GridRow(student, count, scale, negative))
     return rows
 
 
 def row_labels(rows: Sequence[GridRow], teacher_sampler_name: str) -> list[str]:
-    """A label for each row; it tells the guidance where a model draws with several."""
+    """A label for each row, with the guidance scale if its model has several."""
     scales: dict[str, set[float]] = {}
     for row in rows:
         scales.setdefault(row.model, set()).add(row.guidance_scale)
@@ -244,8 +245,8 @@ def row_labels(rows: Sequence[GridRow], teacher_sampler_name: str) -> list[str]:
     return labels
 
 
-class Album:
-    """The `pictures/` of `folder`: each under a name of its own, with its settings in it, and listed."""
+class PictureFolder:
+    """Writes pictures to `pictures/` in `folder`, each with a unique name and its settings as metadata; lists them."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -254,17 +255,17 @@ class Album:
         (folder / "pictures").mkdir(parents=True, exist_ok=True)
 
     def add(self, picture: Image.Image, number: int, settings: dict[str, Any]) -> None:
-        """Writes the picture of the `number`-th prompt; `settings` tells model, steps, guidance, prompt, seed, …"""
+        """Writes a picture of prompt `number`; `settings` are its model, steps, guidance_scale, prompt, seed, …"""
         words = (
-            _plain(settings["model"], 60),
+            _slug(settings["model"], 60),
             f"{settings['steps']}-step{'s' * (settings['steps'] != 1)}",
             f"guidance-{settings['guidance_scale']:g}",
-            f"{number:03d}-{_plain(settings['prompt'], 40)}",
+            f"{number:03d}-{_slug(settings['prompt'], 40)}",
             f"seed-{settings['seed']}",
         )
         name = stem = "_".join(words)
         count = 1
-        while name.lower() in self._names:  # on some systems a file has both
+        while name.lower() in self._names:  # file names ignore case on some systems
             count += 1
             name = f"{stem}_{count}"
         self._names.add(name.lower())
@@ -277,37 +278,37 @@ class Album:
         self.listed.append({"file": file} | settings)
 
 
-def _plain(text: str, most: int) -> str:
-    """`text` as a part of a file's name: letters, digits, dots and dashes."""
-    return re.sub(r"[^\w.-]+|_+", "-", text)[:most].strip("-.") or "x"
+def _slug(text: str, max_length: int) -> str:
+    """`text` as a part of a file name: letters, digits, dots and dashes."""
+    return re.sub(r"[^\w.-]+|_+", "-", text)[:max_length].strip("-.") or "x"
 
 
 def parse_lora(text: str, cache_dir: str | None = None) -> WeightedLora:
-    """`NAME=WEIGHT`, or `NAME` at 1; a name may have = in it, if what follows is no number."""
+    """`NAME=WEIGHT`, or `NAME` with weight 1; a name may contain = unless a number follows it."""
     name, _, last = text.rpartition("=")
     weight = 1.0
     with contextlib.suppress(ValueError):
         text, weight = (name, float(last)) if name else (text, weight)
     if not math.isfinite(weight):
-        raise UsageError(f"--lora {text}={weight}: a weight is a finite number.")
+        raise UsageError(f"--lora {text}={weight}: the weight must be a finite number.")
     return WeightedLora(text, weight, cache_dir=cache_dir)
 
 
 def read_init_image(name: str) -> Image.Image:
-    """An upright RGB picture; `UsageError` if the file of `--init_image` is none."""
+    """The upright RGB picture of `--init_image`; `UsageError` if the file cannot be read or is not a picture."""
     try:
         return decode_picture(Path(name).expanduser().read_bytes())[0]
     except OSError as error:
         raise UsageError(f"--init_image {name} cannot be read ({error.strerror}); correct its path.") from None
     except BadSample as error:
-        raise UsageError(f"--init_image {name}: {error}; give another one.") from None
+        raise UsageError(f"--init_image {name}: {error}; use another picture.") from None
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     quiet_libraries()
 
-    # What can be wrong with the flags is said here, before anything is loaded.
+    # Mistakes in the flags are reported here, before anything is loaded.
     prompts = read_prompts(args.prompts, "--prompts") or []
     seeds = list(dict.fromkeys(args.seeds or range(args.seed, args.seed + args.num_images)))
     strength = 1.0 if args.init_image is None else args.strength or 0.5
@@ -325,24 +326,24 @@ def main(argv: list[str] | None = None) -> None:
     check_writable(args.output_dir)
     teacher = Teacher.from_flags(flags.take(flags.TeacherFlags, args))
     pipeline = load_teacher(teacher, device=device, dtype=dtype, resolution=args.resolution)
-    pipeline.scheduler = teacher_sampler(pipeline.scheduler.config, args.teacher_sampler)
-    resolution = args.resolution or natural_resolution(pipeline)
+    pipeline.scheduler = build_teacher_sampler(pipeline.scheduler.config, args.teacher_sampler)
+    resolution = args.resolution or native_resolution(pipeline)
     for row in rows:
         sampler = row.student.sampler(pipeline.scheduler.config) if row.student else pipeline.scheduler
         check_steps("--steps" if row.student else "--teacher_steps", row.steps, sampler, strength)
     if args.negative_prompt is not None:
-        heeding = {row.model for row in rows if row.negative_prompt is not None}
-        for model in dict.fromkeys(row.model for row in rows if row.model not in heeding):
-            print(f"{model} does not heed --negative_prompt: nothing but a second pass, above guidance scale 1, does")
+        guided = {row.model for row in rows if row.negative_prompt is not None}
+        for model in dict.fromkeys(row.model for row in rows if row.model not in guided):
+            print(f"{model} ignores --negative_prompt, which needs a second pass, at a guidance scale above 1")
 
-    # In every row a picture for each prompt and seed.
+    # Each row has a picture for each prompt and seed.
     common: dict[str, Any] = {"resolution": resolution, "loras": {lora.source: lora.weight for lora in loras}}
     if init_image is not None:
         init_image = ImageOps.fit(init_image, (resolution, resolution), Image.Resampling.LANCZOS)
         common |= {"init_image": args.init_image, "strength": strength}
     columns = [(number, prompt, seed) for number, prompt in enumerate(prompts, 1) for seed in seeds]
-    album, grid = Album(Path(args.output_dir)), list[tuple[str, list[Image.Image]]]()
-    drawing = generate_rows(
+    folder, grid = PictureFolder(Path(args.output_dir)), list[tuple[str, list[Image.Image]]]()
+    generated = generate_rows(
         pipeline,
         rows,
         [prompt for _, prompt, _ in columns],
@@ -354,10 +355,10 @@ def main(argv: list[str] | None = None) -> None:
         lcm_lora_scale=args.lcm_lora_scale,
         loras=loras,
     )
-    with memory_errors("take a smaller --batch_size or --resolution."):
-        for label, (row, pictures, seconds) in zip(row_labels(rows, args.teacher_sampler), drawing, strict=True):
+    with memory_errors("use a smaller --batch_size or --resolution."):
+        for label, (row, pictures, seconds) in zip(row_labels(rows, args.teacher_sampler), generated, strict=True):
             print(f"{label}: {len(columns)} in {seconds:.1f} s", flush=True)
-            grid.append((label, [shown(picture, min(CELL, resolution)) for picture in pictures]))
+            grid.append((label, [resize_to_cell(picture, min(MAX_CELL, resolution)) for picture in pictures]))
             settings: dict[str, Any] = {
                 "model": row.model,
                 "source": row.student.source if row.student else args.pretrained_teacher_model,
@@ -369,15 +370,15 @@ def main(argv: list[str] | None = None) -> None:
             if row.student and row.student.kind == "lora":
                 settings["lcm_lora_scale"] = args.lcm_lora_scale
             for (number, prompt, seed), picture in zip(columns, pictures, strict=True):
-                album.add(picture, number, settings | {"prompt": prompt, "seed": seed} | common)
+                folder.add(picture, number, settings | {"prompt": prompt, "seed": seed} | common)
     headings = [
         (prompt if seed == seeds[0] else "") + (f" (seed {seed})" if len(seeds) > 1 else "")
         for _, prompt, seed in columns
     ]
     out = Path(args.output_dir)
     labelled_grid(grid, columns=headings).save(out / "grid.png")
-    (out / "samples.json").write_text(json.dumps(album.listed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"{out / 'grid.png'}, and {len(album.listed)} pictures in {out / 'pictures'}")
+    (out / "samples.json").write_text(json.dumps(folder.listed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"{out / 'grid.png'}, and {len(folder.listed)} pictures in {out / 'pictures'}")
 
 
 def generate_rows(
@@ -393,17 +394,17 @@ def generate_rows(
     lcm_lora_scale: float = 1.0,
     loras: Sequence[WeightedLora] = (),
 ) -> Iterator[tuple[GridRow, list[Image.Image], float]]:
-    """Each row with its pictures, one for each prompt and its seed, and the seconds that they took.
+    """Yields each row with its pictures, one for each prompt and its seed, and the seconds that they took.
 
-    `pipeline` is the teacher's, and has its sampler. With `init_image`, of the size to draw, it is img2img.
+    `pipeline` is the teacher's, with the teacher's sampler. With `init_image`, of the size to generate, it is img2img.
     """
-    for student, own in itertools.groupby(rows, lambda row: row.student):
+    for student, student_rows in itertools.groupby(rows, lambda row: row.student):
         with contextlib.ExitStack() as stack:
             if student is None:
                 stack.enter_context(with_loras(pipeline, loras))
             else:
                 stack.enter_context(student.installed_in(pipeline, lora_scale=lcm_lora_scale, loras=loras))
-            for row in own:
+            for row in student_rows:
                 start = time.perf_counter()
                 options: dict[str, Any] = dict(
                     inference_steps=row.steps,
@@ -415,9 +416,9 @@ def generate_rows(
                     latents = generate_latents(pipeline, prompts, seeds, resolution=resolution, **options)
                 else:
                     latents = generate_from_picture(pipeline, init_image, prompts, seeds, strength=strength, **options)
-                pictures = decode_latents(pipeline.vae, latents, batch_size=1)  # at 1024 pixels each takes gigabytes
+                pictures = decode_latents(pipeline.vae, latents, batch_size=1)  # one takes gigabytes at 1024 pixels
                 yield row, pictures, time.perf_counter() - start
 
 
 if __name__ == "__main__":
-    run_program(main, "")
+    run_program(main, resume_hint="")

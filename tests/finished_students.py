@@ -1,4 +1,4 @@
-"""Finished distillations and style LoRAs of the toy teachers, made in a moment: small random changes, not trained."""
+"""Finished students and style LoRAs of the toy teachers, made quickly: with small random changes, not trained."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from lcm_distill.models.families import FAMILIES
 from lcm_distill.models.lora import Lora
 from lcm_distill.models.student import student_from_teacher, target_from_student
 from lcm_distill.models.teacher import Teacher
-from lcm_distill.objective.schedule import lcm_scheduler
+from lcm_distill.objective.schedule import build_lcm_scheduler
 
-GRID = 20  # of the students' solver, told apart from Diffusers' own 50
+GRID = 20  # points of the students' solver; Diffusers' default is 50
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -30,7 +30,7 @@ def _perturb(parameters, seed: int, spread: float) -> None:
 
 
 def full_student(folder: Path, teacher: str, family: str, *, seed: int = 0) -> str:
-    """The output folder of a full distillation, whose U-Net heeds the guidance that it is told."""
+    """The output folder of a full distillation, whose U-Net depends on the guidance."""
     student = student_from_teacher(_unet(teacher), 64)
     _perturb([student.time_embedding.cond_proj.weight, student.conv_out.weight], seed, 0.05)
     target = target_from_student(student)
@@ -39,7 +39,7 @@ def full_student(folder: Path, teacher: str, family: str, *, seed: int = 0) -> s
         str(folder),
         student=student,
         target=target,
-        scheduler=lcm_scheduler(SCHEDULE, GRID, 5.0),
+        scheduler=build_lcm_scheduler(SCHEDULE, GRID, 5.0),
         teacher=Teacher(teacher),
         family=FAMILIES[family],
         guidance_scale=8.0,
@@ -57,7 +57,7 @@ def lora_student(folder: Path, teacher: str, family: str, *, seed: int = 0) -> s
     export_lora_student(
         str(folder),
         lora=lora,
-        scheduler=lcm_scheduler(SCHEDULE, GRID, 5.0),
+        scheduler=build_lcm_scheduler(SCHEDULE, GRID, 5.0),
         teacher=Teacher(teacher),
         family=FAMILIES[family],
         global_step=1,
@@ -67,7 +67,7 @@ def lora_student(folder: Path, teacher: str, family: str, *, seed: int = 0) -> s
 
 
 def style_lora(folder: Path, teacher: str, family: str) -> str:
-    """A LoRA as others train them: on the attention of the U-Net and of the (first) text encoder, in one file."""
+    """A LoRA as other tools train them: for the attention of the U-Net and of the (first) text encoder, in one file."""
     unet, text_encoder = _unet(teacher), CLIPTextModel.from_pretrained(teacher, subfolder="text_encoder")
     states = []
     for network, modules in ((unet, ["to_q", "to_v"]), (text_encoder, ["q_proj", "v_proj"])):

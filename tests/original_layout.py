@@ -1,4 +1,4 @@
-"""A Diffusers pipeline's weights by the names of the original programs (LDM, SGM), as single files have them."""
+"""A Diffusers pipeline's weights in the original layout (LDM, SGM), as in single files."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ Weights = dict[str, torch.Tensor]
 
 
 def save_single_file(pipeline: Any, path: str) -> Weights:
-    """Writes the networks of `pipeline`, Stable Diffusion or SDXL, into one .safetensors file; returns its content."""
+    """Saves the networks of `pipeline`, Stable Diffusion or SDXL, in one .safetensors file; returns the tensors."""
     weights = _prefixed("model.diffusion_model.", unet(pipeline.unet.state_dict(), pipeline.unet.config))
     weights |= _prefixed("first_stage_model.", vae(pipeline.vae.state_dict(), pipeline.vae.config))
     text = clip(pipeline.text_encoder.state_dict())
@@ -20,7 +20,7 @@ def save_single_file(pipeline: Any, path: str) -> Weights:
         weights |= _prefixed("conditioner.embedders.1.model.", open_clip(pipeline.text_encoder_2.state_dict()))
     else:
         weights |= _prefixed("cond_stage_model.transformer.", text)
-    # Real files also carry what is no weight of the pipeline.
+    # Real files also hold tensors that are not weights of the pipeline.
     weights["alphas_cumprod"] = torch.linspace(1, 0, 10)
     weights["model_ema.decay"] = torch.tensor(0.9999)
     weights |= {f"model_ema.diffusion_modelweight{i}": torch.zeros(1) for i in range(120)}
@@ -93,14 +93,14 @@ def vae(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Weights
 
 
 def clip(state: Mapping[str, torch.Tensor]) -> Weights:
-    """A text encoder by Transformers' names of old, with the position ids that were once saved."""
+    """A text encoder by Transformers' old names, with the position ids that it used to save."""
     weights = _prefixed("text_model.", {name.removeprefix("text_model."): tensor for name, tensor in state.items()})
     positions = len(weights["text_model.embeddings.position_embedding.weight"])
     return weights | {"text_model.embeddings.position_ids": torch.arange(positions)[None]}
 
 
 def open_clip(state: Mapping[str, torch.Tensor]) -> Weights:
-    """A text encoder with a projection by open_clip's names: query, key and value in one matrix."""
+    """A text encoder with a projection, by open_clip's names: query, key and value are one matrix."""
     state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
     names = [
         (r"^embeddings\.token_embedding\.weight", "token_embedding.weight"),

@@ -1,4 +1,4 @@
-"""The toy world, its shards and its scorer: what the other toys and the end-to-end tests lean on."""
+"""The toy world, its shards and its scorer, on which the other toys and the end-to-end tests depend."""
 
 import io
 import itertools
@@ -30,7 +30,7 @@ def test_captions_are_many_and_distinct():
     assert len(captions) == len(ALL_SCENES) >= 300
 
 
-def test_a_caption_gives_its_scene_back():
+def test_a_caption_is_parsed_into_its_scene():
     for scene in ALL_SCENES:
         assert Scene.from_caption(scene.caption) == scene
 
@@ -49,7 +49,7 @@ def _mask(picture: Image.Image, background: str) -> np.ndarray:
 
 @pytest.mark.parametrize("width, height", [(64, 64), (48, 72), (120, 80)])
 def test_sizes_are_fractions_of_the_shorter_side(width, height):
-    """The extent of a shape, over the shorter side, tells small from large at any picture size."""
+    """The extent of a shape over the shorter side distinguishes small from large at any picture size."""
     rng = np.random.default_rng(0)
     extents = {"small": [], "large": []}
     for scene in ALL_SCENES[::3]:
@@ -69,8 +69,8 @@ def test_colour_and_background_are_those_of_the_caption():
         assert list(COLOURS[scene.colour]) in pixels
 
 
-def test_shape_is_seen():
-    """With the same place, turn and size, two shapes differ in at least a tenth of their pixels."""
+def test_shapes_are_distinct():
+    """With the same position, rotation and size, two shapes differ in at least a tenth of their pixels."""
     drawn = {
         scene.shape: _mask(draw(scene, np.random.default_rng(0)), "black")
         for scene in ALL_SCENES
@@ -112,13 +112,13 @@ def test_shards_are_read_by_webdataset(tmp_path, picture_format):
         assert difference == 0 if picture_format == "png" else difference < 5
 
 
-def test_varied_sizes_keep_their_bounds_and_are_told_in_the_json(tmp_path):
+def test_varied_sizes_are_in_range_and_in_the_json(tmp_path):
     (path,) = make_shards(tmp_path, shards=1, samples_per_shard=60, seed=1, resolution=32, varied_sizes=True)
     sizes = []
     for sample in webdataset.WebDataset(str(path), shardshuffle=False):
-        told = json.loads(sample["json"])
-        assert Image.open(io.BytesIO(sample["jpg"])).size == (told["width"], told["height"])
-        sizes.append((told["width"], told["height"]))
+        meta = json.loads(sample["json"])
+        assert Image.open(io.BytesIO(sample["jpg"])).size == (meta["width"], meta["height"])
+        sizes.append((meta["width"], meta["height"]))
     short, long = np.min(sizes, axis=1), np.max(sizes, axis=1)
     assert short.min() >= 16 and short.max() <= 64 and short.min() < 24 and short.max() > 48
     assert (long / short).max() <= 1.5 and (long / short).max() > 1.3
@@ -142,7 +142,7 @@ def test_shards_of_a_longer_run_are_not_mixed_in(tmp_path):
         make_shards(tmp_path, shards=2, samples_per_shard=1)
 
 
-def test_main_says_what_it_wrote(tmp_path, capsys):
+def test_main_prints_what_it_wrote(tmp_path, capsys):
     shards_module.main(
         [str(tmp_path), "--shards", "2", "--samples_per_shard", "3", "--resolution", "16", "--format", "png"]
     )
@@ -154,7 +154,7 @@ def test_main_says_what_it_wrote(tmp_path, capsys):
 
 
 def _with_moments(mean: torch.Tensor, covariance: torch.Tensor, n: int = 400, seed: int = 0) -> torch.Tensor:
-    """`n` float64 rows whose sample mean and covariance are exactly those asked for."""
+    """`n` float64 rows with exactly this sample mean and covariance."""
     rows = torch.randn(n, len(mean), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     rows -= rows.mean(0)
     white = torch.linalg.solve_triangular(torch.linalg.cholesky(torch.cov(rows.T)), rows.T, upper=False)
@@ -250,14 +250,14 @@ def _pictures_of_nothing(n: int, captions: list[str]) -> dict[str, torch.Tensor]
 
 
 def test_pictures_of_nothing_rarely_score(scorer):
-    """Not even where background or colour is as the caption says, which a guess would then meet once in 80."""
+    """Not even if background or colour match the caption, where a guess would be right once in 80."""
     n = 400
     _, captions = score.real_pictures(n, seed=11)
     for name, pictures in _pictures_of_nothing(n, captions).items():
         assert score.caption_accuracy(pictures, captions, scorer) < 0.02, name
 
 
-def test_frechet_distance_tells_real_from_spoilt_and_from_nothing(scorer):
+def test_frechet_distance_ranks_real_spoilt_and_no_pictures(scorer):
     a, b = (score.real_pictures(400, seed)[0] for seed in (20, 21))
     spoilt = score.spoil(a.float() / 255, torch.Generator().manual_seed(0)).mul(255).byte()
     noise = torch.randint(0, 256, a.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -266,7 +266,7 @@ def test_frechet_distance_tells_real_from_spoilt_and_from_nothing(scorer):
     assert others[1] > 20 * real
 
 
-def test_pictures_may_be_pil_and_of_any_size(scorer):
+def test_pictures_may_be_pil_of_any_size(scorer):
     scenes = list(ALL_SCENES[::40])
     rng = np.random.default_rng(0)
     sides = [64, 128, 256, 96, 64, 512, 80, 72]
@@ -286,7 +286,7 @@ def test_pictures_of_another_kind_are_refused(scorer):
         score.caption_accuracy(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), [ALL_SCENES[0].caption])
 
 
-def test_real_pictures_are_their_own(tmp_path):
+def test_real_pictures_depend_on_their_seed_and_are_in_no_shard(tmp_path):
     """A picture depends on (seed, i) alone, and no shard of the same seed holds it."""
     pictures, captions = score.real_pictures(6, seed=0)
     again, _ = score.real_pictures(3, seed=0)
@@ -298,7 +298,7 @@ def test_real_pictures_are_their_own(tmp_path):
     assert score.real_pictures(3, 0, captions[:2])[1] == [captions[0], captions[1], captions[0]]
 
 
-def test_training_is_repeatable_and_learns():
+def test_training_is_repeatable_and_depends_on_the_seed():
     options = {"steps": 6, "batch_size": 16, "pool": 64, "log_every": 0}
     once, again, other = score.train(seed=0, **options), score.train(seed=0, **options), score.train(seed=1, **options)
     for name, value in once.state_dict().items():
@@ -306,7 +306,7 @@ def test_training_is_repeatable_and_learns():
     assert not torch.equal(once.heads.weight, other.heads.weight)
 
 
-def test_scorer_survives_being_saved(scorer, tmp_path):
+def test_a_saved_scorer_loads_unchanged(scorer, tmp_path):
     scorer.save(tmp_path / "scorer.safetensors")
     for name, value in score.Scorer.load(tmp_path / "scorer.safetensors").state_dict().items():
         assert torch.equal(value, scorer.state_dict()[name]), name  # float16 already: nothing is lost
@@ -330,7 +330,7 @@ def test_a_folder_is_scored(tmp_path, capsys):
     assert "8 pictures" in said and "caption accuracy 1.0000" in said and "Fréchet distance to 2048" in said
 
 
-def test_mistakes_in_a_folder_are_named(tmp_path, capsys):
+def test_mistakes_in_a_folder_are_reported(tmp_path, capsys):
     def message(folder) -> str:
         with pytest.raises(SystemExit):
             score.main([str(folder)])

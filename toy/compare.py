@@ -1,11 +1,11 @@
-"""Teachers, untrained controls and students side by side: one picture of rows, one table for each metric.
+"""Toy teachers, untrained controls and students side by side: a grid of pictures, and a table for each metric.
 
     python -m toy.compare --student runs/demo/sd --output_dir runs/demo
     python -m toy.compare --student runs/all/sd runs/all/lora_sd runs/all/sdxl --output_dir runs/all
 
 A student is the output folder of a distillation of a toy teacher: a U-Net, or a LoRA. This is
-`lcm_distill.evaluate` for both toy teachers at once, on captions of the toy world, with its caption accuracy and
-Fréchet distance (`toy.score`). A LoRA draws at guidance_scale 1, since the guidance of its training is in its weights.
+`lcm_distill.evaluate` for both toy teachers at once, with captions of the toy world and their metrics, caption accuracy
+and Fréchet distance (`toy.score`). A LoRA generates at guidance_scale 1, since its guidance is in its weights.
 """
 
 import argparse
@@ -23,17 +23,17 @@ from lcm_distill.flags import SAMPLERS
 from lcm_distill.models.families import family_of
 from lcm_distill.models.teacher import Teacher
 from lcm_distill.sampling.finished import Student, find_students, load_teacher
-from lcm_distill.sampling.metrics import Generated, LatentDistances
+from lcm_distill.sampling.metrics import GeneratedRow, LatentDistances
 from toy.score import RESOLUTION, Scorer, caption_accuracy, frechet_distance, real_pictures
 
 TEACHERS = {family: Path(__file__).parent / "teachers" / family for family in ("sd", "sdxl")}
 NAMES = {"sd": "SD", "sdxl": "SDXL"}
-KINDS = {"full": "LCM", "lora": "LCM-LoRA"}  # a student's name where it is the only one of its kind
+KINDS = {"full": "LCM", "lora": "LCM-LoRA"}  # the name of a student that is the only one of its kind
 STEPS = (1, 2, 4, 8)
 
 
 class ToyMetric:
-    """Caption accuracy, and Fréchet distance to drawn pictures of the same captions: a metric of `evaluate`."""
+    """A metric for `evaluate`: caption accuracy, and Fréchet distance to drawn pictures of the same captions."""
 
     titles = {
         "caption_accuracy": "Caption accuracy (higher is better)",
@@ -45,10 +45,10 @@ class ToyMetric:
         drawn, _ = real_pictures(len(captions), seed, captions)
         self._real = self._scorer.features(drawn)
 
-    def __call__(self, drawn: Generated) -> dict[str, float]:
-        features = self._scorer.features(drawn.pictures)
+    def __call__(self, row: GeneratedRow) -> dict[str, float]:
+        features = self._scorer.features(row.pictures)
         return {
-            "caption_accuracy": caption_accuracy(drawn.pictures, drawn.prompts, self._scorer),
+            "caption_accuracy": caption_accuracy(row.pictures, row.prompts, self._scorer),
             "frechet_distance": frechet_distance(features, self._real),
         }
 
@@ -56,8 +56,8 @@ class ToyMetric:
 TITLES = ToyMetric.titles | LatentDistances.titles
 
 
-def family(student: Student) -> str:
-    """ "sd" or "sdxl", by what the student's files say."""
+def family_name(student: Student) -> str:
+    """ "sd" or "sdxl", from the student's files."""
     if student.kind == "full":
         return family_of(UNet2DConditionModel.load_config(student.source)).NAME
     with safe_open(Path(student.source) / "kohya_lora_weights.safetensors", "pt") as file:
@@ -67,15 +67,15 @@ def family(student: Student) -> str:
 def compare(
     sources: Sequence[str], *, count: int, guidance_scale: float = 4.0, seed: int = 0, batch: int = 64
 ) -> list[EvaluatedRow]:
-    """The rows of the comparison, each of `count` pictures, teacher by teacher; prints each as it is done."""
+    """The rows of the comparison, teacher by teacher, with `count` pictures each; prints each row when it is done."""
     quiet_libraries()
     captions = real_pictures(count, seed)[1]
     students = find_students(sources)
     rows = []
-    for name in dict.fromkeys(family(student) for student in students):
-        own = [student for student in students if family(student) == name]
+    for name in dict.fromkeys(family_name(student) for student in students):
+        own = [student for student in students if family_name(student) == name]
         kinds = [student.kind for student in own]
-        called = {student.name: KINDS[student.kind] for student in own if kinds.count(student.kind) == 1}
+        labels = {student.name: KINDS[student.kind] for student in own if kinds.count(student.kind) == 1}
         for row in evaluate.evaluate(
             load_teacher(Teacher(str(TEACHERS[name])), device="cpu", dtype=torch.float32),
             own,
@@ -88,15 +88,15 @@ def compare(
             seed=seed,
             shown=10,
         ):
-            row.model = f"{NAMES[name]} {called.get(row.model, row.model)}"
+            row.model = f"{NAMES[name]} {labels.get(row.model, row.model)}"
             rows.append(row)
-            said = "  ".join(f"{key} {evaluate.number(value)}" for key, value in row.values.items())
-            print(f"  {row.label:34s} {said}", flush=True)
+            metrics = "  ".join(f"{key} {evaluate.format_number(value)}" for key, value in row.values.items())
+            print(f"  {row.label:34s} {metrics}", flush=True)
     return rows
 
 
 def verdict(rows: Sequence[EvaluatedRow]) -> list[str]:
-    """What the students gain on teacher and control, line by line: the caption errors at 2 and 4 steps."""
+    """Lines that compare each student's caption error at 2 and 4 steps with the control's and the teacher's."""
     error = {(row.model, row.steps): 1 - row.values["caption_accuracy"] for row in rows}
     lines = []
     for model in dict.fromkeys(row.model for row in rows):
@@ -116,16 +116,16 @@ def main(argv: list[str] | None = None) -> list[EvaluatedRow]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", nargs="+", required=True, help="output folders of distillations of toy teachers")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=256, help="pictures in each row")
+    parser.add_argument("--count", type=int, default=256, help="pictures per row")
     parser.add_argument("--guidance_scale", type=float, default=4.0, help="w + 1")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     rows = compare(args.student, count=args.count, guidance_scale=args.guidance_scale, seed=args.seed)
     settings = {"pictures": args.count, "guidance_scale": args.guidance_scale, "seed": args.seed}
-    evaluate.write(rows, TITLES, STEPS, settings, args.output_dir, real_pictures(10, args.seed)[1])
+    evaluate.write_results(rows, TITLES, STEPS, settings, args.output_dir, real_pictures(10, args.seed)[1])
     picture = args.output_dir / "evaluation.png"
-    print("", evaluate.tables(rows, TITLES, STEPS), "", *verdict(rows), f"\npicture: {picture}", sep="\n")
+    print("", evaluate.format_tables(rows, TITLES, STEPS), "", *verdict(rows), f"\npicture: {picture}", sep="\n")
     return rows
 
 

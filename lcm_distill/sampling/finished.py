@@ -1,4 +1,4 @@
-"""Finished models as their users have them: a teacher's pipeline, and students and LoRAs to put into it by turns."""
+"""Finished students and LoRAs, put into a teacher's pipeline one after another, as their users do."""
 
 import contextlib
 import copy
@@ -18,7 +18,7 @@ from lcm_distill.errors import UsageError, brief
 from lcm_distill.models.families import family_of
 from lcm_distill.models.student import architecture
 from lcm_distill.models.teacher import Teacher, read_configs
-from lcm_distill.sampling.generate import teacher_sampler
+from lcm_distill.sampling.generate import build_teacher_sampler
 
 logger = logging.getLogger(__name__)
 
@@ -28,28 +28,28 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 def load_teacher(
     teacher: Teacher, *, device: torch.device | str, dtype: torch.dtype, resolution: int | None = None
 ) -> Any:
-    """The teacher's pipeline on `device`, networks in `dtype` (SDXL's VAE in float32 unless half is safe for it).
+    """The teacher's pipeline on `device`, with DDIM; networks in `dtype` (SDXL's VAE in float32 unless half is safe).
 
-    It samples with DDIM. `UsageError` for a teacher that cannot be read, or a `resolution` (None: not known yet) that
-    it cannot draw.
+    `UsageError` for a teacher that cannot be loaded, or a `resolution` (pixels; None: not checked) that it cannot
+    generate.
     """
     family = family_of(teacher.read_config(UNet2DConditionModel, "unet"))
     configs = read_configs(teacher, family=family.NAME, resolution=resolution or 0, num_ddim_timesteps=1)
     frozen = family.load_frozen(teacher, device=device, dtype=dtype, unet_dtype=dtype)
-    return family.build_pipeline(frozen, frozen.unet, teacher_sampler(configs.scheduler))
+    return family.build_pipeline(frozen, frozen.unet, build_teacher_sampler(configs.scheduler))
 
 
-def natural_resolution(pipeline: Any) -> int:
-    """The side of the pictures, in pixels, that a pipeline's U-Net was made for; `UsageError` if it does not say."""
+def native_resolution(pipeline: Any) -> int:
+    """The side, in pixels, of the pictures that a pipeline's U-Net was trained for; `UsageError` if it is unknown."""
     size = pipeline.unet.config.sample_size
     if not isinstance(size, int):
-        raise UsageError("--resolution is needed: this teacher's U-Net does not tell what size it draws.")
+        raise UsageError("--resolution is needed: the config of this teacher's U-Net has no sample_size.")
     return size * pipeline.vae_scale_factor
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightedLora:
-    """A LoRA as its user names it, at a weight: a folder, Hub id or `.safetensors` file, given by `flag`."""
+    """A LoRA and its weight: a folder, Hub id or `.safetensors` file, passed as `flag`."""
 
     source: str
     weight: float = 1.0
@@ -57,28 +57,28 @@ class WeightedLora:
     cache_dir: str | None = None
 
     def load(self, pipeline: Any, adapter: str) -> None:
-        """Puts it into `pipeline` as `adapter`; `UsageError` if it cannot be read or does not fit."""
+        """Loads it into `pipeline` as `adapter`; `UsageError` if it cannot be loaded or does not fit."""
         path = Path(self.source).expanduser()
         source, where = (str(path) if path.exists() else self.source), dict[str, Any]()
         if path.is_file():
             source, where = str(path.parent), {"weight_name": path.name}
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # PEFT asks whether two adapters are meant
-                # Not as Diffusers does if not told: a pickled file can run any program.
+                warnings.simplefilter("ignore", UserWarning)  # PEFT's warning about a second adapter
+                # use_safetensors: by default Diffusers also loads pickled files, which can run any code.
                 pipeline.load_lora_weights(
                     source, adapter_name=adapter, cache_dir=self.cache_dir, use_safetensors=True, **where
                 )
-        except Exception as error:  # no such file, other shapes, another model's names: each its own class
+        except Exception as error:  # no such file, other shapes, another model's names: each raises another class
             raise UsageError(
-                f"{self.flag} {self.source}: this LoRA cannot be put into the teacher ({brief(error)}). Give a "
-                ".safetensors LoRA, and the teacher, or one of the same architecture, that it was made for."
+                f"{self.flag} {self.source}: this LoRA cannot be loaded into the teacher ({brief(error)}). Pass a "
+                ".safetensors LoRA, and the teacher that it was trained on or one of the same architecture."
             ) from None
 
 
 @contextlib.contextmanager
 def with_loras(pipeline: Any, loras: Sequence[WeightedLora]) -> Iterator[Any]:
-    """Inside, `pipeline` draws with all these LoRAs at their weights; then with none."""
+    """Inside, `pipeline` generates with all `loras` at their weights; afterwards without."""
     if not loras:
         yield pipeline
         return
@@ -94,10 +94,10 @@ def with_loras(pipeline: Any, loras: Sequence[WeightedLora]) -> Iterator[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """What a distillation left, found but not loaded yet.
+    """A finished student; creating one loads nothing.
 
-    `source` is its folder, Hub id, or `.safetensors` file (a LoRA). `kind` is "full" for a U-Net, in the `subfolder`
-    if that is not None, or "lora".
+    `source` is a folder, a Hub id, or a `.safetensors` file (a LoRA). `kind` is "full" for a U-Net, in `subfolder`
+    unless that is None, or "lora".
     """
 
     source: str
@@ -107,7 +107,7 @@ class Student:
 
     @property
     def name(self) -> str:
-        """A short name for tables: the last part of where it is."""
+        """A short name for tables: the last part of its source."""
         path = Path(self.source).resolve()
         if self._is_file:
             return path.parent.name if path.name == LORA_FILE else path.stem
@@ -119,10 +119,10 @@ class Student:
 
     @property
     def has_guidance_embedding(self) -> bool:
-        """Whether it has a guidance embedding: it draws any guidance in one pass, and heeds no negative prompt.
+        """Whether it has a guidance embedding: then it takes any guidance in one pass, and ignores negative prompts.
 
-        All others have a guidance in their weights: a LoRA, a LoRA merged into a U-Net. They draw at guidance_scale 1;
-        above that, the pipelines guide them a second time, by a second pass.
+        Other students, LoRAs and U-Nets that a LoRA was merged into, have a fixed guidance in their weights and
+        generate at guidance_scale 1; above that, the pipelines guide them again, with a second pass.
         """
         if self.kind == "lora":
             return False
@@ -130,9 +130,9 @@ class Student:
         return config.get("time_cond_proj_dim") is not None
 
     def sampler(self, scheduler_config: Mapping[str, Any]) -> LCMScheduler:
-        """The scheduler that was saved beside it, or else an `LCMScheduler` of the teacher's config.
+        """The scheduler saved with it, or else an `LCMScheduler` from the teacher's `scheduler_config`.
 
-        Of the parts of a distillation's folder, such as `unet_target/` or a LoRA's file, it is that of the folder.
+        A part of a distillation's folder, such as `unet_target/` or a LoRA's file, has the scheduler of the folder.
         """
         folders = [self.source]
         if self._is_file:
@@ -150,24 +150,24 @@ class Student:
     def installed_in(
         self, pipeline: Any, *, fuse: bool = False, lora_scale: float = 1.0, loras: Sequence[WeightedLora] = ()
     ) -> Iterator[Any]:
-        """Inside, the teacher's `pipeline` draws with this student and its sampler; then it is the teacher's again.
+        """Inside, `pipeline`, a teacher's, generates with this student and its sampler; afterwards with the teacher.
 
-        Further `loras` go on top. If the student is a LoRA, `lora_scale` is its weight, and with `fuse` it is added,
-        and they are, to a copy of the U-Net, for drawing without its products; the copy may be kept. `UsageError` if
-        one of them does not fit the teacher.
+        `loras` are applied on top. If the student is a LoRA, `lora_scale` is its weight; with `fuse`, it and `loras`
+        are merged into a copy of the U-Net, which generates faster and may be kept. `UsageError` if the student or a
+        LoRA does not fit the teacher.
         """
         teacher, scheduler = pipeline.unet, pipeline.scheduler
         try:
             pipeline.scheduler = self.sampler(scheduler.config)
-            own: list[WeightedLora] = []
+            student_lora: list[WeightedLora] = []
             if self.kind == "full":
                 pipeline.unet = self._load_unet(teacher)
             else:
-                own = [WeightedLora(self.source, lora_scale, "--student", self.cache_dir)]
+                student_lora = [WeightedLora(self.source, lora_scale, "--student", self.cache_dir)]
                 if fuse:
                     pipeline.unet = copy.deepcopy(teacher)
-            with with_loras(pipeline, [*own, *loras]):
-                if own and fuse:
+            with with_loras(pipeline, [*student_lora, *loras]):
+                if student_lora and fuse:
                     pipeline.unet.fuse_lora()
                     pipeline.unet.unload_lora()
                 yield pipeline
@@ -176,15 +176,15 @@ class Student:
 
     def _load_unet(self, teacher: UNet2DConditionModel) -> UNet2DConditionModel:
         where: dict[str, Any] = dict(subfolder=self.subfolder, cache_dir=self.cache_dir)
-        design = _structure(UNet2DConditionModel.load_config(self.source, **where))
-        expected = _structure(teacher.config)
-        if different := sorted(key for key in expected if design.get(key, expected[key]) != expected[key]):
+        own = _comparable(UNet2DConditionModel.load_config(self.source, **where))
+        expected = _comparable(teacher.config)
+        if different := sorted(key for key in expected if own.get(key, expected[key]) != expected[key]):
             raise UsageError(
-                f"--student {self.source} was not made from this teacher: their U-Nets differ in {different[0]} "
-                f"({design[different[0]]} and {expected[different[0]]}). Give the teacher that it was distilled from."
+                f"--student {self.source} was not distilled from this teacher: their U-Nets differ in {different[0]} "
+                f"({own[different[0]]} and {expected[different[0]]}). Pass the teacher that it was distilled from."
             )
         reasons = []
-        for variant in (None, "fp16"):  # some folders on the Hub have nothing but the latter
+        for variant in (None, "fp16"):  # some models on the Hub have only fp16 files
             try:
                 unet = UNet2DConditionModel.from_pretrained(
                     self.source, torch_dtype=teacher.dtype, variant=variant, **where
@@ -193,29 +193,29 @@ class Student:
             except (OSError, ValueError, RuntimeError) as error:
                 reasons.append(brief(error))
         raise UsageError(
-            f"--student {self.source}: its weights cannot be loaded ({reasons[0]}); give a folder that a finished "
-            "distillation left, or download it anew."
+            f"--student {self.source}: its weights cannot be loaded ({reasons[0]}); pass the output folder of a "
+            "finished distillation, or download it again."
         )
 
 
-# What does not tell whether a U-Net's weights fit another: precision of a product, and the embedding of guidance.
-_NO_STRUCTURE = ("upcast_attention", "dropout", "time_cond_proj_dim")
+# Config entries that may differ between teacher and student: a precision, dropout, and the guidance embedding.
+_MAY_DIFFER = ("upcast_attention", "dropout", "time_cond_proj_dim")
 
 
-def _structure(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A U-Net's architecture in one notation: older configs have null for false, or one number for one per level."""
-    structure = {key: value for key, value in architecture(config).items() if key not in _NO_STRUCTURE}
-    for key, value in structure.items():
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A U-Net's architecture in a canonical form: old configs have null for false, or a number for one per block."""
+    entries = {key: value for key, value in architecture(config).items() if key not in _MAY_DIFFER}
+    for key, value in entries.items():
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]
-        structure[key] = value or None
-    return structure
+        entries[key] = value or None
+    return entries
 
 
 def find_student(source: str, cache_dir: str | None = None) -> Student:
-    """What `source` is: a folder or Hub id with a U-Net or a LoRA, or a LoRA's file; `UsageError` if it is none.
+    """The student in `source`: a folder or Hub id with a U-Net or a LoRA, or a LoRA's file; `UsageError` if none is.
 
-    A U-Net is taken for a student even without a guidance embedding. In a whole pipeline it is the `unet/`.
+    A U-Net counts as a student even without a guidance embedding. Of a complete pipeline it is the `unet/`.
     """
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".safetensors":
@@ -228,22 +228,22 @@ def find_student(source: str, cache_dir: str | None = None) -> Student:
     if _has(source, "unet/config.json", cache_dir):
         return Student(source, "full", "unet", cache_dir)
     raise UsageError(
-        f"--student {source}: neither a U-Net (config.json) nor a LoRA ({LORA_FILE}) is there; give the --output_dir "
-        "of a finished distillation, its Hub id, or a LoRA's .safetensors file."
+        f"--student {source} contains neither a U-Net (config.json) nor a LoRA ({LORA_FILE}); pass the --output_dir of "
+        "a finished distillation, its Hub id, or a LoRA's .safetensors file."
     )
 
 
 def find_students(sources: Sequence[str], cache_dir: str | None = None) -> list[Student]:
-    """`find_student` of each; `UsageError` if two of them have one name, under which tables would list both."""
+    """`find_student` for each of `sources`; `UsageError` if two have the same name, by which tables list them."""
     students = [find_student(source, cache_dir) for source in sources]
     names = [student.name for student in students]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UsageError(f"--student: two are called {twice[0]}; rename the folder or file of one.")
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"--student: two are called {repeated[0]}; rename the folder or file of one.")
     return students
 
 
 def _has(source: str, file: str, cache_dir: str | None) -> bool:
-    """Whether a folder or Hub id has a file; without a connection, whether the cache of the Hub has it."""
+    """Whether a folder or Hub id has `file`; without a connection, whether the Hub's cache has it."""
     if Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         return (Path(source) / file).is_file()
     try:
@@ -252,7 +252,10 @@ def _has(source: str, file: str, cache_dir: str | None) -> bool:
         return True
     except HFValidationError:
         return False
-    except Exception as error:  # no connection, no right
+    except Exception as error:  # no connection, no access
         with contextlib.suppress(Exception):
             return (Path(snapshot_download(source, cache_dir=cache_dir, local_files_only=True)) / file).is_file()
-        raise UsageError(f"--student {source}: no such folder, and the Hub cannot be asked ({brief(error)}).") from None
+        raise UsageError(
+            f"--student {source}: no such folder, and the Hub cannot be reached ({brief(error)}); check the "
+            "name and the connection."
+        ) from None

@@ -1,4 +1,4 @@
-"""Drawing as users draw: a pipeline, a sampler, prompts, and noise that depends on a seed alone."""
+"""Pictures as users generate them: a pipeline, a sampler, prompts, and noise that depends only on a seed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,15 +11,15 @@ from PIL import Image
 
 from lcm_distill.errors import UsageError
 
-# `flags.SAMPLERS`.
+# By the names in `flags.SAMPLERS`.
 _SCHEDULERS = {"DDIM": DDIMScheduler, "DPM-Solver++": DPMSolverMultistepScheduler}
 
 
-def teacher_sampler(scheduler_config: Mapping[str, Any], name: str = "DDIM") -> Any:
-    """One of `flags.SAMPLERS` for a teacher of any Diffusers scheduler config, starting at the top timestep (trailing).
+def build_teacher_sampler(scheduler_config: Mapping[str, Any], name: str = "DDIM") -> Any:
+    """The sampler of a teacher, one of `flags.SAMPLERS`, from any Diffusers scheduler config; with trailing spacing.
 
-    DDIM ends at timestep 0, as the solver of the training does: with as many steps as that solver's grid has points,
-    what it draws is the end of the trajectory that a student is to jump to.
+    DDIM ends at timestep 0, as the solver in training does: with as many steps as that solver's grid has points, its
+    result is the end of the trajectory that a student learns to reach in one step.
     """
     options: dict[str, Any] = {"timestep_spacing": "trailing"}
     if name == "DDIM":
@@ -28,9 +28,9 @@ def teacher_sampler(scheduler_config: Mapping[str, Any], name: str = "DDIM") -> 
 
 
 def check_steps(flag: str, steps: int, sampler: Any, strength: float = 1.0) -> None:
-    """`UsageError`, which names `flag`, if a Diffusers scheduler cannot draw in `steps`, at img2img's `strength`.
+    """`UsageError`, which names `flag`, if a Diffusers scheduler cannot take `steps`, at img2img's `strength`.
 
-    A student's draws in at most as many as its grid has points, others in the training's timesteps.
+    An `LCMScheduler` takes at most as many as its grid has points, others at most the number of training timesteps.
     """
     most = sampler.config.num_train_timesteps
     if isinstance(sampler, LCMScheduler):
@@ -38,8 +38,8 @@ def check_steps(flag: str, steps: int, sampler: Any, strength: float = 1.0) -> N
     if steps_before_strength(steps, strength) > most:
         at = "" if strength == 1 else f" at --strength {strength:g}"
         raise UsageError(
-            f"{flag} {steps}: {type(sampler).__name__} has a grid of {most} and draws in at most "
-            f"{int(most * strength)} steps{at}: give that or fewer."
+            f"{flag} {steps}: {type(sampler).__name__} has a grid of {most} and takes at most "
+            f"{int(most * strength)} steps{at}; use that or fewer."
         )
 
 
@@ -55,13 +55,14 @@ def generate_latents(
     batch_size: int,
     negative_prompt: str | None = None,
 ) -> torch.Tensor:
-    """Latents `[N, C, h, w]`, one for each prompt and its seed, of a pipeline of either family; not yet decoded.
+    """Latents `[N, C, h, w]`, one for each prompt and its seed, from a pipeline of either family; not yet decoded.
 
-    Everything random comes from the picture's seed, on the CPU: the first noise in float32, then what the sampler
-    draws. So neither the device, the batch nor the other pictures matter, and different samplers and networks start
-    from the same noise. With autocast on, sampling is in float32 and the U-Net's products are not; else all is in the
-    U-Net's dtype. The U-Net draws in eval mode and is given back in the mode it was in; nothing touches torch's
-    global random state. The `negative_prompt` counts where the pipeline has a second pass to guide by.
+    All randomness comes from each picture's seed, on the CPU: the initial noise in float32, then what the sampler
+    draws. So a picture depends neither on the device nor on the batch or the other pictures, and different samplers and
+    networks start from the same noise. Under autocast, sampling is in float32 and only the U-Net's products are not;
+    without it, everything is in the U-Net's dtype. The U-Net is in eval mode for the call, and then in its previous
+    mode; PyTorch's global random state is not used. The `negative_prompt` has an effect if the pipeline guides with a
+    second pass.
     """
     unet = pipeline.unet
     dtype = torch.float32 if torch.is_autocast_enabled(unet.device.type) else unet.dtype
@@ -72,7 +73,7 @@ def generate_latents(
         noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
         return {"latents": noise.to(dtype), "height": resolution, "width": resolution}
 
-    return _draw(
+    return _run_in_batches(
         pipeline,
         prompts,
         seeds,
@@ -97,10 +98,10 @@ def generate_from_picture(
     batch_size: int,
     negative_prompt: str | None = None,
 ) -> torch.Tensor:
-    """What `generate_latents` returns, by img2img: from the `picture` (RGB, of the size to draw), noised by `strength`.
+    """What `generate_latents` returns, by img2img: from `picture` (RGB, of the size to generate), noised by `strength`.
 
-    It is drawn by Diffusers' img2img pipeline of the parts of `pipeline`, a text-to-image one. That takes `strength`,
-    0 to 1, of the steps it is given; here the U-Net's steps are `inference_steps`, of a grid so much finer. The VAE
+    Uses Diffusers' img2img pipeline with the parts of `pipeline`, a text-to-image one. Of its num_inference_steps, that
+    takes the share `strength`, in (0, 1]; here the U-Net takes `inference_steps`, on an accordingly finer grid. The VAE
     encodes once, in its own dtype: SDXL's img2img pipeline would leave it in half precision.
     """
     vae = pipeline.vae
@@ -112,10 +113,10 @@ def generate_from_picture(
     img2img.set_progress_bar_config(disable=True)
 
     def start(generators: list[torch.Generator]) -> dict[str, Any]:
-        drawn = torch.cat([posterior.sample(generator) for generator in generators])
-        return {"image": (drawn - shift) * vae.config.scaling_factor}
+        samples = torch.cat([posterior.sample(generator) for generator in generators])
+        return {"image": (samples - shift) * vae.config.scaling_factor}
 
-    return _draw(
+    return _run_in_batches(
         img2img,
         prompts,
         seeds,
@@ -129,14 +130,14 @@ def generate_from_picture(
 
 
 def steps_before_strength(steps: int, strength: float) -> int:
-    """The least `num_inference_steps` of which img2img at `strength`, above 0, takes `steps`."""
-    asked = max(steps, int(steps / strength) - 1)
-    while int(asked * strength) < steps:  # as Diffusers rounds: 0.29 · 100 is 28
-        asked += 1
-    return asked
+    """The smallest `num_inference_steps` of which img2img at `strength`, above 0, takes `steps`."""
+    total = max(steps, int(steps / strength) - 1)
+    while int(total * strength) < steps:  # Diffusers rounds 0.29 · 100 down to 28
+        total += 1
+    return total
 
 
-def _draw(
+def _run_in_batches(
     pipeline: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -146,30 +147,31 @@ def _draw(
     negative_prompt: str | None,
     **options: Any,
 ) -> torch.Tensor:
-    """Calls `pipeline` batch by batch, each from what `start` makes of its pictures' generators."""
+    """Calls `pipeline` batch by batch; `start` makes a batch's initial inputs from its pictures' generators."""
     unet = pipeline.unet
     was_training = unet.training
     unet.eval()
-    drawn = []
+    latents = []
     try:
         for first in range(0, len(prompts), batch_size):
             chosen = list(prompts[first : first + batch_size])
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[first : first + batch_size]]
             if negative_prompt is not None:
                 options["negative_prompt"] = [negative_prompt] * len(chosen)
-            drawn += pipeline(chosen, generator=generators, output_type="latent", **start(generators), **options).images
+            options |= start(generators)
+            latents += pipeline(chosen, generator=generators, output_type="latent", **options).images
     finally:
         unet.train(was_training)
-    return torch.stack(drawn)
+    return torch.stack(latents)
 
 
 def read_prompts(values: Sequence[str] | None, flag: str = "--validation_prompts") -> list[str] | None:
-    """The prompts of a `flag`: each of its values is one, or names a `.txt` file with a prompt on each line.
+    """The prompts of a `flag`: each value is a prompt, or the name of a `.txt` file with a prompt on each line.
 
-    Blank lines and the spaces around a line do not count. None, for a flag that is not given, stays None.
+    Blank lines, and spaces around a line, are ignored. None, for a flag that is not given, stays None.
 
     Raises:
-        UsageError: a value ends in `.txt` and there is no such file, or it cannot be read, is not UTF-8 or is empty.
+        UsageError: a value ends in `.txt`, and the file does not exist, cannot be read, is not UTF-8 or has no prompt.
     """
     if values is None:
         return None
@@ -187,8 +189,8 @@ def _prompts_of_file(name: str, flag: str) -> list[str]:
     except (OSError, ValueError, RuntimeError) as error:  # ValueError: a NUL in the name; RuntimeError: ~nobody
         reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(
-            f"{flag}: {name} cannot be read ({reason}). What ends in .txt is a file with a prompt on "
-            f"each line: correct its path (relative ones start at {Path.cwd()}), or end the prompt in another way."
+            f"{flag}: {name} cannot be read ({reason}). A value that ends in .txt is a file with a prompt on each "
+            f"line: correct its path (relative to {Path.cwd()}), or end the prompt differently."
         ) from None
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:

@@ -1,13 +1,13 @@
-"""How good pictures are: each metric judges one row of drawn pictures after the other.
+"""Metrics of generated pictures, computed row by row.
 
-    latents    distance and energy to the teacher's own answers ; needs no further network
-    clip       CLIP score: how well picture and prompt agree; transformers' CLIP
-    cmmd       CMMD to the reference pictures (arXiv 2401.09603); transformers' CLIP
+    latents    relative distance and energy distance to the teacher's latents; needs no other network
+    clip       CLIP score: how well pictures match their prompts; Transformers' CLIP
+    cmmd       CMMD to the reference pictures (arXiv 2401.09603); Transformers' CLIP
     fid        FID to the reference pictures; needs torch-fidelity (pip install torch-fidelity)
 
-What a metric needs it loads when it is made, before anything is drawn. The reference of cmmd and fid, which `against`
-gives them, are real pictures if there are any, else the teacher's. Both are biased upwards for few pictures: compare
-rows of one evaluation with each other, not with numbers from elsewhere.
+A metric loads what it needs when it is created, before any picture is generated. The reference pictures of cmmd and
+fid, set with `against`, are real pictures if there are any, else the teacher's. Both metrics are biased upwards for few
+pictures: compare rows of one evaluation with each other, not with numbers from elsewhere.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ from lcm_distill.models.vae import decode_latents
 
 
 @dataclasses.dataclass
-class Generated:
-    """A row: latents `[N, C, h, w]` on the CPU, one for each prompt; decoded when a metric asks for pictures."""
+class GeneratedRow:
+    """A row of generated pictures: latents `[N, C, h, w]` on the CPU, one for each prompt; decoded when needed."""
 
     prompts: Sequence[str]
     latents: torch.Tensor
@@ -39,39 +39,39 @@ class Generated:
 
     def first_pictures(self, count: int) -> list[Image.Image]:
         """The first `count` pictures, without decoding the others."""
-        whole = self.__dict__.get("pictures")
-        return whole[:count] if whole else decode_latents(self.vae, self.latents[:count], batch_size=1)
+        decoded = self.__dict__.get("pictures")
+        return decoded[:count] if decoded else decode_latents(self.vae, self.latents[:count], batch_size=1)
 
 
 class Metric(Protocol):
-    """`titles` name its values, in the order of the tables; calling it gives those that a row has."""
+    """Computes values of a row, by name; not every row has all. `titles`: their titles, in the order of the tables."""
 
     @property
     def titles(self) -> Mapping[str, str]: ...
 
-    def __call__(self, drawn: Generated) -> dict[str, float]: ...
+    def __call__(self, row: GeneratedRow) -> dict[str, float]: ...
 
 
 class LatentDistances:
-    """To the reference's latents: `measures.relative_distance` of one-step rows, `measures.energy_distance` of all."""
+    """To the reference's latents: `relative_distance` of rows with one step, `energy_distance` of all rows."""
 
     titles = {
         "distance": "Distance of the one-step answer to the end of the teacher's trajectory (0 is perfect)",
         "energy": "Energy distance to the teacher's answers, in latents, × 1000 (0: the same distribution)",
     }
 
-    def __init__(self, reference: Generated):
+    def __init__(self, reference: GeneratedRow):
         self._reference = reference.latents
 
-    def __call__(self, drawn: Generated) -> dict[str, float]:
-        values = {"distance": relative_distance(drawn.latents, self._reference)} if drawn.steps == 1 else {}
-        if len(drawn.latents) > 1:
-            values["energy"] = 1000 * energy_distance(drawn.latents, self._reference)
+    def __call__(self, row: GeneratedRow) -> dict[str, float]:
+        values = {"distance": relative_distance(row.latents, self._reference)} if row.steps == 1 else {}
+        if len(row.latents) > 1:
+            values["energy"] = 1000 * energy_distance(row.latents, self._reference)
         return values
 
 
 class ClipScore:
-    """100 · max(0, cos) of CLIP's embeddings of picture and prompt, the mean over the row (arXiv 2104.08718)."""
+    """CLIP score (arXiv 2104.08718): the mean of 100 · max(0, cos) of CLIP's embeddings of picture and prompt."""
 
     titles = {"clip_score": "CLIP score (higher is better)"}
 
@@ -84,20 +84,20 @@ class ClipScore:
             raise UsageError(f"--clip_model {model}: it has no tokenizer ({brief(error)}).") from None
 
     @torch.no_grad()
-    def __call__(self, drawn: Generated) -> dict[str, float]:
+    def __call__(self, row: GeneratedRow) -> dict[str, float]:
         scores = []
-        for first in range(0, len(drawn.pictures), 16):
+        for first in range(0, len(row.pictures), 16):
             tokens = self._tokenizer(
-                list(drawn.prompts[first : first + 16]), padding=True, truncation=True, return_tensors="pt"
+                list(row.prompts[first : first + 16]), padding=True, truncation=True, return_tensors="pt"
             )
-            pixels = self._process(drawn.pictures[first : first + 16], return_tensors="pt").pixel_values
+            pixels = self._process(row.pictures[first : first + 16], return_tensors="pt").pixel_values
             output = self._model(**tokens.to(self._device), pixel_values=pixels.to(self._device))
-            scores += (output.image_embeds * output.text_embeds).sum(dim=1).clamp(min=0).tolist()  # of length 1
+            scores += (output.image_embeds * output.text_embeds).sum(dim=1).clamp(min=0).tolist()  # of unit length
         return {"clip_score": 100 * sum(scores) / len(scores)}
 
 
 class Cmmd:
-    """1000 · MMD² of CLIP's picture embeddings of length 1, Gaussian kernel of σ = 10, to the reference's."""
+    """CMMD (arXiv 2401.09603): 1000 · MMD² of CLIP's unit-length picture embeddings to the reference's, σ = 10."""
 
     titles = {"cmmd": "CMMD to the reference pictures (lower is better)"}
 
@@ -107,7 +107,7 @@ class Cmmd:
         self._reference = torch.empty(0)
 
     def against(self, reference: Sequence[Image.Image]) -> "Cmmd":
-        """Itself, which compares with `reference` from now on."""
+        """Sets the pictures to compare with; returns itself."""
         self._reference = self._embed(reference)
         return self
 
@@ -120,12 +120,12 @@ class Cmmd:
             rows.append(self._model.visual_projection(hidden).cpu().double())  # Apple's GPUs have no float64
         return torch.nn.functional.normalize(torch.cat(rows))
 
-    def __call__(self, drawn: Generated) -> dict[str, float]:
-        return {"cmmd": 1000 * squared_mmd(self._embed(drawn.pictures), self._reference)}
+    def __call__(self, row: GeneratedRow) -> dict[str, float]:
+        return {"cmmd": 1000 * squared_mmd(self._embed(row.pictures), self._reference)}
 
 
 def squared_mmd(a: torch.Tensor, b: torch.Tensor, sigma: float = 10.0) -> float:
-    """Squared maximum mean discrepancy of `[N, D]` and `[M, D]`, Gaussian kernel exp(−‖x − y‖² / 2σ²), all pairs."""
+    """Squared maximum mean discrepancy of `[N, D]` and `[M, D]` over all pairs; kernel exp(−‖x − y‖² / 2σ²)."""
 
     def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return torch.exp(-torch.cdist(x, y).square() / (2 * sigma**2)).mean()
@@ -134,7 +134,7 @@ def squared_mmd(a: torch.Tensor, b: torch.Tensor, sigma: float = 10.0) -> float:
 
 
 class Fid:
-    """FID by torch-fidelity, whose Inception weights it fetches itself, to the reference pictures."""
+    """FID to the reference pictures, by torch-fidelity, which downloads its Inception weights itself."""
 
     titles = {"fid": "FID to the reference pictures (lower is better)"}
 
@@ -142,24 +142,24 @@ class Fid:
         try:
             from torch_fidelity import calculate_metrics
         except ImportError:
-            raise UsageError("--metrics fid needs torch-fidelity: pip install torch-fidelity, or take cmmd.") from None
+            raise UsageError("--metrics fid needs torch-fidelity: pip install torch-fidelity, or use cmmd.") from None
         self._calculate = functools.partial(
             calculate_metrics, fid=True, cuda=torch.device(device).type == "cuda", verbose=False
         )
         self._reference = _Pictures([])
 
     def against(self, reference: Sequence[Image.Image]) -> "Fid":
-        """Itself, which compares with `reference` from now on."""
+        """Sets the pictures to compare with; returns itself."""
         self._reference = _Pictures(reference)
         return self
 
-    def __call__(self, drawn: Generated) -> dict[str, float]:
-        values = self._calculate(input1=_Pictures(drawn.pictures), input2=self._reference)
+    def __call__(self, row: GeneratedRow) -> dict[str, float]:
+        values = self._calculate(input1=_Pictures(row.pictures), input2=self._reference)
         return {"fid": float(values["frechet_inception_distance"])}
 
 
 class _Pictures(torch.utils.data.Dataset):
-    """uint8 `[3, H, W]`, as torch-fidelity takes pictures."""
+    """Pictures as torch-fidelity expects them: uint8 `[3, H, W]`."""
 
     def __init__(self, pictures: Sequence[Image.Image]):
         self._pictures = pictures
@@ -174,7 +174,7 @@ class _Pictures(torch.utils.data.Dataset):
 def _load_clip(
     model: str, flag: str, device: torch.device | str, cache_dir: str | None
 ) -> tuple[Any, Callable[..., Any]]:
-    """A CLIP in float32 and its picture processor (Pillow's, which needs no torchvision)."""
+    """A CLIP in float32 and its image processor (Pillow's, which needs no torchvision)."""
     processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
     try:
         network = transformers.CLIPModel.from_pretrained(model, cache_dir=cache_dir, dtype=torch.float32)
@@ -183,33 +183,32 @@ def _load_clip(
         raise UsageError(f"{flag} {model}: no CLIP model can be loaded from there ({brief(error)}).") from None
 
 
-def relative_distance(answers: torch.Tensor, ends: torch.Tensor) -> float:
-    """The mean over samples of ‖answer − end‖ / ‖end‖, of `[N, …]` each, in pairs: 0 is perfect.
+def relative_distance(predicted: torch.Tensor, ends: torch.Tensor) -> float:
+    """The mean over pairs of ‖predicted − end‖ / ‖end‖, of `[N, …]` each: 0 is perfect, zeros have 1.
 
-    With `ends` the ends of the guided teacher's DDIM trajectories and `answers` what the student makes of the same
-    noise in one step, it is how far distillation is from what it promises (f(z_T) = z_0, arXiv 2310.04378). An answer
-    of nothing at all has 1.
+    With `ends` those of the guided teacher's DDIM trajectories, and `predicted` the student's one-step results from the
+    same noise, it is how far the student is from the goal of distillation, f(z_T) = z_0 (arXiv 2310.04378).
     """
-    answers, ends = _as_rows(answers), _as_rows(ends)
-    if answers.shape != ends.shape:
-        raise ValueError(f"answers {list(answers.shape)} and ends {list(ends.shape)} must come in pairs")
-    return float(((answers - ends).norm(dim=1) / ends.norm(dim=1)).mean())
+    predicted, ends = _flatten(predicted), _flatten(ends)
+    if predicted.shape != ends.shape:
+        raise ValueError(f"predicted {list(predicted.shape)} and ends {list(ends.shape)} must come in pairs")
+    return float(((predicted - ends).norm(dim=1) / ends.norm(dim=1)).mean())
 
 
 def energy_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """The energy coefficient of two distributions, from N samples of each, `[N, …]`: 0 if equal, 1 if far apart.
 
-    (2·E‖a − b‖ − E‖a − a'‖ − E‖b − b'‖) / 2·E‖a − b‖, of Székely and Rizzo (2013). All means are over pairs i ≠ j, so
-    that samples that belong together (one prompt, one noise) do not count as close, and the estimate can be a little
-    below 0. Needs two or more of each, and as many of the one as of the other.
+    (2·E‖a − b‖ − E‖a − a'‖ − E‖b − b'‖) / 2·E‖a − b‖, by Székely and Rizzo (2013). All means are over pairs i ≠ j, so
+    that a pair with the same prompt and noise does not count as close; the estimate can be slightly below 0. `a` and
+    `b` must have the same number of samples, at least two.
     """
-    a, b = _as_rows(a), _as_rows(b)
+    a, b = _flatten(a), _flatten(b)
     if a.shape != b.shape or len(a) < 2:
-        raise ValueError(f"as many samples of each are needed, two or more, not {len(a)} and {len(b)}")
+        raise ValueError(f"needs the same number of samples of each, at least two, not {len(a)} and {len(b)}")
     others = ~torch.eye(len(a), dtype=torch.bool, device=a.device)
     across, within_a, within_b = (torch.cdist(x, y)[others].mean() for x, y in ((a, b), (a, a), (b, b)))
     return float((2 * across - within_a - within_b) / (2 * across))
 
 
-def _as_rows(samples: torch.Tensor) -> torch.Tensor:
+def _flatten(samples: torch.Tensor) -> torch.Tensor:
     return samples.detach().double().flatten(1)

@@ -1,15 +1,14 @@
-"""`python -m lcm_distill.bench_inference`: what is timed, in what turn, and how it is told."""
+"""`python -m lcm_distill.bench_inference`: what is timed, in which order, and the table."""
 
 import json
-import re
-from pathlib import Path
 
 import pytest
 import torch
+from command_flags import unread_flags
 from peft.tuners.lora import LoraLayer
 
 from lcm_distill import bench_inference
-from lcm_distill.bench_inference import Contender, Result, enter, measure, table
+from lcm_distill.bench_inference import Contender, Result, format_table, measure, prepare_contenders
 from lcm_distill.errors import UsageError
 from lcm_distill.models.teacher import Teacher
 from lcm_distill.sampling.finished import find_students, load_teacher
@@ -22,7 +21,7 @@ def argv(teacher, *students, **more):
     return words
 
 
-def test_the_table_of_a_toy_world(teachers, finished, tmp_path, capsys):
+def test_the_table_of_a_teacher_and_two_students(teachers, finished, tmp_path, capsys):
     words = argv(
         teachers["sdxl"],
         finished("full", "sdxl"),
@@ -35,10 +34,10 @@ def test_the_table_of_a_toy_world(teachers, finished, tmp_path, capsys):
         output_dir=tmp_path,
     )
     bench_inference.main(words)
-    said = capsys.readouterr().out
-    assert (tmp_path / "bench_inference.md").read_text().strip() == said.strip()
+    printed = capsys.readouterr().out
+    assert (tmp_path / "bench_inference.md").read_text().strip() == printed.strip()
     written = json.loads((tmp_path / "bench_inference.json").read_text())
-    lines = [line for line in said.splitlines() if line.startswith("|")]
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 6 and len({line.count("|") for line in lines}) == 1
     rows = [(r["model"], r["steps"], r["unet_passes"], r["batch_size"]) for r in written["results"]]
     models = [("teacher", 3, 6), ("full_sdxl", 1, 1), ("lora_sdxl", 1, 1)]
@@ -50,42 +49,42 @@ def test_the_table_of_a_toy_world(teachers, finished, tmp_path, capsys):
         assert result["times_as_fast"] == pytest.approx(sum(ratios) / 2)
     assert written["command"][-len(words) :] == words and written["resolution"] == 64
     for word in ("64 × 64 pixels, float32", f"torch {torch.__version__}", "1 of ", "LoRAs are fused", "loading is not"):
-        assert word in said, word
+        assert word in printed, word
 
 
-def test_each_draws_with_its_own_network_and_passes(teachers, finished):
+def test_each_generates_with_its_own_network_and_passes(teachers, finished):
     pipeline = load_teacher(Teacher(teachers["sd"]), device="cpu", dtype=torch.float32)
     teacher, scheduler = pipeline.unet, pipeline.scheduler
     students = find_students([finished("full", "sd"), finished("lora", "sd")])
     options = dict(steps=2, teacher_steps=3, guidance_scale=4.0)
-    contenders = enter(pipeline, students, lora_guidance_scale=1.5, **options)
+    contenders = prepare_contenders(pipeline, students, lora_guidance_scale=1.5, **options)
     assert len({id(contender.unet) for contender in contenders}) == 3
     assert not any(isinstance(module, LoraLayer) for contender in contenders for module in contender.unet.modules())
-    passes: list[tuple[int, int]] = []  # of whom, over how many pictures
+    passes: list[tuple[int, int]] = []  # which contender, batch size
     for number, contender in enumerate(contenders):
         contender.unet.register_forward_pre_hook(
             lambda module, inputs, number=number: passes.append((number, len(inputs[0])))
         )
     results = measure(pipeline, contenders, prompt="a red circle", resolution=64, batch_sizes=[3], repeats=1, warmup=0)
-    # The teacher, and the LoRA above guidance scale 1, take two passes a step; the full LCM is told its guidance.
+    # The teacher, and the LoRA above guidance scale 1, take two passes per step; the full LCM has a guidance embedding.
     assert passes == [(0, 6)] * 3 + [(1, 3)] * 2 + [(2, 6)] * 2
     assert [result.unet_passes for result in results] == [6, 2, 4]
     assert [result.guidance_scale for result in results] == [4, 4, 1.5]
     assert pipeline.unet is teacher and pipeline.scheduler is scheduler
     with pytest.raises(UsageError, match="--steps 21: .* at most 20"):
-        enter(pipeline, students, lora_guidance_scale=1.0, **options | {"steps": 21})
+        prepare_contenders(pipeline, students, lora_guidance_scale=1.0, **options | {"steps": 21})
     with pytest.raises(UsageError, match="--teacher_steps 1001"):
-        enter(pipeline, students, lora_guidance_scale=1.0, **options | {"teacher_steps": 1001})
+        prepare_contenders(pipeline, students, lora_guidance_scale=1.0, **options | {"teacher_steps": 1001})
 
 
 def test_turns_medians_and_ratios(monkeypatch):
-    """Every round has each model once; a slow moment of the machine does not decide, warm-up does not count."""
+    """Every round has each model once; one slow round does not change the result; warm-up does not count."""
     networks = [torch.nn.Linear(1, 1) for _ in range(2)]
     for network in networks:
         network.device = torch.device("cpu")
     pipeline = type("Pipeline", (), {"unet": networks[0], "scheduler": None})()
     contenders = [Contender(name, network, name, 4, 1.0, False) for name, network in zip("ab", networks, strict=True)]
-    clock = iter([99, 99, 8, 2, 80, 10, 9, 3])  # the second counted round is ten times as slow
+    clock = iter([99, 99, 8, 2, 80, 10, 9, 3])  # the second timed round is ten times as slow
     turns = []
 
     def taken(pipeline, contender, prompts, resolution):
@@ -102,11 +101,11 @@ def test_turns_medians_and_ratios(monkeypatch):
     assert (teacher.peak_gpu_bytes, student.peak_gpu_bytes) == (7, 5)
 
 
-def test_the_table_is_markdown_and_tells_memory_where_it_is_known():
+def test_the_table_is_markdown_and_has_the_memory_if_it_is_known():
     result = Result("a|b", 4, 1.0, 4, 2, [0.12345, 1.0, 0.1], 9.87, None)
-    assert table([result]).splitlines()[-1] == "| a\\|b | 4 | 1 | 4 | 2 | 0.123 | 9.9 |"
+    assert format_table([result]).splitlines()[-1] == "| a\\|b | 4 | 1 | 4 | 2 | 0.123 | 9.9 |"
     on_gpu = Result("a", 4, 7.5, 8, 2, [1.0], 1.0, 3 * 2**29)
-    head, rule, line = table([on_gpu]).splitlines()
+    head, rule, line = format_table([on_gpu]).splitlines()
     assert head.endswith("| peak GPU memory |") and line == "| a | 4 | 7.5 | 8 | 2 | 1 | 1.0 | 1.5 GiB |"
     assert head.count("|") == rule.count("|") == line.count("|")
 
@@ -124,7 +123,7 @@ def test_compile_compiles_every_u_net(teachers, finished, monkeypatch, capsys):
     [(["--compile", "--warmup", "0"], "argument --compile"), (["--batch_sizes", "0"], "argument --batch_sizes"),
      (["--repeats", "0"], "argument --repeats"), (["--student"], "argument --student")],
 )  # fmt: skip
-def test_mistakes_in_flags_end_in_one_line(more, words, capsys):
+def test_mistakes_in_flags_are_reported_in_one_line(more, words, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench_inference.main(["--pretrained_teacher_model", "x", "--student", "y", *more])
     error = capsys.readouterr().err
@@ -137,19 +136,18 @@ def test_mistakes_in_flags_end_in_one_line(more, words, capsys):
     [(["--student", "nowhere"], "--student nowhere"), (["--output_dir", __file__], "--output_dir .* cannot be written"),
      (["--resolution", "63"], "--resolution 63")],
 )  # fmt: skip
-def test_mistakes_are_named_with_their_flag(more, words, teachers, finished):
+def test_mistakes_are_reported_with_their_flag(more, words, teachers, finished):
     with pytest.raises(UsageError, match=words):
         bench_inference.main([*argv(teachers["sd"], finished("lora", "sd")), *more])
 
 
 def test_no_flag_is_declared_and_unread():
-    declared = set(vars(bench_inference._parse(argv("x", "y"))))
-    assert set(re.findall(r"\bargs\.(\w+)", Path(bench_inference.__file__).read_text())) == declared
+    assert unread_flags(bench_inference, bench_inference.parse_args(argv("x", "y"))) == set()
 
 
 def test_help_begins_with_commands_to_run(capsys):
     with pytest.raises(SystemExit) as stopped:
         bench_inference.main(["--help"])
-    said = capsys.readouterr().out
-    assert stopped.value.code == 0 and "python -m lcm_distill.bench_inference --pretrained_teacher_model" in said
-    assert "--batch_sizes" in said and "None" not in said
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 0 and "python -m lcm_distill.bench_inference --pretrained_teacher_model" in printed
+    assert "--batch_sizes" in printed and "None" not in printed

@@ -1,4 +1,4 @@
-"""`evaluate`: a student equal to its teacher, a perfect one, the metrics against their formulas, the command."""
+"""`evaluate`: an untrained student, a perfect one, the metrics compared with their formulas, the command."""
 
 import contextlib
 import copy
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from command_flags import unread_flags
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
@@ -21,12 +22,13 @@ from lcm_distill.models import sd
 from lcm_distill.models.lora import STUDENT, Lora
 from lcm_distill.models.student import student_from_teacher
 from lcm_distill.models.teacher import Teacher
-from lcm_distill.objective.schedule import lcm_scheduler
+from lcm_distill.objective.schedule import build_lcm_scheduler
 from lcm_distill.sampling import metrics
 from lcm_distill.sampling.finished import Student, find_students, load_teacher
-from lcm_distill.sampling.generate import teacher_sampler
-from lcm_distill.sampling.metrics import ClipScore, Cmmd, Fid, Generated, LatentDistances, Toy, squared_mmd
+from lcm_distill.sampling.generate import build_teacher_sampler
+from lcm_distill.sampling.metrics import ClipScore, Cmmd, Fid, GeneratedRow, LatentDistances, squared_mmd
 from toy import compare
+from toy.compare import ToyMetric
 from toy.score import real_pictures
 
 CAPTIONS = real_pictures(6, 0)[1]
@@ -34,10 +36,10 @@ CAPTIONS = real_pictures(6, 0)[1]
 
 @pytest.fixture(scope="module")
 def untrained(teacher, tmp_path_factory) -> list[str]:
-    """A full student and a LoRA that have learnt nothing yet, as their programs leave them."""
+    """The output folders of a full student and of a LoRA that have not been trained."""
     folder = tmp_path_factory.mktemp("students")
     pipeline = load_teacher(Teacher(teacher), device="cpu", dtype=torch.float32)
-    sampler = lcm_scheduler(pipeline.scheduler.config)
+    sampler = build_lcm_scheduler(pipeline.scheduler.config)
     student_from_teacher(pipeline.unet, 16).save_pretrained(folder / "full")
     save_lora(folder / "lora", Lora(pipeline.unet, rank=2, alpha=2), STUDENT, family=sd)
     for name in ("full", "lora"):
@@ -52,13 +54,13 @@ def pipeline(teacher):
 
 def rows_of(pipeline, students, **options):
     chosen = dict(
-        prompts=CAPTIONS, make_metrics=lambda reference: [LatentDistances(reference), Toy(CAPTIONS, 0)], steps=(1, 2),
-        samplers=["DDIM"], reference_steps=10, guidance_scale=1.0, resolution=64, batch_size=4, shown=2,
+        prompts=CAPTIONS, make_metrics=lambda reference: [LatentDistances(reference), ToyMetric(CAPTIONS, 0)],
+        steps=(1, 2), samplers=["DDIM"], reference_steps=10, guidance_scale=1.0, resolution=64, batch_size=4, shown=2,
     )  # fmt: skip
     return list(evaluate.evaluate(pipeline, students, **chosen | options))
 
 
-def test_a_student_equal_to_its_teacher_is_the_untrained_control(pipeline, untrained):
+def test_an_untrained_student_equals_the_untrained_control(pipeline, untrained):
     rows = rows_of(pipeline, find_students(untrained))
     labels = ["DDIM, 10 steps", "DDIM, 1 step", "DDIM, 2 steps"]
     labels += [
@@ -72,23 +74,25 @@ def test_a_student_equal_to_its_teacher_is_the_untrained_control(pipeline, untra
         assert values["untrained control", steps].keys() == values["DDIM", steps].keys()
     assert {"distance", "energy", "caption_accuracy", "frechet_distance"} == values["full", 1].keys()
     assert "distance" not in values["full", 2] and values["full", 1]["distance"] > 0.3
-    # The reference is its own distribution.
+    # The reference has no distance to itself.
     assert rows[0].values["energy"] == 0 and len(rows[0].pictures) == 2
-    # The teacher has its pipeline back.
+    # The pipeline is the teacher's again.
     assert isinstance(pipeline.unet, UNet2DConditionModel) and pipeline.scheduler.__class__.__name__ == "DDIMScheduler"
     assert not any("lora" in name for name, _ in pipeline.unet.named_parameters())
 
 
-def test_a_full_student_is_told_the_guidance_and_a_lora_is_not(pipeline, untrained, monkeypatch, tmp_path):
-    """Nor is a U-Net that a LoRA was merged into: at the teacher's scale the pipelines guided it a second time."""
+def test_students_without_a_guidance_embedding_have_their_own_guidance_scale(
+    pipeline, untrained, monkeypatch, tmp_path
+):
+    """A U-Net that a LoRA was merged into has none: at the teacher's scale the pipelines guided it a second time."""
     scales = []
     pipeline.unet.save_pretrained(tmp_path / "merged")
 
-    def draw(pipeline, prompts, seeds, *, guidance_scale, **_):
+    def generate(pipeline, prompts, seeds, *, guidance_scale, **_):
         scales.append(guidance_scale)
         return torch.ones(6, 4, 16, 16)
 
-    monkeypatch.setattr(evaluate, "generate_latents", draw)
+    monkeypatch.setattr(evaluate, "generate_latents", generate)
     monkeypatch.setattr(metrics, "decode_latents", lambda *_, **__: [])
     rows = rows_of(
         pipeline, find_students([*untrained, str(tmp_path / "merged")]), guidance_scale=4.0, lora_guidance_scale=1.5,
@@ -98,12 +102,12 @@ def test_a_full_student_is_told_the_guidance_and_a_lora_is_not(pipeline, untrain
 
 
 class PerfectStudent(Student):
-    """Its U-Net's answer is, from any noise, the end of the teacher's trajectory from the first noise."""
+    """Its U-Net predicts, at any timestep, the end of the teacher's trajectory from the initial noise."""
 
     ends: torch.Tensor
 
     def sampler(self, scheduler_config):
-        return lcm_scheduler(scheduler_config)
+        return build_lcm_scheduler(scheduler_config)
 
     @contextlib.contextmanager
     def installed_in(self, pipeline, *, fuse=False):
@@ -124,14 +128,14 @@ class PerfectStudent(Student):
 
 
 def test_a_perfect_student_has_no_distance(pipeline):
-    """Neither at one step, in pairs, nor at several, as distributions; its pictures are the teacher's."""
+    """Neither in one step, by pairs, nor in several, by distribution; its pictures are the teacher's."""
     ends = []
 
     def make_metrics(reference):
         ends.append(reference.latents)
         return [LatentDistances(reference)]
 
-    students = [PerfectStudent("perfect", "lora")]  # so that it draws without guidance of its own
+    students = [PerfectStudent("perfect", "lora")]  # "lora": generates at --lora_guidance_scale, without guidance
     rows_of(pipeline, [], make_metrics=make_metrics, samplers=[], control=False, guidance_scale=3.0)
     object.__setattr__(students[0], "ends", ends[0])
     rows = rows_of(
@@ -148,35 +152,35 @@ def test_a_perfect_student_has_no_distance(pipeline):
 @pytest.mark.parametrize(
     ("students", "options", "message"),
     [
-        (1, {"steps": [1, 51]}, "--steps 51: LCM.*draws in at most 50 steps"),
-        (0, {"steps": [51]}, "--steps 51: LCM.*draws in at most 50 steps"),
-        (0, {"steps": [1001], "control": False}, "--steps 1001: DDIM.*draws in at most 1000 steps"),
-        (0, {"reference_steps": 1001}, "--reference_steps 1001: DDIM.*draws in at most 1000 steps"),
+        (1, {"steps": [1, 51]}, "--steps 51: LCM.*takes at most 50 steps"),
+        (0, {"steps": [51]}, "--steps 51: LCM.*takes at most 50 steps"),
+        (0, {"steps": [1001], "control": False}, "--steps 1001: DDIM.*takes at most 1000 steps"),
+        (0, {"reference_steps": 1001}, "--reference_steps 1001: DDIM.*takes at most 1000 steps"),
     ],
 )
-def test_more_steps_than_a_grid_has_are_told_before_anything_is_drawn(
+def test_more_steps_than_a_grid_has_are_refused_before_generating(
     pipeline, untrained, monkeypatch, students, options, message
 ):
-    monkeypatch.setattr(evaluate, "generate_latents", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr(evaluate, "generate_latents", lambda *_, **__: pytest.fail("generated"))
     with pytest.raises(UsageError, match=message):
         rows_of(pipeline, find_students(untrained[:students]), **options)
 
 
-def test_a_student_that_does_not_fit_is_told_before_anything_is_drawn(pipeline, untrained, monkeypatch, tmp_path):
-    """It was told behind the teacher's rows, which take hours for a real one."""
+def test_a_student_that_does_not_fit_is_refused_before_generating(pipeline, untrained, monkeypatch, tmp_path):
+    """It was refused only after the teacher's rows, which take hours with a real teacher."""
     UNet2DConditionModel.from_config(dict(pipeline.unet.config) | {"layers_per_block": 2}).save_pretrained(tmp_path)
-    monkeypatch.setattr(evaluate, "generate_latents", lambda *_, **__: pytest.fail("drawn"))
-    with pytest.raises(UsageError, match="--student .* was not made from this teacher: .*layers_per_block"):
+    monkeypatch.setattr(evaluate, "generate_latents", lambda *_, **__: pytest.fail("generated"))
+    with pytest.raises(UsageError, match="--student .* was not distilled from this teacher: .*layers_per_block"):
         rows_of(pipeline, find_students([*untrained, str(tmp_path)]))
 
 
 # --- metrics
 
 
-def drawn(pictures, prompts=(), steps=1, latents=None):
-    made = Generated(prompts, torch.zeros(0) if latents is None else latents, steps, None)
-    made.__dict__["pictures"] = pictures
-    return made
+def generated(pictures, prompts=()):
+    row = GeneratedRow(prompts, torch.zeros(0), 1, None)
+    row.__dict__["pictures"] = pictures
+    return row
 
 
 def noise_pictures(count, seed):
@@ -217,7 +221,7 @@ def test_clip_score_is_the_cosine_of_picture_and_prompt(clip):
             text = model.text_projection(model.text_model(**tokenizer([prompt], return_tensors="pt")).pooler_output)
             scores.append(max(0.0, torch.nn.functional.cosine_similarity(image, text).item()))
     assert len(set(scores)) > 10
-    score = ClipScore(clip, "cpu")(drawn(pictures, prompts))["clip_score"]
+    score = ClipScore(clip, "cpu")(generated(pictures, prompts))["clip_score"]
     assert score == pytest.approx(100 * sum(scores) / 20, rel=1e-3)
 
 
@@ -232,7 +236,7 @@ class OnApple(torch.Tensor):
 def test_cmmd_is_the_squared_mmd_of_the_embeddings(clip):
     a, b = noise_pictures(5, 0), [Image.new("RGB", (40, 40), colour) for colour in ("red", "green", "white")]
     metric = Cmmd(clip, "cpu").against(b)
-    assert metric(drawn(b))["cmmd"] == pytest.approx(0, abs=1e-9)
+    assert metric(generated(b))["cmmd"] == pytest.approx(0, abs=1e-9)
     process = transformers.CLIPImageProcessorPil.from_pretrained(clip)
     model = transformers.CLIPModel.from_pretrained(clip).eval()
     with torch.no_grad():
@@ -250,15 +254,15 @@ def test_cmmd_is_the_squared_mmd_of_the_embeddings(clip):
         return sum(values) / len(values)
 
     expected = 1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
-    assert metric(drawn(a))["cmmd"] == pytest.approx(expected, rel=1e-4) and expected > 0
-    # On Apple's GPUs there is no float64.
+    assert metric(generated(a))["cmmd"] == pytest.approx(expected, rel=1e-4) and expected > 0
+    # Apple's GPUs have no float64.
     metric._model.visual_projection.register_forward_hook(lambda module, inputs, out: out.as_subclass(OnApple))
-    assert metric(drawn(a))["cmmd"] == pytest.approx(expected, rel=1e-4)
+    assert metric(generated(a))["cmmd"] == pytest.approx(expected, rel=1e-4)
     assert squared_mmd(torch.zeros(1, 2), torch.tensor([[0.0, 10.0]])) == pytest.approx(2 - 2 * np.exp(-0.5))
 
 
 def test_fid_is_torch_fidelity_s(monkeypatch):
-    """The library wants torchvision, so a stand-in checks what it is given."""
+    """The library needs torchvision, so a stub checks its arguments."""
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(UsageError, match="--metrics fid needs torch-fidelity"):
         Fid("cpu")
@@ -267,18 +271,17 @@ def test_fid_is_torch_fidelity_s(monkeypatch):
     library.calculate_metrics = lambda **options: calls.append(options) or {"frechet_inception_distance": 12.5}
     monkeypatch.setitem(sys.modules, "torch_fidelity", library)
     reference, pictures = noise_pictures(3, 0), noise_pictures(2, 1)
-    assert Fid("cpu").against(reference)(drawn(pictures)) == {"fid": 12.5}
+    assert Fid("cpu").against(reference)(generated(pictures)) == {"fid": 12.5}
     (call,) = calls
     assert call["fid"] and not call["cuda"] and len(call["input1"]) == 2 and len(call["input2"]) == 3
     assert call["input1"][1].dtype == torch.uint8 and call["input1"][1].shape == (3, 40, 40)
     assert torch.equal(call["input1"][1].permute(1, 2, 0), torch.from_numpy(np.array(pictures[1])))
 
 
-def test_mistakes_with_metrics_are_told(tmp_path):
+def test_mistakes_with_metrics_are_reported(tmp_path):
     for make, message in (
         (lambda: ClipScore(str(tmp_path), "cpu"), "--clip_model .*no CLIP model"),
         (lambda: Cmmd(str(tmp_path / "none"), "cpu"), "--cmmd_model .*no CLIP model"),
-        (lambda: Toy(["a castle at dusk"], 0), "--metrics toy: .*a castle at dusk.*captions of the toy world"),
     ):
         with pytest.raises(UsageError, match=message):
             make()
@@ -297,9 +300,9 @@ def command(teacher, output_dir, *more):
 def test_the_command_writes_tables_numbers_and_a_grid(teacher, untrained, shards, tmp_path, capsys, clip):
     evaluate.main(command(
         teacher, tmp_path / "out", "--student", *untrained, "--real", shards, "--samplers", "DPM-Solver++",
-        "--metrics", "latents", "toy", "cmmd", "clip", "--cmmd_model", clip, "--clip_model", clip, "--shown", "3",
+        "--metrics", "latents", "cmmd", "clip", "--cmmd_model", clip, "--clip_model", clip, "--shown", "3",
     ))  # fmt: skip
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     models = [(row["model"], row["steps"]) for row in record["rows"]]
     assert models == [("DDIM", 4)] + [
@@ -307,28 +310,28 @@ def test_the_command_writes_tables_numbers_and_a_grid(teacher, untrained, shards
     ]
     assert record["settings"]["reference"] == "real pictures" and record["versions"]["torch"]
     tables = (tmp_path / "out" / "evaluation.md").read_text()
-    assert tables.split("\n\n**")[0] in said and "Loading weights" not in said
+    assert tables.split("\n\n**")[0] in printed and "Loading weights" not in printed
     values = record["rows"][3]["values"]
-    assert values.keys() == {"distance", "energy", "caption_accuracy", "frechet_distance", "cmmd", "clip_score"}
-    for name in ("energy", "frechet_distance"):
-        cells = [evaluate.number(row["values"][name]) for row in record["rows"][3:5]]
+    assert values.keys() == {"distance", "energy", "cmmd", "clip_score"}
+    for name in ("energy", "cmmd"):
+        cells = [evaluate.format_number(row["values"][name]) for row in record["rows"][3:5]]
         assert f"| untrained control | {cells[0]} | {cells[1]} |" in tables
-    assert f"The reference: DDIM, 4 steps: {evaluate.number(record['rows'][0]['values']['cmmd'])}." in tables
+    assert f"The reference: DDIM, 4 steps: {evaluate.format_number(record['rows'][0]['values']['cmmd'])}." in tables
     with Image.open(tmp_path / "out" / "evaluation.png") as grid:
         assert grid.height > 9 * 64 and 3 * 64 < grid.width < 3 * 64 + 400
 
 
-def test_what_was_judged_before_an_interruption_is_written(teacher, tmp_path, monkeypatch):
-    judged = evaluate.LatentDistances.__call__
+def test_rows_from_before_an_interruption_are_written(teacher, tmp_path, monkeypatch):
+    original = evaluate.LatentDistances.__call__
     calls = []
 
-    def judge(self, drawn):
-        calls.append(drawn)
+    def interrupted(self, row):
+        calls.append(row)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return judged(self, drawn)
+        return original(self, row)
 
-    monkeypatch.setattr(evaluate.LatentDistances, "__call__", judge)
+    monkeypatch.setattr(evaluate.LatentDistances, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate.main(command(teacher, tmp_path, "--prompts", *CAPTIONS))
     rows = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
@@ -339,59 +342,65 @@ def test_what_was_judged_before_an_interruption_is_written(teacher, tmp_path, mo
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ([], "give --prompts, or --real"),
+        ([], "pass --prompts, or --real"),
         (["--prompts", "none.txt"], "--prompts: none.txt cannot be read"),
-        (["--prompts", "a", "--student", "/nowhere"], "--student /nowhere: neither"),
+        (["--prompts", "a", "--student", "/nowhere"], "--student /nowhere contains neither"),
         (["--prompts", "a", "--resolution", "63"], "--resolution 63 is not a multiple"),
         (["--prompts", "a", "--metrics", "beauty"], "--metrics: invalid choice"),
         (["--prompts", "a", "--dtype", "fp16", "--device", "cpu"], "--dtype fp16"),
-        (["--real", "SHARDS", "--num_pictures", "5000"], "usable pictures; --num_pictures asks for 5000"),
+        (["--real", "SHARDS", "--num_pictures", "5000"], "usable pictures, fewer than --num_pictures 5000"),
     ],
 )
-def test_mistakes_are_told(teacher, shards, tmp_path, more, message, capsys):
+def test_mistakes_are_reported(teacher, shards, tmp_path, more, message, capsys):
     argv = command(teacher, tmp_path / "out", *[shards if word == "SHARDS" else word for word in more])
     with pytest.raises((UsageError, SystemExit)) as error:
         evaluate.main(argv)
     assert message in str(error.value) + capsys.readouterr().err
 
 
-@pytest.mark.parametrize("metric", ["clip", "cmmd", "fid", "toy"])
-def test_a_metric_that_cannot_be_had_is_told_before_anything_is_drawn(teacher, tmp_path, monkeypatch, metric):
-    """It was told behind the reference, which takes an hour for a real teacher."""
-    monkeypatch.setattr(evaluate, "generate_latents", lambda *_, **__: pytest.fail("drawn"))
+@pytest.mark.parametrize("metric", ["clip", "cmmd", "fid"])
+def test_a_metric_that_cannot_be_loaded_is_reported_before_generating(teacher, tmp_path, monkeypatch, metric):
+    """It was reported only after the reference, which takes an hour with a real teacher."""
+    monkeypatch.setattr(evaluate, "generate_latents", lambda *_, **__: pytest.fail("generated"))
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     none = str(tmp_path / "none")
     argv = ["--prompts", "a castle", "--metrics", "latents", metric, "--clip_model", none, "--cmmd_model", none]
-    with pytest.raises(UsageError, match=f"{metric}"):
+    with pytest.raises(
+        UsageError, match=f"--{metric}_model {none}: no CLIP" if metric != "fid" else "--metrics fid needs"
+    ):
         evaluate.main(command(teacher, tmp_path / "out", *argv))
 
 
-def test_tables_leave_out_what_no_row_has():
-    row = evaluate.Row("DDIM", 1, 8.0, {"distance": 1.0}, 0.1, [])
+def test_no_flag_is_declared_and_unread(teacher, tmp_path):
+    assert unread_flags(evaluate, evaluate.parse_args(command(teacher, tmp_path, "--prompts", "x"))) == set()
+
+
+def test_tables_leave_out_metrics_and_steps_that_no_row_has():
+    row = evaluate.EvaluatedRow("DDIM", 1, 8.0, {"distance": 1.0}, 0.1, [])
     rows = [dataclasses.replace(row, steps=50, values={}, is_reference=True), row]
-    rows += [evaluate.Row("mine", 1, 8.0, {"distance": 123.4}, 0.1, [])]
-    rows += [evaluate.Row(model, 2, 8.0, {}, 0.1, []) for model in ("DDIM", "mine")]
-    assert evaluate.tables(rows, {"distance": "Distance", "fid": "FID"}, [1, 2]) == (
+    rows += [evaluate.EvaluatedRow("mine", 1, 8.0, {"distance": 123.4}, 0.1, [])]
+    rows += [evaluate.EvaluatedRow(model, 2, 8.0, {}, 0.1, []) for model in ("DDIM", "mine")]
+    assert evaluate.format_tables(rows, {"distance": "Distance", "fid": "FID"}, [1, 2]) == (
         "**Distance**\n\n| model | 1 step |\n|---|---|\n| DDIM | 1.000 |\n| mine | 123 |"
     )
 
 
-def test_the_toy_comparison_draws_and_judges(untrained, tmp_path, capsys, monkeypatch):
-    draw = evaluate.evaluate
-    monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: draw(*a, **k | {"reference_steps": 4}))
+def test_the_toy_comparison_generates_and_evaluates(untrained, tmp_path, capsys, monkeypatch):
+    original = evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: original(*a, **k | {"reference_steps": 4}))
     rows = compare.main(["--student", *untrained, "--output_dir", str(tmp_path), "--count", "2"])
     assert len(rows) == 1 + 4 * 5 and rows[-1].label == "SD LCM-LoRA, 8 steps"
-    said = capsys.readouterr().out
-    assert said.count("caption error at") == 4 and "SD LCM " in said and "**Caption accuracy" in said
+    printed = capsys.readouterr().out
+    assert printed.count("caption error at") == 4 and "SD LCM " in printed and "**Caption accuracy" in printed
     assert (tmp_path / "evaluation.png").is_file() and (tmp_path / "evaluation.md").is_file()
 
 
-def test_the_reference_is_the_trajectory_of_the_training(pipeline):
-    """`teacher_sampler` walks the solver's own grid: 999, 979, …, and ends at timestep 0."""
-    sampler = teacher_sampler(pipeline.scheduler.config)
+def test_the_reference_follows_the_solver_s_trajectory(pipeline):
+    """The teacher's sampler uses the solver's grid, 999, 979, …, and ends at timestep 0."""
+    sampler = build_teacher_sampler(pipeline.scheduler.config)
     sampler.set_timesteps(50)
     assert sampler.timesteps.tolist() == list(range(999, 0, -20))
     assert torch.equal(sampler.final_alpha_cumprod, sampler.alphas_cumprod[0])
-    other = teacher_sampler(SimpleNamespace(**pipeline.scheduler.config).__dict__, "DPM-Solver++")
+    other = build_teacher_sampler(SimpleNamespace(**pipeline.scheduler.config).__dict__, "DPM-Solver++")
     other.set_timesteps(4)
     assert other.timesteps.tolist()[0] == 999

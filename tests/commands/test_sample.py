@@ -1,5 +1,6 @@
-"""`python -m lcm_distill.sample`: what it draws, how it names and lists it, and what it says to mistakes."""
+"""`python -m lcm_distill.sample`: the pictures, their names and settings, and messages for mistakes."""
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -7,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_flags import unread_flags
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 from PIL import Image
 
 from lcm_distill import sample
 from lcm_distill.errors import UsageError
-from lcm_distill.sample import Album, parse_lora, plan_rows, row_labels
+from lcm_distill.models.teacher import Teacher
+from lcm_distill.sample import PictureFolder, parse_lora, plan_rows, row_labels
 from lcm_distill.sampling.finished import Student, WeightedLora
 
 PROMPTS = ["a small red circle on a black background", "a large blue square on a white background"]
@@ -26,7 +29,7 @@ def family(request):
 
 @pytest.fixture(scope="module")
 def out(family, teachers, finished, tmp_path_factory):
-    """A teacher, a full LCM and an LCM-LoRA, all with a style, two prompts and two seeds."""
+    """The output for a teacher, a full LCM and an LCM-LoRA, all with a style LoRA, for two prompts and two seeds."""
     folder = tmp_path_factory.mktemp("drawn")
     sample.main(
         [
@@ -54,7 +57,7 @@ def listed(out, **chosen):
 
 
 @pytest.mark.parametrize("kind", ["teacher", "full", "lora"])
-def test_pictures_are_those_that_the_pipelines_draw_one_by_one(kind, out, family, teachers, finished):
+def test_pictures_are_those_that_the_pipelines_generate_one_by_one(kind, out, family, teachers, finished):
     pipeline = DiffusionPipeline.from_pretrained(teachers[family], torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     adapters, weights = ["style"], [0.5]
@@ -83,11 +86,11 @@ def test_pictures_are_those_that_the_pipelines_draw_one_by_one(kind, out, family
             guidance_scale=one["guidance_scale"],
             generator=torch.Generator().manual_seed(one["seed"]),
         ).images[0]
-        drawn = pixels(Image.open(out / one["file"]))
-        assert np.abs(drawn - pixels(expected)).max() <= 1, one  # the batch is another, and so may be the last bit
+        generated = pixels(Image.open(out / one["file"]))
+        assert np.abs(generated - pixels(expected)).max() <= 1, one  # another batch size may change the last bit
 
 
-def test_each_picture_tells_what_it_was_drawn_with(out, family, teachers, finished):
+def test_each_picture_has_its_settings_in_name_list_and_metadata(out, family, teachers, finished):
     everything = listed(out)
     files = sorted(f"pictures/{path.name}" for path in (out / "pictures").iterdir())
     assert sorted(one["file"] for one in everything) == files and len(files) == 4 * (1 + 2 + 4)
@@ -106,8 +109,8 @@ def test_each_picture_tells_what_it_was_drawn_with(out, family, teachers, finish
     assert json.loads(text["loras"]) == style and set(text) == set(one) - {"file"}
 
 
-def test_the_grid_has_a_row_for_each_way_to_draw(out, family):
-    """Its cells are the pictures, in the order of the list."""
+def test_the_grid_has_a_row_for_each_model_and_setting(out, family):
+    """Its cells are the pictures, in the order of samples.json."""
     grid, everything = pixels(Image.open(out / "grid.png").convert("RGB")), listed(out)
     side, gap, margin = 64, 4, 6
     left, top = grid.shape[1] - 4 * (side + gap) - margin, grid.shape[0] - 7 * (side + gap) - margin
@@ -127,14 +130,15 @@ def run(teachers, folder, *more, prompts=PROMPTS[:1], family="sd"):
 
 
 def test_the_batch_size_does_not_matter(teachers, finished, tmp_path):
-    drawn = []
+    generated = []
     for batch_size in (1, 3):
         folder = tmp_path / str(batch_size)
         more = ("--student", finished("lora", "sd"), "--steps", 4, "--teacher_steps", 2, "--num_images", 3, "--seed", 5)
         found = run(teachers, folder, *more, "--batch_size", batch_size)
         assert [one["seed"] for one in found] == [5, 6, 7] * 2
-        drawn.append(np.stack([pixels(Image.open(folder / one["file"])) for one in found]))
-    assert np.abs(drawn[0] - drawn[1]).max() <= 1 and len({picture.tobytes() for picture in drawn[0]}) == 6
+        generated.append(np.stack([pixels(Image.open(folder / one["file"])) for one in found]))
+    assert np.abs(generated[0] - generated[1]).max() <= 1
+    assert len({picture.tobytes() for picture in generated[0]}) == 6
 
 
 def test_img2img_starts_from_the_picture(teachers, finished, tmp_path):
@@ -167,8 +171,8 @@ def test_a_prompt_file_and_another_sampler(teachers, tmp_path):
     more = ("--teacher_steps", 2, "--teacher_sampler", "DPM-Solver++")
     found = run(teachers, tmp_path / "out", *more, prompts=[str(tmp_path / "prompts.txt")])
     assert [(one["prompt"], one["sampler"]) for one in found] == [(prompt, "DPM-Solver++") for prompt in PROMPTS]
-    plain = run(teachers, tmp_path / "plain", "--teacher_steps", 2, prompts=PROMPTS)
-    assert (tmp_path / "out" / found[0]["file"]).read_bytes() != (tmp_path / "plain" / plain[0]["file"]).read_bytes()
+    ddim = run(teachers, tmp_path / "ddim", "--teacher_steps", 2, prompts=PROMPTS)
+    assert (tmp_path / "out" / found[0]["file"]).read_bytes() != (tmp_path / "ddim" / ddim[0]["file"]).read_bytes()
 
 
 # --- the plan
@@ -178,7 +182,7 @@ def test_the_sweep_is_that_of_the_announcement():
     needed = ["--pretrained_teacher_model", "x", "--student", "y", "--prompts", "z"]
 
     def steps(*more):
-        args = sample._parse([*needed, *more])
+        args = sample.parse_args([*needed, *more])
         return args.steps, args.teacher_steps
 
     assert steps("--sweep") == ([1, 2, 3, 4, 5, 6, 7, 8], [1, 4, 8, 15, 20, 25, 30, 50])
@@ -209,12 +213,13 @@ def test_rows_and_their_labels(finished):
     assert [row.negative_prompt for row in rows] == ["ugly"] * 2 + [None] * 6
 
 
-def test_who_does_not_heed_a_negative_prompt_is_named(teachers, finished, tmp_path, capsys):
+def test_models_that_ignore_a_negative_prompt_are_named(teachers, finished, tmp_path, capsys):
     more = ("--student", finished("full", "sd"), finished("lora", "sd"), "--steps", 1, "--teacher_steps", 1)
     run(teachers, tmp_path, *more, "--negative_prompt", "blue", "--lora_guidance_scale", "1", "1.5")
-    said = capsys.readouterr().out
-    assert re.findall(r"(\S+) does not heed --negative_prompt", said) == ["full_sd"]
-    assert str(tmp_path / "grid.png") in said and said.count(" in ") >= 4
+    printed = capsys.readouterr().out
+    assert re.findall(r"(\S+) ignores --negative_prompt", printed) == ["full_sd"]
+    assert len(re.findall(r"^.*, 1 step.*: 1 in \d+\.\d s$", printed, re.M)) == 4
+    assert f"{tmp_path / 'grid.png'}, and 4 pictures in {tmp_path / 'pictures'}" in printed
 
 
 @pytest.mark.parametrize(
@@ -232,13 +237,13 @@ def test_a_weight_is_finite(weight):
         parse_lora(f"a={weight}")
 
 
-def test_names_never_collide_and_fit_every_file_system(tmp_path):
-    album, picture = Album(tmp_path), Image.new("RGB", (8, 8))
+def test_file_names_are_unique_and_valid_on_every_file_system(tmp_path):
+    folder, picture = PictureFolder(tmp_path), Image.new("RGB", (8, 8))
     base = {"model": "m", "steps": 1, "guidance_scale": 1.0, "seed": 0, "prompt": "x"}
     settings = [
         base,
         base,
-        base | {"model": "M"},  # the same file on some systems
+        base | {"model": "M"},  # the same file where names ignore case
         base | {"prompt": '../../etc: a \\ "cat"? <*> | \n'},
         base | {"prompt": "Ein Fuchs im Schnee, 狐狸 🦊 " * 50},
         base | {"prompt": ""},
@@ -246,12 +251,12 @@ def test_names_never_collide_and_fit_every_file_system(tmp_path):
         base | {"model": "a-b", "steps": 4, "guidance_scale": 7.5},
     ]
     for one in settings:
-        album.add(picture, 1, one)
+        folder.add(picture, 1, one)
     files = [path.name for path in (tmp_path / "pictures").iterdir()]
     assert len({name.lower() for name in files}) == len(files) == len(settings)
     assert all(re.fullmatch(r"[\w.-]+", name) and len(name.encode()) < 250 for name in files)
-    assert [one["prompt"] for one in album.listed] == [one["prompt"] for one in settings]
-    for one in album.listed:
+    assert [one["prompt"] for one in folder.listed] == [one["prompt"] for one in settings]
+    for one in folder.listed:
         assert Image.open(tmp_path / one["file"]).text["prompt"] == one["prompt"]
 
 
@@ -265,7 +270,7 @@ def test_names_never_collide_and_fit_every_file_system(tmp_path):
      (["--guidance_scale", "x"], "argument --guidance_scale"), (["--teacher_sampler", "Euler"], "--teacher_sampler"),
      (["--dtype", "fp8"], "--dtype")],
 )  # fmt: skip
-def test_mistakes_in_flags_end_in_one_line(more, words, capsys):
+def test_mistakes_in_flags_are_reported_in_one_line(more, words, capsys):
     with pytest.raises(SystemExit) as stopped:
         sample.main(["--pretrained_teacher_model", "x", "--prompts", "y", *more])
     error = capsys.readouterr().err
@@ -283,14 +288,16 @@ def test_mistakes_in_flags_end_in_one_line(more, words, capsys):
      (["--resolution", "63"], "--resolution 63"), (["--teacher_steps", "1001"], "--teacher_steps 1001"),
      (["--output_dir", __file__], "--output_dir .* cannot be written"), (["--lora", "./none=2"], "--lora ./none")],
 )  # fmt: skip
-def test_mistakes_are_named_with_their_flag_before_anything_is_drawn(more, words, teachers, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "generate_latents", lambda *_, **__: pytest.fail("drawn"))
+def test_mistakes_are_reported_with_their_flag_before_anything_is_generated(
+    more, words, teachers, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sample, "generate_latents", lambda *_, **__: pytest.fail("generated"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=words):
         sample.main(["--pretrained_teacher_model", teachers["sd"], "--prompts", "y", *more])
 
 
-def test_a_full_gpu_is_a_message(teachers, tmp_path, monkeypatch):
+def test_a_gpu_without_memory_is_reported(teachers, tmp_path, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
@@ -299,14 +306,18 @@ def test_a_full_gpu_is_a_message(teachers, tmp_path, monkeypatch):
         run(teachers, tmp_path)
 
 
-def test_no_flag_is_declared_and_unread():
-    declared = set(vars(sample._parse(["--pretrained_teacher_model", "x", "--prompts", "y"])))
-    assert set(re.findall(r"\bargs\.(\w+)", Path(sample.__file__).read_text())) == declared
+def test_no_flag_is_declared_and_unread(monkeypatch):
+    parsed = sample.parse_args(["--pretrained_teacher_model", "x", "--prompts", "y"])
+    assert unread_flags(sample, parsed) == set()
+    assert unread_flags(sample, argparse.Namespace(**vars(parsed), another=1)) == {"another"}
+    monkeypatch.setattr(Teacher, "from_flags", lambda flags: Teacher(flags.pretrained_teacher_model))
+    assert unread_flags(sample, parsed) >= {"variant", "revision"}
 
 
 def test_help_begins_with_commands_to_run(capsys):
     with pytest.raises(SystemExit) as stopped:
         sample.main(["--help"])
-    said = capsys.readouterr().out
-    assert stopped.value.code == 0 and "python -m lcm_distill.sample --pretrained_teacher_model" in said
-    assert "--sweep" in said and "(default: 1 2 4 8)" in said and "default: [" not in said and "None" not in said
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 0 and "python -m lcm_distill.sample --pretrained_teacher_model" in printed
+    assert "--sweep" in printed and "(default: 1 2 4 8)" in printed
+    assert "default: [" not in printed and "None" not in printed

@@ -1,4 +1,4 @@
-"""Finished students: found wherever they are, put into a teacher's pipeline as their users would, taken out again."""
+"""Finished students: found in any layout, put into a teacher's pipeline as users do, and taken out again."""
 
 import contextlib
 import copy
@@ -25,13 +25,13 @@ from lcm_distill.sampling.finished import (
     find_student,
     find_students,
     load_teacher,
-    natural_resolution,
+    native_resolution,
     with_loras,
 )
 from lcm_distill.sampling.generate import generate_latents
 
 PROMPTS = ["a small red circle on a black background", "a large blue square on a white background"]
-DRAWING = dict(inference_steps=2, guidance_scale=4.0, resolution=64, batch_size=2)
+SETTINGS = dict(inference_steps=2, guidance_scale=4.0, resolution=64, batch_size=2)
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
@@ -49,17 +49,16 @@ def pipelines(teachers):
 
 @pytest.fixture()
 def pipeline(pipelines, family):
-    """The teacher's; whatever a test does in it, it must be the teacher's again."""
-    pipeline = pipelines[family]
-    yield from still_the_teacher_s(pipeline)
+    """The teacher's; after each test it must be the teacher's again."""
+    yield from restored(pipelines[family])
 
 
 @pytest.fixture()
 def sd_pipeline(pipelines):
-    yield from still_the_teacher_s(pipelines["sd"])
+    yield from restored(pipelines["sd"])
 
 
-def still_the_teacher_s(pipeline):
+def restored(pipeline):
     def networks():
         return {name: copy.deepcopy(getattr(pipeline, name).state_dict()) for name in ("unet", "text_encoder", "vae")}
 
@@ -70,20 +69,20 @@ def still_the_teacher_s(pipeline):
         assert state.keys() == before[name].keys() and all(torch.equal(state[k], before[name][k]) for k in state), name
 
 
-def drawn(pipeline, **more):
-    return generate_latents(pipeline, PROMPTS, [1, 2], **DRAWING | more)
+def generate(pipeline, **more):
+    return generate_latents(pipeline, PROMPTS, [1, 2], **SETTINGS | more)
 
 
-def by_users(pipeline, guidance_scale=4.0):
-    """What a plain call of a plain pipeline draws."""
+def called_directly(pipeline, guidance_scale=4.0):
+    """The latents of a direct call of a Diffusers pipeline."""
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
     return pipeline(
         PROMPTS, num_inference_steps=2, guidance_scale=guidance_scale, generator=generators, output_type="latent"
     ).images
 
 
-def plain_pipeline(teacher, student, **more):
-    """As the README says."""
+def users_pipeline(teacher, student, **more):
+    """As in the README."""
     pipeline = DiffusionPipeline.from_pretrained(teacher, torch_dtype=torch.float32, **more)
     pipeline.scheduler = LCMScheduler.from_pretrained(student)
     pipeline.set_progress_bar_config(disable=True)
@@ -97,36 +96,36 @@ def close(a, b):
 # --- the teacher
 
 
-def test_the_teacher_s_pipeline_is_whole_and_samples_with_ddim(pipeline, family, teachers):
-    assert family_of(pipeline.unet.config) == family and natural_resolution(pipeline) == 64
-    plain = DiffusionPipeline.from_pretrained(teachers[family], torch_dtype=torch.float32)
-    plain.set_progress_bar_config(disable=True)
-    plain.scheduler = DDIMScheduler.from_config(
-        plain.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=False, clip_sample=False
+def test_the_teacher_s_pipeline_is_complete_and_samples_with_ddim(pipeline, family, teachers):
+    assert family_of(pipeline.unet.config).NAME == family and native_resolution(pipeline) == 64
+    users = DiffusionPipeline.from_pretrained(teachers[family], torch_dtype=torch.float32)
+    users.set_progress_bar_config(disable=True)
+    users.scheduler = DDIMScheduler.from_config(
+        users.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=False, clip_sample=False
     )
-    close(drawn(pipeline), by_users(plain))
+    close(generate(pipeline), called_directly(users))
     with pytest.raises(UsageError, match="--resolution"):
         load_teacher(Teacher(teachers[family]), device="cpu", dtype=torch.float32, resolution=63)
 
 
 def test_a_vae_of_another_factor_needs_no_resolution_to_be_loaded(teachers, tmp_path):
-    """The size to check was taken to be 8 where the flag was not given, which a factor of 16 does not divide."""
+    """Without the flag, a resolution of 8 was checked, which is not a multiple of 16."""
     vae = AutoencoderKL.from_pretrained(teachers["sd"], subfolder="vae")
     coarse = {"block_out_channels": [8] * 5, "down_block_types": ["DownEncoderBlock2D"] * 5}
     coarse |= {"up_block_types": ["UpDecoderBlock2D"] * 5}
     AutoencoderKL.from_config(dict(vae.config) | coarse).save_pretrained(tmp_path)
     pipeline = load_teacher(Teacher(teachers["sd"], vae=str(tmp_path)), device="cpu", dtype=torch.float32)
-    assert pipeline.vae_scale_factor == 16 and natural_resolution(pipeline) == 256
-    assert generate_latents(pipeline, PROMPTS, [1, 2], **DRAWING).shape == (2, 4, 4, 4)
+    assert pipeline.vae_scale_factor == 16 and native_resolution(pipeline) == 256
+    assert generate_latents(pipeline, PROMPTS, [1, 2], **SETTINGS).shape == (2, 4, 4, 4)
     with pytest.raises(UsageError, match="--resolution 72 is not a multiple of 16"):
         load_teacher(Teacher(teachers["sd"], vae=str(tmp_path)), device="cpu", dtype=torch.float32, resolution=72)
 
 
-def test_a_teacher_that_does_not_tell_its_size_needs_the_flag(sd_pipeline):
+def test_a_teacher_whose_config_has_no_size_needs_the_flag(sd_pipeline):
     unet = sd_pipeline.unet
     sd_pipeline.unet = UNet2DConditionModel.from_config(dict(unet.config) | {"sample_size": None})
     with pytest.raises(UsageError, match="--resolution is needed"):
-        natural_resolution(sd_pipeline)
+        native_resolution(sd_pipeline)
     sd_pipeline.unet = unet
 
 
@@ -137,79 +136,80 @@ def test_sdxl_s_vae_stays_in_float32_and_the_rest_does_not(teachers):
     assert pipeline.vae.dtype == (torch.float32 if upcast else torch.bfloat16)
 
 
-# --- drawing with students
+# --- students in the pipeline
 
 
-def test_a_full_student_draws_as_its_users_draw(pipeline, family, finished, teachers):
+def test_a_full_student_generates_as_in_its_users_pipeline(pipeline, family, finished, teachers):
     folder = finished("full", family)
-    plain = plain_pipeline(teachers[family], folder, unet=UNet2DConditionModel.from_pretrained(folder))
-    before = drawn(pipeline)
-    with find_student(folder).installed_in(pipeline) as within:
-        assert within is pipeline
-        close(drawn(pipeline), by_users(plain))
-        assert (drawn(pipeline, guidance_scale=2.0) - drawn(pipeline)).abs().max() > 1e-3  # it heeds the guidance
-    assert torch.equal(drawn(pipeline), before)
+    users = users_pipeline(teachers[family], folder, unet=UNet2DConditionModel.from_pretrained(folder))
+    before = generate(pipeline)
+    with find_student(folder).installed_in(pipeline) as installed:
+        assert installed is pipeline
+        close(generate(pipeline), called_directly(users))
+        assert (
+            generate(pipeline, guidance_scale=2.0) - generate(pipeline)
+        ).abs().max() > 1e-3
+    assert torch.equal(generate(pipeline), before)
 
 
-def test_a_lora_with_a_style_is_set_adapters(pipeline, family, finished, teachers):
+def test_a_lora_with_a_style_equals_set_adapters(pipeline, family, finished, teachers):
     folder, style = finished("lora", family), finished("style", family)
-    plain = plain_pipeline(teachers[family], folder)
-    plain.load_lora_weights(folder, adapter_name="lcm")
-    alone = by_users(plain, 1.0)
-    plain.load_lora_weights(style, adapter_name="style")
-    plain.set_adapters(["lcm", "style"], [0.9, 0.5])
-    student, before = find_student(folder), drawn(pipeline)
+    users = users_pipeline(teachers[family], folder)
+    users.load_lora_weights(folder, adapter_name="lcm")
+    alone = called_directly(users, 1.0)
+    users.load_lora_weights(style, adapter_name="style")
+    users.set_adapters(["lcm", "style"], [0.9, 0.5])
+    student, before = find_student(folder), generate(pipeline)
     with student.installed_in(pipeline):
-        close(drawn(pipeline, guidance_scale=1.0), alone)
+        close(generate(pipeline, guidance_scale=1.0), alone)
     with student.installed_in(pipeline, lora_scale=0.9, loras=[WeightedLora(style, 0.5)]):
-        close(drawn(pipeline, guidance_scale=1.0), by_users(plain, 1.0))
-        assert (drawn(pipeline, guidance_scale=1.0) - alone).abs().max() > 0.01
-    assert torch.equal(drawn(pipeline), before)
+        close(generate(pipeline, guidance_scale=1.0), called_directly(users, 1.0))
+        assert (generate(pipeline, guidance_scale=1.0) - alone).abs().max() > 0.01
+    assert torch.equal(generate(pipeline), before)
 
 
 def test_a_style_on_a_full_student_and_on_the_teacher(sd_pipeline, finished, teachers):
     folder, style = finished("full", "sd"), finished("style", "sd")
-    plain = plain_pipeline(teachers["sd"], folder, unet=UNet2DConditionModel.from_pretrained(folder))
-    plain.load_lora_weights(style, adapter_name="style")
-    plain.set_adapters(["style"], [0.5])
-    before = drawn(sd_pipeline)
+    users = users_pipeline(teachers["sd"], folder, unet=UNet2DConditionModel.from_pretrained(folder))
+    users.load_lora_weights(style, adapter_name="style")
+    users.set_adapters(["style"], [0.5])
+    before = generate(sd_pipeline)
     with find_student(folder).installed_in(sd_pipeline, loras=[WeightedLora(style, 0.5)]):
-        close(drawn(sd_pipeline), by_users(plain))
-    plain.unet.unload_lora()
-    plain = plain_pipeline(teachers["sd"], folder)
-    plain.scheduler = sd_pipeline.scheduler
-    plain.load_lora_weights(style, adapter_name="style")
-    plain.set_adapters(["style"], [0.5])
+        close(generate(sd_pipeline), called_directly(users))
+    users.unet.unload_lora()
+    users = users_pipeline(teachers["sd"], folder)
+    users.scheduler = sd_pipeline.scheduler
+    users.load_lora_weights(style, adapter_name="style")
+    users.set_adapters(["style"], [0.5])
     with with_loras(sd_pipeline, [WeightedLora(style, 0.5)]):
-        close(drawn(sd_pipeline), by_users(plain))
-    assert torch.equal(drawn(sd_pipeline), before)
+        close(generate(sd_pipeline), called_directly(users))
+    assert torch.equal(generate(sd_pipeline), before)
 
 
 def test_a_fused_student_is_a_copy_that_may_be_kept(sd_pipeline, finished):
     student = find_student(finished("lora", "sd"))
     with student.installed_in(sd_pipeline, lora_scale=0.7):
-        expected = drawn(sd_pipeline, guidance_scale=1.0)
+        expected = generate(sd_pipeline, guidance_scale=1.0)
     with student.installed_in(sd_pipeline, fuse=True, lora_scale=0.7):
         kept, sampler = sd_pipeline.unet, sd_pipeline.scheduler
         assert not any(isinstance(module, LoraLayer) for module in kept.modules())
-        close(drawn(sd_pipeline, guidance_scale=1.0), expected)
+        close(generate(sd_pipeline, guidance_scale=1.0), expected)
     teacher, scheduler = sd_pipeline.unet, sd_pipeline.scheduler
     sd_pipeline.unet, sd_pipeline.scheduler = kept, sampler
-    close(drawn(sd_pipeline, guidance_scale=1.0), expected)
+    close(generate(sd_pipeline, guidance_scale=1.0), expected)
     sd_pipeline.unet, sd_pipeline.scheduler = teacher, scheduler
 
 
-def test_of_one_lora_each_time_nothing_is_left_for_the_next(sd_pipeline, finished):
-    """Two students in turn are what each is alone."""
+def test_students_in_turn_leave_nothing_behind(sd_pipeline, finished):
     lora, full = find_student(finished("lora", "sd")), find_student(finished("full", "sd"))
     pictures = []
     for student in (lora, full, lora, full):
         with student.installed_in(sd_pipeline):
-            pictures.append(drawn(sd_pipeline))
+            pictures.append(generate(sd_pipeline))
     assert torch.equal(pictures[0], pictures[2]) and torch.equal(pictures[1], pictures[3])
 
 
-def test_what_a_network_is_told_and_what_it_has_inside(finished, teachers, tmp_path):
+def test_which_students_have_a_guidance_embedding(finished, teachers, tmp_path):
     assert find_student(finished("full", "sd")).has_guidance_embedding
     assert not find_student(finished("lora", "sd")).has_guidance_embedding
     shutil.copytree(Path(teachers["sd"], "unet"), tmp_path / "merged")
@@ -219,7 +219,7 @@ def test_what_a_network_is_told_and_what_it_has_inside(finished, teachers, tmp_p
 # --- finding them
 
 
-def test_every_kind_of_place_is_found(finished, tmp_path):
+def test_students_are_found_in_every_layout(finished, tmp_path):
     full, lora = finished("full", "sd"), finished("lora", "sd")
     assert find_student(full) == Student(full, "full")
     assert find_student(lora) == Student(lora, "lora")
@@ -230,10 +230,10 @@ def test_every_kind_of_place_is_found(finished, tmp_path):
     assert find_student(str(tmp_path / "pipeline")) == Student(str(tmp_path / "pipeline"), "full", "unet")
 
 
-def test_a_short_name_for_each(finished, tmp_path, monkeypatch):
+def test_the_short_names_of_students(finished, tmp_path, monkeypatch):
     lora = Path(finished("lora", "sd"))
     assert find_student(str(lora)).name == lora.name == find_student(f"{lora}/").name
-    assert find_student(f"{lora}/pytorch_lora_weights.safetensors").name == lora.name  # all are called so
+    assert find_student(f"{lora}/pytorch_lora_weights.safetensors").name == lora.name  # every LoRA file has this name
     shutil.copy(lora / "pytorch_lora_weights.safetensors", tmp_path / "paper-cut.v1.safetensors")
     assert find_student(str(tmp_path / "paper-cut.v1.safetensors")).name == "paper-cut.v1"
     monkeypatch.chdir(lora)
@@ -241,7 +241,7 @@ def test_a_short_name_for_each(finished, tmp_path, monkeypatch):
     assert Student("someone/lcm-lora-x", "lora").name == "lcm-lora-x"
 
 
-def test_two_of_one_name_are_refused(finished, tmp_path):
+def test_two_students_of_one_name_are_refused(finished, tmp_path):
     lora = finished("lora", "sd")
     shutil.copytree(lora, tmp_path / Path(lora).name)
     assert len(find_students([lora, finished("full", "sd")])) == 2
@@ -249,23 +249,23 @@ def test_two_of_one_name_are_refused(finished, tmp_path):
         find_students([lora, str(tmp_path / Path(lora).name)])
 
 
-@pytest.mark.parametrize("made", ["nothing", "a folder", "a picture", "a LoRA of another name"])
-def test_what_is_no_student_is_refused_with_the_flag(made, tmp_path):
+@pytest.mark.parametrize("content", ["nothing", "a folder", "a picture", "a LoRA of another name"])
+def test_a_source_without_a_student_is_refused_with_the_flag(content, tmp_path):
     path = tmp_path / "it"
-    if made != "nothing":
+    if content != "nothing":
         path.mkdir()
-    if made == "a LoRA of another name":
+    if content == "a LoRA of another name":
         (path / "style.safetensors").touch()
-    if made == "a picture":
+    if content == "a picture":
         path = path / "a.png"
         path.touch()
-    with pytest.raises(UsageError, match=f"--student {path}: neither a U-Net .* nor a LoRA"):
+    with pytest.raises(UsageError, match=f"--student {path} contains neither a U-Net .* nor a LoRA"):
         find_student(str(path))
 
 
 def test_a_hub_id_without_a_connection_is_refused_unless_it_is_in_the_cache(finished, tmp_path, sd_pipeline):
-    """Once one file was looked for that the cache did not have, all that it had did not count."""
-    with pytest.raises(UsageError, match="--student some/lcm: no such folder, and the Hub cannot be asked"):
+    """After one file that the cache lacked, those that it had were not found either."""
+    with pytest.raises(UsageError, match="--student some/lcm: no such folder, and the Hub cannot be reached"):
         find_student("some/lcm", str(tmp_path))
     cached = tmp_path / "models--some--lcm"
     shutil.copytree(finished("full", "sd"), cached / "snapshots" / ("0" * 40))
@@ -274,16 +274,16 @@ def test_a_hub_id_without_a_connection_is_refused_unless_it_is_in_the_cache(fini
     student = find_student("some/lcm", str(tmp_path))
     assert student == Student("some/lcm", "full", cache_dir=str(tmp_path)) and student.has_guidance_embedding
     with student.installed_in(sd_pipeline):
-        from_cache, grid = drawn(sd_pipeline), sd_pipeline.scheduler.config.original_inference_steps
+        from_cache, grid = generate(sd_pipeline), sd_pipeline.scheduler.config.original_inference_steps
     with find_student(finished("full", "sd")).installed_in(sd_pipeline):
-        assert grid == GRID and torch.equal(drawn(sd_pipeline), from_cache)
+        assert grid == GRID and torch.equal(generate(sd_pipeline), from_cache)
 
 
-# --- as the public ones are laid out
+# --- public students
 
 
-def test_a_public_lcm_is_a_whole_pipeline(sd_pipeline, finished, teachers, tmp_path):
-    """Its `unet/` and its `scheduler/` count; the config of an older version says the same in other words."""
+def test_a_public_lcm_is_a_complete_pipeline(sd_pipeline, finished, teachers, tmp_path):
+    """Its `unet/` and its `scheduler/` are used; the config of an older version has other notation."""
     shutil.copytree(teachers["sd"], tmp_path / "lcm", ignore=shutil.ignore_patterns("unet", "scheduler"))
     shutil.copytree(f"{finished('full', 'sd')}/unet", tmp_path / "lcm" / "unet")
     LCMScheduler(original_inference_steps=25).save_pretrained(tmp_path / "lcm" / "scheduler")
@@ -294,44 +294,44 @@ def test_a_public_lcm_is_a_whole_pipeline(sd_pipeline, finished, teachers, tmp_p
     config.pop("transformer_layers_per_block")
     file.write_text(json.dumps(config))
     with find_student(finished("full", "sd")).installed_in(sd_pipeline):
-        sampler, expected = sd_pipeline.scheduler, drawn(sd_pipeline)
+        sampler, expected = sd_pipeline.scheduler, generate(sd_pipeline)
     for place in (tmp_path / "lcm", tmp_path / "lcm" / "unet"):
         with find_student(str(place)).installed_in(sd_pipeline):
             assert sd_pipeline.scheduler.config.original_inference_steps == 25
             sd_pipeline.scheduler = sampler
-            close(drawn(sd_pipeline), expected)
+            close(generate(sd_pipeline), expected)
 
 
 def test_a_public_lora_has_no_scheduler_of_its_own(sd_pipeline, finished, tmp_path):
-    """It draws with the teacher's noise schedule under `LCMScheduler`, and with Diffusers' grid."""
+    """It gets an `LCMScheduler` with the teacher's noise schedule and Diffusers' grid."""
     shutil.copy(Path(finished("lora", "sd"), "pytorch_lora_weights.safetensors"), tmp_path)
     for place in (tmp_path, tmp_path / "pytorch_lora_weights.safetensors"):
         with find_student(str(place)).installed_in(sd_pipeline):
             config = sd_pipeline.scheduler.config
             assert isinstance(sd_pipeline.scheduler, LCMScheduler) and config.original_inference_steps == 50
             assert (config.beta_schedule, config.beta_end) == ("scaled_linear", 0.012)
-            assert drawn(sd_pipeline, guidance_scale=1.0).isfinite().all()
+            assert generate(sd_pipeline, guidance_scale=1.0).isfinite().all()
 
 
 @pytest.mark.parametrize(
     "part", ["full:", "full:unet", "full:unet_target", "lora:", "lora:kohya_lora_weights.safetensors"]
 )
-def test_the_parts_of_a_distillation_draw_with_its_scheduler(part, finished):
-    """The average of a run was drawn with Diffusers' grid and scaling instead of the run's."""
+def test_the_parts_of_a_distillation_have_its_scheduler(part, finished):
+    """The target of a run was sampled with Diffusers' grid and scaling instead of the run's."""
     kind, _, name = part.partition(":")
     scheduler = find_student(str(Path(finished(kind, "sd"), name))).sampler({})
     assert (scheduler.config.original_inference_steps, scheduler.config.timestep_scaling) == (GRID, 5.0)
 
 
-def test_a_kohya_file_is_the_same_lora(sd_pipeline, finished):
+def test_the_kohya_file_generates_the_same(sd_pipeline, finished):
     pictures = []
     for file in ("pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors"):
         with find_student(str(Path(finished("lora", "sd"), file))).installed_in(sd_pipeline):
-            pictures.append(drawn(sd_pipeline, guidance_scale=1.0))
+            pictures.append(generate(sd_pipeline, guidance_scale=1.0))
     close(*pictures)
 
 
-def test_a_folder_with_half_precision_weights_alone_is_loaded(sd_pipeline, finished, tmp_path):
+def test_a_folder_with_only_half_precision_weights_is_loaded(sd_pipeline, finished, tmp_path):
     folder = Path(finished("full", "sd"))
     for file in ("config.json", "diffusion_pytorch_model.fp16.safetensors"):
         shutil.copy(folder / file, tmp_path)
@@ -349,10 +349,10 @@ def refused(*words):
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_students_of_another_teacher_are_refused_and_nothing_of_them_is_left(pipeline, family, finished):
+def test_students_of_another_teacher_are_refused_and_leave_nothing_behind(pipeline, family, finished):
     other = {"sd": "sdxl", "sdxl": "sd"}[family]
-    before = drawn(pipeline)
-    for kind, words in (("full", "their U-Nets differ in"), ("lora", "cannot be put into the teacher")):
+    before = generate(pipeline)
+    for kind, words in (("full", "their U-Nets differ in"), ("lora", "cannot be loaded into the teacher")):
         folder = finished(kind, other)
         with refused(f"--student {folder}", words), find_student(folder).installed_in(pipeline):
             pass
@@ -362,10 +362,10 @@ def test_students_of_another_teacher_are_refused_and_nothing_of_them_is_left(pip
         find_student(finished("lora", family)).installed_in(pipeline, loras=[style]),
     ):
         pass
-    assert torch.equal(drawn(pipeline), before)
+    assert torch.equal(generate(pipeline), before)
 
 
-def test_weights_that_are_not_there_or_damaged_are_refused(sd_pipeline, finished, tmp_path):
+def test_missing_or_damaged_weights_are_refused(sd_pipeline, finished, tmp_path):
     shutil.copy(Path(finished("full", "sd"), "config.json"), tmp_path)
     with (
         refused(f"--student {tmp_path}: its weights cannot be loaded"),
@@ -390,13 +390,13 @@ def test_a_pickled_lora_is_not_opened(sd_pipeline, tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
-# --- what libraries say
+# --- the libraries' messages
 
 
-def test_libraries_tell_of_nothing_that_is_meant_and_of_all_else(sd_pipeline, finished, teachers, capfd):
-    heard = []
+def test_expected_messages_of_libraries_are_hidden_and_no_others(sd_pipeline, finished, teachers, capfd):
+    messages = []
     handler = logging.Handler()
-    handler.emit = lambda record: heard.append(record.getMessage())
+    handler.emit = lambda record: messages.append(record.getMessage())
     quiet_libraries()
     diffusers_logging.add_handler(handler)
     try:
@@ -404,9 +404,9 @@ def test_libraries_tell_of_nothing_that_is_meant_and_of_all_else(sd_pipeline, fi
         style = WeightedLora(finished("style", "sd"))
         with find_student(finished("lora", "sd")).installed_in(sd_pipeline, loras=[style]):
             pass
-        assert heard == [] and capfd.readouterr() == ("", "")
+        assert messages == [] and capfd.readouterr() == ("", "")
         logging.getLogger("diffusers.configuration_utils").warning("The weights are those of another model")
         logging.getLogger("diffusers.loaders.peft").warning("No LoRA keys associated to UNet2DConditionModel found")
     finally:
         diffusers_logging.remove_handler(handler)
-    assert len(heard) == 2
+    assert len(messages) == 2

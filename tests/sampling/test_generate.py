@@ -1,4 +1,4 @@
-"""Drawing: what Diffusers' pipelines draw, from noise that depends on a seed alone, and from pictures."""
+"""Generated pictures equal those of Diffusers' pipelines; noise depends only on a seed; img2img."""
 
 import copy
 
@@ -20,17 +20,17 @@ from lcm_distill.models.vae import encode_pixels
 from lcm_distill.objective.schedule import DDIMSolver, NoiseSchedule
 from lcm_distill.sampling.finished import load_teacher
 from lcm_distill.sampling.generate import (
+    build_teacher_sampler,
     check_steps,
     generate_from_picture,
     generate_latents,
     steps_before_strength,
-    teacher_sampler,
 )
 
 PROMPTS = ["a small red circle on a black background", "a large blue square on a white background", "a green star"]
 SEEDS = [3, 5, 2**40]
 IMG2IMG = {"sd": StableDiffusionImg2ImgPipeline, "sdxl": StableDiffusionXLImg2ImgPipeline}
-DRAWING = dict(inference_steps=2, guidance_scale=3.0, batch_size=2)
+SETTINGS = dict(inference_steps=2, guidance_scale=3.0, batch_size=2)
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
@@ -58,10 +58,10 @@ def generators(seeds=SEEDS):
 # --- samplers
 
 
-def test_the_teacher_s_ddim_walks_the_training_s_grid(teachers):
-    """With as many steps as the solver's grid has points, its end is the end of the solver's trajectory."""
+def test_the_teacher_s_ddim_follows_the_solver_s_grid(teachers):
+    """With as many steps as the solver's grid has points, it ends where the solver's trajectory does."""
     config = DDIMScheduler.load_config(teachers["sd"], subfolder="scheduler")
-    sampler, schedule = teacher_sampler(config), NoiseSchedule.from_config(config)
+    sampler, schedule = build_teacher_sampler(config), NoiseSchedule.from_config(config)
     solver = DDIMSolver(schedule, 10)
     sampler.set_timesteps(10)
     assert sampler.timesteps.tolist() == solver.timesteps.flip(0).tolist() and sampler.timesteps[0] == 999
@@ -71,15 +71,15 @@ def test_the_teacher_s_ddim_walks_the_training_s_grid(teachers):
         x = sampler.step(torch.sin(3 * x), t.item(), x).prev_sample
         output = torch.sin(3 * y)
         y = solver.step(
-            schedule.predict_sample(output, y, t), schedule.predict_noise(output, y, t), torch.tensor([index])
+            schedule.predict_x0(output, y, t), schedule.predict_epsilon(output, y, t), torch.tensor([index])
         )
-    # Diffusers' alpha_bar of its last step is that of timestep 0, where the solver's grid ends.
+    # The alpha_bar of DDIM's last step is that of timestep 0, where the solver's grid ends.
     torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 25])
-def test_the_teacher_s_dpm_solver_starts_at_the_top(pipeline, steps):
-    sampler = teacher_sampler(pipeline.scheduler.config, "DPM-Solver++")
+def test_the_teacher_s_dpm_solver_starts_at_the_last_timestep(pipeline, steps):
+    sampler = build_teacher_sampler(pipeline.scheduler.config, "DPM-Solver++")
     assert isinstance(sampler, DPMSolverMultistepScheduler)
     sampler.set_timesteps(steps)
     assert len(sampler.timesteps) == steps and sampler.timesteps[0] == 999
@@ -90,21 +90,21 @@ def test_the_teacher_s_dpm_solver_starts_at_the_top(pipeline, steps):
 )
 def test_more_steps_than_the_grid_has_are_refused_with_their_flag(sampler, most):
     check_steps("--steps", most, sampler)
-    sampler.set_timesteps(most)  # so much it can
+    sampler.set_timesteps(most)  # does not raise
     with pytest.raises(UsageError, match=rf"--steps {most + 1}: .* at most {most} steps"):
         check_steps("--steps", most + 1, sampler)
     with pytest.raises(ValueError):
-        sampler.set_timesteps(most + 1)  # and no more
+        sampler.set_timesteps(most + 1)
     check_steps("--steps", most // 2, sampler, strength=0.5)
     with pytest.raises(UsageError, match=rf"at most {most // 2} steps at --strength 0.5"):
         check_steps("--steps", most // 2 + 1, sampler, strength=0.5)
 
 
-def test_steps_before_strength_are_the_least_that_diffusers_cuts_to_as_many():
+def test_steps_before_strength_are_the_fewest_of_which_diffusers_takes_as_many():
     for strength in [*(n / 100 for n in range(1, 101)), 0.999, 1 / 3]:
         for steps in (1, 2, 3, 4, 7, 8, 25, 29, 50):
-            asked = steps_before_strength(steps, strength)
-            assert int(asked * strength) == steps and int((asked - 1) * strength) < steps, (steps, strength)
+            total = steps_before_strength(steps, strength)
+            assert int(total * strength) == steps and int((total - 1) * strength) < steps, (steps, strength)
     assert steps_before_strength(29, 0.29) == 101  # 100 · 0.29 is 28.999999999999996
 
 
@@ -113,8 +113,8 @@ def test_steps_before_strength_are_the_least_that_diffusers_cuts_to_as_many():
 
 def test_latents_are_those_of_the_pipeline_called_one_by_one(pipeline):
     """With a negative prompt, in a batch of other prompts and seeds."""
-    drawn = generate_latents(pipeline, PROMPTS, SEEDS, resolution=64, negative_prompt="blue", **DRAWING)
-    plain = torch.cat(
+    generated = generate_latents(pipeline, PROMPTS, SEEDS, resolution=64, negative_prompt="blue", **SETTINGS)
+    expected = torch.cat(
         [
             pipeline(
                 prompt, negative_prompt="blue", num_inference_steps=2, guidance_scale=3.0, generator=generator,
@@ -123,17 +123,17 @@ def test_latents_are_those_of_the_pipeline_called_one_by_one(pipeline):
             for prompt, generator in zip(PROMPTS, generators(), strict=True)
         ]
     )  # fmt: skip
-    torch.testing.assert_close(drawn, plain, rtol=1e-4, atol=1e-4)
-    others = generate_latents(pipeline, PROMPTS, SEEDS, resolution=64, **DRAWING)
-    assert (others - drawn).abs().amax((1, 2, 3)).min() > 0.01  # it counts, in each picture
+    torch.testing.assert_close(generated, expected, rtol=1e-4, atol=1e-4)
+    without = generate_latents(pipeline, PROMPTS, SEEDS, resolution=64, **SETTINGS)
+    assert (without - generated).abs().amax((1, 2, 3)).min() > 0.01  # the negative prompt changes each picture
 
 
 def test_the_batch_does_not_matter_with_a_sampler_that_draws(pipeline):
-    """`LCMScheduler` adds noise between its steps: that too is of the picture's own seed."""
+    """`LCMScheduler` draws new noise between its steps: that too comes from the picture's own seed."""
     scheduler = pipeline.scheduler
     pipeline.scheduler = LCMScheduler.from_config(scheduler.config)
     try:
-        options = DRAWING | {"resolution": 64, "guidance_scale": 1.0}
+        options = SETTINGS | {"resolution": 64, "guidance_scale": 1.0}
         together = generate_latents(pipeline, PROMPTS, SEEDS, **options | {"batch_size": 3})
         alone = generate_latents(pipeline, PROMPTS, SEEDS, **options | {"batch_size": 1})
         last = generate_latents(pipeline, PROMPTS[2:], SEEDS[2:], **options)
@@ -143,13 +143,13 @@ def test_the_batch_does_not_matter_with_a_sampler_that_draws(pipeline):
     assert torch.equal(last, alone[2:])
 
 
-def test_drawing_restores_the_mode_even_after_a_fault_and_no_global_randomness_is_drawn(pipeline):
+def test_generating_restores_the_mode_even_after_an_error_and_uses_no_global_randomness(pipeline):
     before = torch.get_rng_state()
     pipeline.unet.train()
-    generate_latents(pipeline, PROMPTS[:1], SEEDS[:1], resolution=64, **DRAWING)
+    generate_latents(pipeline, PROMPTS[:1], SEEDS[:1], resolution=64, **SETTINGS)
     assert pipeline.unet.training
     with pytest.raises(ValueError):
-        generate_latents(pipeline, PROMPTS[:1], SEEDS[:1], resolution=64, **DRAWING | {"inference_steps": 2000})
+        generate_latents(pipeline, PROMPTS[:1], SEEDS[:1], resolution=64, **SETTINGS | {"inference_steps": 2000})
     assert pipeline.unet.training and torch.equal(before, torch.get_rng_state())
     pipeline.unet.eval()
 
@@ -158,23 +158,23 @@ def test_drawing_restores_the_mode_even_after_a_fault_and_no_global_randomness_i
 
 
 @pytest.mark.parametrize("sampler", ["DDIM", "LCM"])
-def test_img2img_is_diffusers_own_and_takes_the_steps_that_it_is_told(pipeline, family, picture, sampler):
+def test_img2img_equals_diffusers_and_takes_the_given_steps(pipeline, family, picture, sampler):
     scheduler, passes = pipeline.scheduler, []
     if sampler == "LCM":
         pipeline.scheduler = LCMScheduler.from_config(scheduler.config)
     hook = pipeline.unet.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
     try:
-        drawn = generate_from_picture(
+        generated = generate_from_picture(
             pipeline, picture, PROMPTS[:2], SEEDS[:2], strength=0.6, inference_steps=2, guidance_scale=3.0, batch_size=2
         )
         hook.remove()
         own = {"force_zeros_for_empty_prompt": pipeline.config.get("force_zeros_for_empty_prompt")}
         own = own if family == "sdxl" else {"requires_safety_checker": False}
-        plain = IMG2IMG[family](**pipeline.components, **own)
-        plain.set_progress_bar_config(disable=True)
+        img2img = IMG2IMG[family](**pipeline.components, **own)
+        img2img.set_progress_bar_config(disable=True)
         expected = torch.cat(
             [
-                plain(
+                img2img(
                     prompt, image=picture, strength=0.6, num_inference_steps=4, guidance_scale=3.0,
                     generator=generator, output_type="latent",
                 ).images
@@ -185,10 +185,10 @@ def test_img2img_is_diffusers_own_and_takes_the_steps_that_it_is_told(pipeline, 
         hook.remove()
         pipeline.scheduler = scheduler
     assert passes == [4] * 2  # two pictures, two passes each, and two steps of the four
-    torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(generated, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_img2img_of_little_strength_gives_the_picture_back(pipeline, picture):
+def test_img2img_at_low_strength_returns_the_picture(pipeline, picture):
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
     there_and_back = encode_pixels(pipeline.vae, pixels, 1, torch.Generator().manual_seed(0))
 
@@ -201,7 +201,7 @@ def test_img2img_of_little_strength_gives_the_picture_back(pipeline, picture):
 
 
 def test_img2img_leaves_the_vae_as_it_was(teachers, picture):
-    """Diffusers' SDXL img2img pipeline puts a VAE that is kept in float32 into half precision, where it overflows."""
+    """Diffusers' SDXL img2img pipeline casts a VAE that must stay float32 to half precision, where it overflows."""
     pipeline = load_teacher(Teacher(teachers["sdxl"]), device="cpu", dtype=torch.bfloat16)
     pipeline.vae.register_to_config(force_upcast=True)
     torch.nn.Module.to(pipeline.vae, torch.float32)

@@ -1,4 +1,4 @@
-"""The distances between a student and its teacher against closed forms and properties."""
+"""Distances in latents compared with closed forms and properties."""
 
 import math
 
@@ -8,12 +8,12 @@ import torch
 from lcm_distill.sampling.metrics import energy_distance, relative_distance
 
 
-def test_relative_distance_of_known_answers():
+def test_relative_distance_of_known_latents():
     ends = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     assert relative_distance(ends, ends) == 0
     assert relative_distance(torch.zeros_like(ends), ends) == 1
     assert relative_distance(ends + 0.25 * ends, ends) == pytest.approx(0.25)
-    # It is the mean of the samples' own ratios, whatever their sizes.
+    # The mean of each sample's own ratio, whatever its norm.
     scale = torch.tensor([1e-2, 1.0, 1e2, 1.0, 1.0])[:, None, None, None]
     worse = ends.clone()
     worse[2] = -worse[2]
@@ -40,12 +40,12 @@ def test_energy_distance_is_zero_for_one_set_and_does_not_count_pairs_as_close()
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(64, 4, 8, 8, generator=generator)
     assert energy_distance(a, a) == 0
-    # Independent or in pairs: the same distribution either way. Over all pairs i, j the second would differ from 0.
+    # Independent or in pairs, the distributions are the same. Over all pairs i, j, the second would differ from 0.
     assert abs(energy_distance(a, torch.randn(64, 4, 8, 8, generator=generator))) < 2e-3
     assert abs(energy_distance(a, a + 1e-3 * torch.randn(a.shape, generator=generator))) < 1e-5
     assert energy_distance(a, 0 * a) == pytest.approx(0.5 * (2 - _mean_distance(a) / _mean_norm(a)), rel=1e-6)
     for other in (a[:10], a[:1]):
-        with pytest.raises(ValueError, match="as many samples"):
+        with pytest.raises(ValueError, match="same number of samples"):
             energy_distance(other[:1] if len(other) == 1 else a, other)
 
 
