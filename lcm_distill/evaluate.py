@@ -246,7 +246,9 @@ def read_real_pictures(shards: str, count: int, resolution: int) -> tuple[list[I
         captions.append(sample.caption)
         if len(pictures) == count:
             return pictures, captions
-    raise UsageError(f"--real {shards} has {len(pictures)} usable pictures, fewer than --num_pictures {count}.")
+    raise UsageError(
+        f"--real {shards} has {len(pictures)} usable pictures, but --num_pictures is {count}: lower it, or add shards."
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -106,8 +106,8 @@ def test_shards_are_read_by_webdataset(tmp_path, picture_format):
         assert picture.format == {"jpg": "JPEG", "png": "PNG"}[picture_format] and picture.mode == "RGB"
         assert picture.size == (32, 32) and json.loads(sample["json"]) == {"width": 32, "height": 32}
         shard, index = map(int, sample["__key__"].split("-"))
-        original, drawn = shards_module.make_picture(0, shard, index, 32)
-        assert drawn == scene
+        original, expected = shards_module.make_picture(0, shard, index, 32)
+        assert scene == expected
         difference = np.abs(np.asarray(picture, dtype=float) - np.asarray(original)).mean()
         assert difference == 0 if picture_format == "png" else difference < 5
 
@@ -146,8 +146,8 @@ def test_main_prints_what_it_wrote(tmp_path, capsys):
     shards_module.main(
         [str(tmp_path), "--shards", "2", "--samples_per_shard", "3", "--resolution", "16", "--format", "png"]
     )
-    said = capsys.readouterr().out
-    assert "3 pictures to each of 2 shards" in said and str(tmp_path / "toy-000001.tar") in said
+    printed = capsys.readouterr().out
+    assert "3 pictures to each of 2 shards" in printed and str(tmp_path / "toy-000001.tar") in printed
 
 
 # ------------------------------------------------------------------------------------- Fréchet distance
@@ -326,8 +326,8 @@ def _folder(path, n: int = 8):
 
 def test_a_folder_is_scored(tmp_path, capsys):
     score.main([str(_folder(tmp_path / "drawn"))])
-    said = capsys.readouterr().out
-    assert "8 pictures" in said and "caption accuracy 1.0000" in said and "Fréchet distance to 2048" in said
+    printed = capsys.readouterr().out
+    assert "8 pictures" in printed and "caption accuracy 1.0000" in printed and "Fréchet distance to 2048" in printed
 
 
 def test_mistakes_in_a_folder_are_reported(tmp_path, capsys):

@@ -92,7 +92,9 @@ def prepare_zero(
 ) -> tuple[Any, DeepSpeedOptimizerWrapper]:
     """`accelerator.prepare(network, optimizer)` by DeepSpeed, which moves the parameters into its own buffer."""
     if not isinstance(optimizer, torch.optim.AdamW):
-        raise UsageError("--use_8bit_adam is not supported with DeepSpeed, which splits its state; leave it out.")
+        raise UsageError(
+            "--use_8bit_adam is not supported with DeepSpeed, which splits the optimizer's state; leave it out."
+        )
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -109,7 +109,7 @@ def enable_xformers(*unets: UNet2DConditionModel) -> None:
             for unet in unets:
                 unet.disable_xformers_memory_efficient_attention()
     if reason:
-        logger.warning("xformers' attention is not used (%s); PyTorch's own, which is as fast, is", reason)
+        logger.warning("xformers' attention is not used (%s), but PyTorch's own, which is as fast", reason)
 
 
 def check_teacher_config(config: Mapping[str, Any], *, family: str) -> None:

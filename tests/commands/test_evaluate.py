@@ -348,7 +348,7 @@ def test_rows_from_before_an_interruption_are_written(teacher, tmp_path, monkeyp
         (["--prompts", "a", "--resolution", "63"], "--resolution 63 is not a multiple"),
         (["--prompts", "a", "--metrics", "beauty"], "--metrics: invalid choice"),
         (["--prompts", "a", "--dtype", "fp16", "--device", "cpu"], "--dtype fp16"),
-        (["--real", "SHARDS", "--num_pictures", "5000"], "usable pictures, fewer than --num_pictures 5000"),
+        (["--real", "SHARDS", "--num_pictures", "5000"], "48 usable pictures, but --num_pictures is 5000"),
     ],
 )
 def test_mistakes_are_reported(teacher, shards, tmp_path, more, message, capsys):

@@ -36,7 +36,7 @@ def test_a_run_resumes_compiled_bit_for_bit(program, command, run, tmp_path, mon
     options |= {"gradient_checkpointing": True, "ema_decay": 0.5, "checkpointing_steps": 1, "teacher_batch_size": 2}
     if "lora" in program:
         options |= {"lora_rank": 4, "lora_dropout": 0.3}
-    run(program, command("plain", steps=3, **options))
+    run(program, command("uncompiled", steps=3, **options))
     assert not counters["stats"]
     graphs = []
     step = Progress.step
@@ -46,9 +46,9 @@ def test_a_run_resumes_compiled_bit_for_bit(program, command, run, tmp_path, mon
         step(self, grad_norm)
 
     monkeypatch.setattr(Progress, "step", counting)
-    resumed = {"resume_from_checkpoint": str(tmp_path / "plain" / "checkpoint-1"), "compile": True}
+    resumed = {"resume_from_checkpoint": str(tmp_path / "uncompiled" / "checkpoint-1"), "compile": True}
     run(program, command("compiled", steps=3, **options, **resumed))
-    assert same(result(tmp_path / "plain"), result(tmp_path / "compiled"))
+    assert same(result(tmp_path / "uncompiled"), result(tmp_path / "compiled"))
     assert len(graphs) == 2 and 3 <= graphs[0] == graphs[1] <= 24  # nothing is compiled twice
     assert counters["stats"]["unique_graphs"] == graphs[1]  # nor for validation, with its other batch size
 
@@ -69,12 +69,12 @@ def test_compiled_networks_keep_their_names_gradients_and_values(mode):
 
     network = Network()
     names, x = list(network.state_dict()), torch.randn(3, 4)
-    plain = network(x)
-    gradients = torch.autograd.grad(plain.sum(), list(network.parameters()))
+    expected = network(x)
+    gradients = torch.autograd.grad(expected.sum(), list(network.parameters()))
     compile_networks(mode, network)
     compiled = network(x)
     assert counters["stats"]["unique_graphs"] == (1 if mode == "whole" else 2)
-    assert torch.equal(compiled, plain) and list(network.state_dict()) == names
+    assert torch.equal(compiled, expected) and list(network.state_dict()) == names
     for new, old in zip(torch.autograd.grad(compiled.sum(), list(network.parameters())), gradients, strict=True):
         assert torch.equal(new, old)
     assert torch._dynamo.config.recompile_limit >= 100

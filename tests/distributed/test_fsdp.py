@@ -57,8 +57,8 @@ torch.distributed.init_process_group("gloo")  # one for all runs: destroying one
 PartialState.destroy_process_group = AcceleratorState.destroy_process_group = lambda *_, **__: None
 networks, seen, log, close = [], {{}}, Progress.log, Progress.close
 
-def share(tensors, whole):
-    return sum((t.to_local() if isinstance(t, DTensor) else t).numel() for t in tensors) / whole
+def share(tensors, total):
+    return sum((t.to_local() if isinstance(t, DTensor) else t).numel() for t in tensors) / total
 
 def logging(self, step, lr_scheduler):
     values = log(self, step, lr_scheduler)
@@ -88,7 +88,7 @@ for number, (engine, program, argv) in enumerate(json.loads(open(sys.argv[1]).re
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled on first use, on CPUs only
         # DeepSpeed asks whether autocast is on without naming a device, which means a GPU; here it has to be the CPU.
-        torch.is_autocast_enabled = lambda device="cpu", asked=torch.is_autocast_enabled: asked(device)
+        torch.is_autocast_enabled = lambda device="cpu", original=torch.is_autocast_enabled: original(device)
         os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "1"  # the launcher's default, whatever the flag
     os.environ |= {{"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false" if "kept" in engine else "true"}}
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"  # Accelerate's default: the programs must switch it off

@@ -101,7 +101,7 @@ def test_the_export_is_a_complete_model(runs):
     assert np.isclose(*sizes, rtol=1e-3)  # not each weight with the buffer that all share
 
 
-def asked(precision: str = "bf16") -> SimpleNamespace:
+def accelerator(precision: str = "bf16") -> SimpleNamespace:
     return SimpleNamespace(mixed_precision=precision)
 
 
@@ -128,7 +128,7 @@ def test_unsupported_settings_are_refused(precision, can_split, setting, message
     for name, value in setting.items():
         monkeypatch.setenv(f"ACCELERATE_DEEPSPEED_{name}", value)
     with pytest.raises(UsageError, match=message):
-        check_zero(asked(precision), can_split=can_split)
+        check_zero(accelerator(precision), can_split=can_split)
 
 
 @pytest.mark.parametrize("available, older", [(False, False), (True, True)])
@@ -137,13 +137,13 @@ def test_a_missing_or_old_deepspeed_is_refused(available, older, installed, monk
     monkeypatch.setattr(zero, "is_deepspeed_available", lambda: available)
     monkeypatch.setattr(zero, "compare_versions", lambda *_: older)
     with pytest.raises(UsageError, match='pip install "deepspeed>=0.18.5"'):
-        check_zero(asked(), can_split=True)
+        check_zero(accelerator(), can_split=True)
 
 
 def test_8_bit_adam_is_refused():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))], lr=1.0)  # not AdamW, as 8-bit Adam is not
     with pytest.raises(UsageError, match="--use_8bit_adam is not supported with DeepSpeed"):
-        prepare_zero(asked(), torch.nn.Linear(1, 1), optimizer)
+        prepare_zero(accelerator(), torch.nn.Linear(1, 1), optimizer)
 
 
 def test_the_shipped_configuration_is_taken(installed, monkeypatch):
@@ -155,9 +155,9 @@ def test_the_shipped_configuration_is_taken(installed, monkeypatch):
     for name, value in prepare_deepspeed_cmd_env(args)[1].items():
         monkeypatch.setenv(name, value)
     assert asks_for_deepspeed()
-    check_zero(asked(), can_split=True)
+    check_zero(accelerator(), can_split=True)
 
 
 @pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed")
 def test_this_deepspeed_is_new_enough(monkeypatch):
-    check_zero(asked(), can_split=True)
+    check_zero(accelerator(), can_split=True)

@@ -137,8 +137,8 @@ def test_the_teacher_in_several_passes_equals_the_teacher_in_one(w, rows, sizes)
     teacher = Linear()
     parts = guided_prediction(teacher, schedule, x, t, cond, empty, w, batch_size=rows)
     assert teacher.calls == (sizes if isinstance(w, torch.Tensor) else [min(rows, 3)] * (3 // min(rows, 3)))
-    whole = guided_prediction(teacher, schedule, x, t, cond, empty, w)
-    for part, expected in zip(parts, whole, strict=True):
+    at_once = guided_prediction(teacher, schedule, x, t, cond, empty, w)
+    for part, expected in zip(parts, at_once, strict=True):
         torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-5)
 
 
