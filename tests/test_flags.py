@@ -176,12 +176,12 @@ def test_names_of_what_libraries_offer_are_theirs():
     from diffusers.optimization import SchedulerType
 
     from lcm_distill.data.preparation import Preparation
-    from lcm_distill.sampling.generate import teacher_sampler
+    from lcm_distill.sampling.generate import build_teacher_sampler
 
     assert set(flags.LR_SCHEDULES) == {kind.value for kind in SchedulerType} - {"piecewise_constant"}
     for name in flags.INTERPOLATIONS:
         Preparation(resolution=8, interpolation=name)
-    assert len({type(teacher_sampler({}, name)) for name in flags.SAMPLERS}) == len(flags.SAMPLERS)
+    assert len({type(build_teacher_sampler({}, name)) for name in flags.SAMPLERS}) == len(flags.SAMPLERS)
 
 
 def test_a_group_is_taken_with_its_own_flags_and_defaults_are_the_fields():

@@ -20,7 +20,7 @@ from lcm_distill.objective.consistency import unet_output
 from lcm_distill.objective.schedule import DDIMSolver, NoiseSchedule
 from lcm_distill.run import validation
 from lcm_distill.run.validation import Validation, validation_guidance_scale
-from lcm_distill.sampling.generate import generate_latents, read_prompts, teacher_sampler
+from lcm_distill.sampling.generate import build_teacher_sampler, generate_latents, read_prompts
 from lcm_distill.sampling.metrics import relative_distance
 
 PROMPTS = ["a small red circle on a black background", "a large blue square on a white background"]
@@ -386,7 +386,7 @@ def test_a_grid_of_the_toy_teacher_is_on_disk(pipelines, tmp_path, family):
     pipeline = pipelines[family]
     teacher = pipeline.__class__(**pipeline.components)
     teacher.set_progress_bar_config(disable=True)
-    teacher.scheduler = teacher_sampler(pipeline.scheduler.config)
+    teacher.scheduler = build_teacher_sampler(pipeline.scheduler.config)
     validate = make(
         {"student": pipeline}, teacher, tmp_path, prompts=PROMPTS, images_per_prompt=1, inference_steps=[1, 2],
         resolution=64, guidance_scale=1.0, teacher_steps=10, teacher_guidance_scale=1.0,

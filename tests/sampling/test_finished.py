@@ -146,9 +146,7 @@ def test_a_full_student_generates_as_in_its_users_pipeline(pipeline, family, fin
     with find_student(folder).installed_in(pipeline) as installed:
         assert installed is pipeline
         close(generate(pipeline), called_directly(users))
-        assert (
-            generate(pipeline, guidance_scale=2.0) - generate(pipeline)
-        ).abs().max() > 1e-3
+        assert (generate(pipeline, guidance_scale=2.0) - generate(pipeline)).abs().max() > 1e-3
     assert torch.equal(generate(pipeline), before)
 
 
