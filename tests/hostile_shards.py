@@ -1,12 +1,12 @@
-"""Shards as the internet serves them on its worst day, each with what must come of it: for `test_hostile.py`.
+"""Hostile and damaged shards, each with the results that it must give: for `test_hostile.py`.
 
     python -m tests.hostile_shards OUT          # writes them all, and lists what is wrong with each
 
-What is right, everywhere: a sample is good if its picture can be read and it has a caption that is UTF-8 and not
-empty. It is delivered, once, unless the tar is damaged before its end. What is not good is dropped and counted, once
-for each sample; what is wrong with the tar itself is counted once for the shard.
+The rule for all of them: a sample is good if its picture can be read and it has a caption that is UTF-8 and not empty.
+It is delivered, once, unless the tar is damaged before its end. A sample that is not good is dropped and counted once;
+damage of the tar itself is counted once for the shard.
 
-The same bytes each time. Nothing here is large on the disk: what is large when unpacked is written already packed.
+The bytes are the same each time. Nothing is large on the disk: what expands to a lot is written in compressed form.
 """
 
 import bz2
@@ -41,14 +41,14 @@ from lcm_distill.data.raw import (
     UNREADABLE_SHARD,
 )
 
-# Which of them Pillow finds differs between its versions.
+# Which of these two Pillow reports depends on its version.
 UNREADABLE_PICTURE = (NOT_A_PICTURE, DAMAGED_PICTURE)
 
 MIB = 2**20
 BLOCK = 512
 END = bytes(2 * BLOCK)
-TOUCHED = "hostile-was-here"  # what hostile code makes in the working folder, if anything runs it
-AFTER = "after the damage"  # the caption of a good sample behind damage, which may be delivered or not
+TOUCHED = "hostile-was-here"  # the file that hostile code creates in the working folder if anything runs it
+AFTER = "after the damage"  # the caption of a good sample after the damage, which may be delivered or not
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 PICKLED = ("pkl", "pickle", "pyd", "pth", "pt", "npy", "npz", "ten", "joblib", "ckpt", "cls", "id", "mp4", "cbor")
 
@@ -65,7 +65,7 @@ def header(
     prefix: bytes = b"",
     more: dict[int, bytes] | None = None,
 ) -> bytes:
-    """A tar header by hand; `size` may be what no tar has, and `more` writes over what is at an offset."""
+    """A tar header; `size` may be one that no real tar has, and `more` overwrites the bytes at its offsets."""
     name = name.encode() if isinstance(name, str) else name
     octal = 0 <= size < 8**11
     number = b"%011o\0" % size if octal else bytearray(size.to_bytes(12, "big", signed=True))
@@ -107,7 +107,7 @@ def pax(kind: bytes = b"x", **attributes: str | bytes) -> bytes:
 
 
 class Tar:
-    """A tar in the making, and what must come of it."""
+    """A tar that is being written, and the results that it must give."""
 
     def __init__(self, name: str):
         self.name = name
@@ -163,7 +163,7 @@ class Tar:
         self.count(UNREADABLE_SHARD)
 
     def take(self) -> bytes:
-        """What was written since the last time: the tar goes on in another piece."""
+        """What was written since the last call, for a tar in several pieces."""
         written = bytes(self.data)
         self.data.clear()
         return written
@@ -306,7 +306,7 @@ class Touches:
 
 @dataclass(frozen=True)
 class Hostile:
-    """A shard, what is wrong with it, and what must come of it."""
+    """A shard, what is wrong with it, and the results that it must give."""
 
     path: str
     fault: str
@@ -885,7 +885,7 @@ def cut_between_files(tar: Tar) -> bytes:
     return bytes(tar.data) + member("next.png", PICTURE)
 
 
-@hostile("a tar cut in the padding of a sample's last file: the sample is whole")
+@hostile("a tar cut in the padding of a sample's last file: the sample is complete")
 def cut_in_padding(tar: Tar) -> bytes:
     tar.surround(b"")
     tar.count(UNREADABLE_SHARD)
@@ -935,7 +935,7 @@ def gz_in_pieces(tar: Tar) -> bytes:
     return b"".join(gzip.compress(whole[start : start + 5000], mtime=0) for start in range(0, len(whole), 5000))
 
 
-@hostile("something behind the end of a packed tar: good", ".tar.gz")
+@hostile("something after the end of a compressed tar: good", ".tar.gz")
 def gz_and_more(tar: Tar) -> bytes:
     tar.surround(b"")
     return gzip.compress(bytes(tar.data) + END + bytes(20 * BLOCK), mtime=0) + b"garbage" * 1000
@@ -980,7 +980,7 @@ def header_of_text(tar: Tar) -> None:
 @hostile("no end mark, though all is there")
 def no_end(tar: Tar) -> bytes:
     tar.surround(b"")
-    tar.count((UNREADABLE_SHARD, None))  # cut between two samples, or its writer was careless: nobody can know
+    tar.count((UNREADABLE_SHARD, None))  # cut between two samples, or written without an end: impossible to know
     return bytes(tar.data)
 
 
@@ -990,7 +990,7 @@ def short_end(tar: Tar) -> bytes:
     return bytes(tar.data) + bytes(BLOCK)
 
 
-@hostile("a second tar behind the first one's end: what comes after an end mark is no part of a tar")
+@hostile("a second tar after the first one's end: what comes after an end mark is not part of a tar")
 def two_tars(tar: Tar) -> bytes:
     tar.surround(b"")
     return bytes(tar.data) + END + member("second.png", PICTURE) + member("second.txt", b"second") + END
@@ -1055,7 +1055,7 @@ for label, pack in {"bz2": bz2.compress, "xz": lzma.compress, "gz": packed}.item
         return pack(tar.take() + END)
 
 
-@hostile("as Python's tarfile writes it, with times that are no whole seconds: good")
+@hostile("as Python's tarfile writes it, with fractional times: good")
 def by_tarfile(tar: Tar) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as out:

@@ -1,4 +1,4 @@
-"""Encoded shards: the latents of their pictures; whole, resumable, recognised, refused elsewhere."""
+"""Encoded shards: the latents of their pictures; complete, resumable, recognised, refused with other teachers."""
 
 import dataclasses
 import io
@@ -25,7 +25,16 @@ from lcm_distill.data.encoded import HEADER, read_encoding, unpack
 from lcm_distill.data.filters import FILTERED, parse_filters
 from lcm_distill.data.preflight import inspect_shards
 from lcm_distill.data.preparation import Preparation
-from lcm_distill.data.raw import DAMAGED_LATENTS, LATENTS_EXTENSION, NO_CAPTION, NO_LATENTS, NOT_A_PICTURE
+from lcm_distill.data.raw import (
+    DAMAGED_LATENTS,
+    DUPLICATE_NAME,
+    LATENTS_EXTENSION,
+    NO_CAPTION,
+    NO_LATENTS,
+    NO_PICTURE,
+    NOT_A_PICTURE,
+    UNREADABLE_SHARD,
+)
 from lcm_distill.data.shards import count_samples, expand_shards, read_shard
 from lcm_distill.data.stream import ShardStream, StreamIterator, make_loader
 from lcm_distill.encode_shards import DROPPED, encode_shards, main, output_names
@@ -101,7 +110,7 @@ def contents(shard: str | Path) -> dict[str, bytes]:
 
 
 def changed(shard: str, path: Path, changes: dict[str, bytes | None]) -> str:
-    """A copy of a shard in which files whose names end so have another content, or None: are not there."""
+    """A copy of a shard in which files with these endings have another content, or, for None, are missing."""
     kept = []
     for name, content in contents(shard).items():
         ending = next((ending for ending in changes if name.endswith(ending)), None)
@@ -122,17 +131,19 @@ def test_a_run_from_latents_has_the_batches_of_a_run_from_pictures(family, pictu
     shards = encoded(pictures, tmp_path, teachers[family], preparation, captions=True)
     frozen = FAMILIES[family].load_frozen(Teacher(teachers[family]), device="cpu", dtype=torch.float32)
     streams = [take(iter(stream_of(of, preparation)), 12) for of in (expand_shards(pictures), shards)]
-    for number, (plain, cached) in enumerate(zip(*streams, strict=True)):
-        assert plain["captions"] == cached["captions"]
-        assert_same(*([batch[key] for key in ("original_sizes", "crop_top_lefts")] for batch in (plain, cached)))
-        assert "pixels" not in cached and cached["moments"].dtype == torch.float16
-        assert cached["moments"].shape == (2, 8, 8, 8)
+    for number, (of_pictures, of_latents) in enumerate(zip(*streams, strict=True)):
+        assert of_pictures["captions"] == of_latents["captions"]
+        for key in ("original_sizes", "crop_top_lefts", "target_sizes"):
+            assert_same(of_latents[key], of_pictures[key])
+        assert "pixels" not in of_latents and of_latents["moments"].dtype == torch.float16
+        assert of_latents["moments"].shape == (2, 8, 8, 8)
         first, second = (
-            batch_latents(frozen, batch, 8, torch.Generator().manual_seed(number)) for batch in (plain, cached)
+            batch_latents(frozen, batch, 8, torch.Generator().manual_seed(number))
+            for batch in (of_pictures, of_latents)
         )
         assert second.dtype == torch.float32
         torch.testing.assert_close(second, first, rtol=0, atol=2**-11 * 2 * float(first.abs().max()))
-        words, stored = (FAMILIES[family].batch_conditioning(frozen, batch) for batch in (plain, cached))
+        words, stored = (FAMILIES[family].batch_conditioning(frozen, batch) for batch in (of_pictures, of_latents))
         torch.testing.assert_close(stored, words, rtol=2**-10, atol=1e-3)
     assert {caption for batch in streams[1] for caption in batch["captions"]} > {"", "caption 0-1"}
 
@@ -163,7 +174,7 @@ def test_a_random_crop_is_where_the_shard_says(pictures, latents, teacher, mirro
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_are_those_of_the_caption_that_is_drawn(family, pictures, teachers, tmp_path):
-    """Of several captions too, and of the empty one: that is kept once for each shard."""
+    """Of several captions too, and of the empty one, which is stored once per shard."""
     shards = encoded(pictures, tmp_path, teachers[family], captions=True)
     frozen = FAMILIES[family].load_frozen(Teacher(teachers[family]), device="cpu", dtype=torch.float32)
     seen = set()
@@ -187,14 +198,14 @@ def test_embeddings_are_those_of_the_caption_that_is_drawn(family, pictures, tea
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_stream_of_latents_goes_on_where_it_was(latents, workers):
+def test_the_stream_of_latents_resumes(latents, workers):
     preparation = dataclasses.replace(PREPARATION, random_flip=True)
-    whole = make_loader(stream_of(latents, preparation), workers)
-    iterator = iter(whole)
+    first = make_loader(stream_of(latents, preparation), workers)
+    iterator = iter(first)
     take(iterator, 3)
-    state = whole.state_dict()
+    state = first.state_dict()
     expected = take(iterator, 4)
-    whole.close()
+    first.close()
     resumed = make_loader(stream_of(latents, preparation), workers)
     resumed.load_state_dict(state)
     for one, other in zip(expected, take(iter(resumed), 4), strict=True):
@@ -217,7 +228,7 @@ def test_filters_and_sizes_still_count_in_training(latents):
 # ------------------------------------------------------------------------------------------------- what is written
 
 
-def test_a_shard_is_the_one_it_was_made_of(pictures, latents):
+def test_an_encoded_shard_has_the_samples_of_its_source(pictures, latents):
     """The same keys in the same order, captions and JSON byte for byte, no picture; first of all how it was made."""
     for before, after in zip(expand_shards(pictures), latents, strict=True):
         assert Path(before).name == Path(after).name
@@ -271,12 +282,12 @@ def test_the_same_bytes_by_several_processes_and_after_a_kill(pictures, latents,
         (["--resolution", "32", "--random_flip", "--captions"], "text None"),
     ],
 )
-def test_a_folder_begun_with_other_flags_is_refused(pictures, latents, teacher, flags, words):
+def test_a_folder_started_with_other_flags_is_refused(pictures, latents, teacher, flags, words):
     with pytest.raises(UsageError, match=f"^OUT .* was started with other flags .*{words}"):
         main([pictures, str(Path(latents[0]).parent), "--pretrained_teacher_model", teacher, *flags])
 
 
-def test_mistakes_are_told(pictures, latents, teacher, tmp_path, monkeypatch):
+def test_mistakes_are_explained(pictures, latents, teacher, tmp_path, monkeypatch):
     def run(*argv):
         main([*argv, "--pretrained_teacher_model", teacher, "--resolution", "32"])
 
@@ -305,7 +316,7 @@ def test_names_of_encoded_shards():
     assert output_names([*shards, "/a/x.tarball"]) == ["000.tar", "001.tar", "002.tar", "00003.tar", "00004.tar"]
 
 
-def test_bad_samples_are_left_out_and_named(teacher, tmp_path, capsys):
+def test_bad_samples_are_left_out_and_listed(teacher, tmp_path, capsys):
     files = [("a.png", noise_picture(0)), ("b.png", b"no picture"), ("b.txt", "b"), ("c.png", noise_picture(1))]
     files += [("c.txt", "c"), ("d.txt", "d"), ("c.png", noise_picture(2)), ("c.txt", "c again")]
     write_tar(tmp_path / "in" / "0.tar", files)
@@ -313,30 +324,33 @@ def test_bad_samples_are_left_out_and_named(teacher, tmp_path, capsys):
     Path(cut).write_bytes(Path(cut).read_bytes()[:-3000])
     write_tar(tmp_path / "in" / "2.tar", [("g.png", b"no picture"), ("g.txt", "g")])
     main([str(tmp_path / "in"), str(tmp_path / "out"), "--pretrained_teacher_model", teacher, "--resolution", "32"])
-    told = capsys.readouterr().out
-    for reason in (NO_CAPTION, NOT_A_PICTURE, "shard cannot be read", "two files of one name"):
-        assert reason in told, told
-    assert "3 shards, 2 samples" in told
+    output = capsys.readouterr().out
+    for reason in (NO_CAPTION, NOT_A_PICTURE, NO_PICTURE, UNREADABLE_SHARD, DUPLICATE_NAME):
+        assert reason in output, output
+    assert "3 shards, 2 samples" in output
     shards = expand_shards(str(tmp_path / "out"))
     assert [[raw.key for raw in read_shard(shard)] for shard in shards] == [["c"], ["e"], []]
     dropped = [json.loads(contents(shard)[DROPPED]) for shard in shards]
-    assert dropped[0][NO_CAPTION] == ["a"] and dropped[0][NOT_A_PICTURE] == ["b"]
+    assert dropped[0] == {NO_CAPTION: ["a"], NOT_A_PICTURE: ["b"], NO_PICTURE: ["d"], DUPLICATE_NAME: ["c"]}
+    assert dropped[1] == {UNREADABLE_SHARD: ["1.tar: the tar is cut short in a file"]}
     assert dropped[2] == {NOT_A_PICTURE: ["g"]}
 
 
-def test_a_shard_whose_disk_fails_is_not_taken_for_a_short_one(pictures, teacher, tmp_path, monkeypatch):
+def test_a_shard_whose_disk_fails_is_not_written_as_a_short_one(pictures, teacher, tmp_path, monkeypatch):
     def breaking(shard, **options):
         yield from itertools.islice(read_shard(shard, **options), 2)
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(module, "read_shard", breaking)
-    with pytest.raises(UsageError, match=r"^IN: reading .*000.tar failed .*Input/output error.*run the same command again"):
+    with pytest.raises(
+        UsageError, match=r"^IN: reading .*000.tar failed .*Input/output error.*run the same command again"
+    ):
         encoded(pictures, tmp_path / "out", teacher)
     assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("scale", [1e6, float("nan")])
-def test_latents_beyond_half_precision_are_told(pictures, teacher, tmp_path, monkeypatch, scale):
+def test_latents_that_overflow_half_precision_are_refused(pictures, teacher, tmp_path, monkeypatch, scale):
     """SDXL's own VAE overflows in half precision: its black pictures must not be trained on."""
     encode_moments = module.encode_moments
     monkeypatch.setattr(module, "encode_moments", lambda *a: encode_moments(*a) * scale)
@@ -348,7 +362,7 @@ def test_latents_beyond_half_precision_are_told(pictures, teacher, tmp_path, mon
 # ------------------------------------------------------------------------------------- what is read, and what is not
 
 
-def test_the_preflight_says_what_the_shards_are(latents, with_captions):
+def test_the_preflight_describes_the_encoding(latents, with_captions):
     text = str(inspect_shards(latents, PREPARATION))
     assert "encoded by sd in float32; latents of 32x32, random crop" in text and "captions not encoded" in text
     assert "with their mirror images" in text and "32x56" not in text
@@ -404,7 +418,7 @@ def test_shards_of_several_kinds_are_refused(pictures, latents, with_captions, t
 
 
 def test_other_seeds_and_names_may_be_mixed(pictures, latents, teacher, tmp_path):
-    """Two crops of each picture, say; by the same VAE in another place."""
+    """For example two crops of each picture; by the same VAE from another folder."""
     shutil.copytree(teacher, tmp_path / "elsewhere")
     preparation = dataclasses.replace(PREPARATION, random_flip=True)
     more = encoded(pictures, tmp_path / "more", str(tmp_path / "elsewhere"), preparation, seed=1)
@@ -418,7 +432,7 @@ def header(**fields):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "problem"),
     [
         (lambda old: b"{broken", "damaged"),
         (lambda old: b"[]", "damaged"),
@@ -431,15 +445,15 @@ def header(**fields):
         (header(embeddings={"encoder_hidden_states": [16, 64]}), "damaged"),
     ],
 )
-def test_a_header_that_cannot_be_used_is_told(latents, tmp_path, change, told):
+def test_a_header_that_cannot_be_used_is_explained(latents, tmp_path, change, problem):
     shard = changed(latents[0], tmp_path / "0.tar", {HEADER: change(contents(latents[0])[HEADER])})
     with pytest.raises(
-        UsageError, match=f"0.tar: its .encoding.json cannot be used .*{told}.*Encode the pictures again"
+        UsageError, match=f"0.tar: its .encoding.json cannot be used .*{problem}.*Encode the pictures again"
     ):
         inspect_shards([shard], PREPARATION)
 
 
-def test_a_shard_that_lost_its_header_is_told(latents, tmp_path):
+def test_a_shard_that_lost_its_header_is_refused(latents, tmp_path):
     with pytest.raises(UsageError, match="its shard has lost its first file"):
         inspect_shards([changed(latents[0], tmp_path / "0.tar", {HEADER: None})], PREPARATION)
 
@@ -470,7 +484,7 @@ HOSTILE = {
     "pickled npy": _as_npy,
     "a header of 2**60 bytes": lambda arrays: (2**60).to_bytes(8, "little") + save_bytes(arrays)[8:],
     "a header of a megabyte": lambda arrays: save_bytes(arrays, {"more": "m" * 2**20}),
-    "more behind": lambda arrays: save_bytes(arrays) + b"more",
+    "more at the end": lambda arrays: save_bytes(arrays) + b"more",
     "no tag": lambda arrays: save_bytes({name: array for name, array in arrays.items() if name != "encoding"}),
     "a short tag": _with("encoding", lambda tag: tag[:8]),
     "wrong shape": _with("moments", lambda moments: moments[:, :4]),
@@ -501,7 +515,7 @@ def test_hostile_latents_are_dropped_with_a_reason(latents, tmp_path, monkeypatc
         (caption,) = next(iterator)["captions"]
         delivered.add(caption)
     drops = iterator.dropped[DAMAGED_LATENTS]
-    if kind in ONE_SIDED:  # its mirror image is whole, or it is
+    if kind in ONE_SIDED:  # the other of picture and mirror image is good
         assert 0 < drops < 6 and "caption 0-1" in delivered
     else:
         assert drops >= 6 and "caption 0-1" not in delivered
@@ -509,8 +523,8 @@ def test_hostile_latents_are_dropped_with_a_reason(latents, tmp_path, monkeypatc
     assert not (tmp_path / "hostile-was-here").exists()
 
 
-def test_arrays_are_found_wherever_they_lie_in_the_file(latents):
-    """Files of one shape share a header; those of other writers have more in them, and it elsewhere."""
+def test_arrays_are_found_wherever_they_are_in_the_file(latents):
+    """Files of the same shapes share a header; those of other writers have more arrays, in another order."""
     encoding = read_encoding(latents[0])
     content = next(content for name, content in contents(latents[0]).items() if name.endswith(LATENTS_EXTENSION))
     arrays = load_bytes(content)
@@ -526,7 +540,7 @@ def test_arrays_are_found_wherever_they_lie_in_the_file(latents):
 
 
 def test_embeddings_that_do_not_fit_the_captions_are_dropped(with_captions, tmp_path):
-    """Someone edited the captions: which embedding is whose cannot be known."""
+    """Someone edited the captions: it is unknown which embedding belongs to which."""
     changes = {"0_0.txt": b"", "0_1.json": json.dumps({"caption": ["a", "b"]}).encode(), "0_1.txt": None}
     shard = changed(with_captions[0], tmp_path / "0.tar", changes | {f"0_2.{LATENTS_EXTENSION}": None})
     stream = stream_of([shard], shuffle_window=1, batch_size=1)
@@ -572,9 +586,9 @@ def test_another_vae_is_refused_and_the_same_in_another_form_is_not(latents, tea
     check()
     check(model=str(tmp_path / "one.safetensors"), config=teacher)
     check(vae=str(tmp_path / "half"))
-    check(vae=decoder)  # of the same encoder are the same latents
+    check(vae=decoder)  # the same encoder gives the same latents
     for vae in (other, scaled):
-        with pytest.raises(UsageError, match=r"another VAE, sd\. Name that as --pretrained_vae_model_name_or_path"):
+        with pytest.raises(UsageError, match=r"another VAE, sd\..* --pretrained_vae_model_name_or_path"):
             check(vae=vae)
 
 
@@ -587,7 +601,7 @@ def test_other_text_encoders_are_refused(family, pictures, teachers, tmp_path):
     shutil.copytree(teachers[family], folder)
     path = folder / ("text_encoder_2" if family == "sdxl" else "text_encoder") / "model.safetensors"
     weights = load_file(path)
-    name = next(name for name in sorted(weights) if name.endswith("q_proj.weight"))  # a LoRA merged, say
+    name = next(name for name in sorted(weights) if name.endswith("q_proj.weight"))  # as after merging a LoRA
     save_file(weights | {name: weights[name] * 1.01}, path, metadata={"format": "pt"})
     with pytest.raises(UsageError, match=f"other text encoders than the teacher's, those of {family}"):
         check_encoding(encoding, Teacher(str(folder)), fingerprint)

@@ -1,6 +1,7 @@
-"""Hostile shards (`hostile_shards.py`): all good samples come, the rest is counted; nothing hangs, swells or runs.
+"""Hostile shards (`hostile_shards.py`): all good samples are delivered and the rest is counted; nothing hangs, takes
+much memory, or is executed.
 
-Each shard is read in a process of its own, forked from this one, which ends itself when it gets stuck.
+Each shard is read in a forked process of its own, which ends itself when it gets stuck.
 """
 
 import faulthandler
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork and 
 PREPARATION = Preparation(resolution=16)
 SECONDS = 20  # for each way to read a shard
 MEMORY = 600 * 2**20  # bytes that reading one may take
-ADDRESS_SPACE = 6 * 2**30  # bytes that may be asked for, so that a failure here costs this machine nothing
+ADDRESS_SPACE = 6 * 2**30  # bytes that may be requested, so that a failure does not exhaust the memory of the machine
 GOOD = "nothing"  # is wrong with it
 
 IMPORTED = (".py", ".pyc", ".so")
@@ -56,7 +57,7 @@ def write_good(folder: Path, name: str) -> Hostile:
 
 
 def make_stream(shards: list[str], seed: int) -> ShardStream:
-    # In file order: what an epoch drops before its first sample can be known.
+    # In file order, so that it is known what an epoch drops before its first sample.
     return ShardStream(shards=shards, preparation=PREPARATION, batch_size=1, seed=seed, shuffle_window=1)
 
 
@@ -92,7 +93,7 @@ def forked(work: Callable, *arguments, seconds: float) -> tuple[list, int | None
 
 
 def watch(allowed: set[str]) -> set[str]:
-    """What this process does from now on and should not; it may read these files, and import."""
+    """The forbidden actions of this process from now on; it may read the `allowed` files, and import."""
     forbidden = set()
 
     def hook(event: str, arguments: tuple) -> None:
@@ -110,7 +111,7 @@ def watch(allowed: set[str]) -> set[str]:
 
 @dataclass
 class Reading:
-    """What came of a shard, as far as its reader got."""
+    """The results of reading a shard, as far as its reader got."""
 
     usable: int = 0
     report: str = ""
@@ -124,7 +125,7 @@ class Reading:
 
 
 def read(send: Callable, shards: list[str], seed: int, folder: Path) -> None:
-    """Reads shards in all the ways there are, each within its time, and sends what came of it after each."""
+    """Reads shards in each of the three ways, with a time limit, and sends the results after each."""
     os.chdir(folder)
     logging.disable()
     warnings.simplefilter("ignore")
@@ -140,7 +141,7 @@ def read(send: Callable, shards: list[str], seed: int, folder: Path) -> None:
         captions, states, batch = run(None)
         reading.captions, reading.dropped = Counter(captions), batch["dropped"]
         middle = len(states) // 2
-        if shards[0].endswith(".tar"):  # packed ones take their time
+        if shards[0].endswith(".tar"):  # compressed ones take longer
             again, _, last = run(states[middle])
             assert (again, last["dropped"]) == (captions[middle:], batch["dropped"]), "restored in the middle"
 
@@ -166,7 +167,7 @@ def read(send: Callable, shards: list[str], seed: int, folder: Path) -> None:
             faulthandler.dump_traceback_later(SECONDS, exit=True, file=trace)
             try:
                 way()
-            except BaseException:  # noqa: BLE001 - to be told
+            except BaseException:  # noqa: BLE001 - reported by the parent
                 reading.error = traceback.format_exc()
             faulthandler.cancel_dump_traceback_later()
             reading.memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident
@@ -200,8 +201,8 @@ def test_hostile_shard(hostile, tmp_path, name):
     assert {path.name for path in tmp_path.rglob("*")} == {"good.tar", "deep", "empty", "trace"}
 
 
-def test_nothing_escapes_the_watch(tmp_path):
-    """Would it be seen if a shard ran something, or had something read or written?"""
+def test_the_watch_notices_forbidden_actions(tmp_path):
+    """It is noticed if a shard runs something, or has a file read or written."""
 
     def unpickle():
         pickle.loads(pickle.dumps(Touches()))
@@ -235,7 +236,7 @@ def test_nothing_escapes_the_watch(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_all_hostile_shards_at_once(hostile, tmp_path):
-    """Two workers go through all of them: in an epoch each good sample comes once, and each drop is counted once."""
+    """Two workers read all of them: in an epoch each good sample comes once, and each drop is counted once."""
     shards = [*hostile.values(), *(write_good(tmp_path, f"good{i}") for i in range(20 + len(hostile) % 2))]
 
     def deal(seed: int, epoch: int) -> list[list[Hostile]]:

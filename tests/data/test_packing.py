@@ -1,4 +1,4 @@
-"""Packing a folder into shards: what is stored, what is skipped, and what is left after a kill."""
+"""Packing a folder into shards: what is stored, what is skipped, and what a kill leaves."""
 
 import contextlib
 import csv
@@ -52,7 +52,7 @@ def save(path, seed=0, size=(12, 8), caption=None, **options):
 
 
 def fill(folder, count):
-    """So many pictures; the captions are 'caption 0', ..."""
+    """Fills a folder with `count` pictures; the captions are 'caption 0', ..."""
     for i in range(count):
         save(folder / f"{i:03d}.png", seed=i, caption=f"caption {i}")
     return folder
@@ -70,9 +70,9 @@ def pack(images, out, num_workers=1, **settings):
 def read(out):
     """file_name -> (extensions in their order, raw sample, JSON)."""
     raws = [raw for shard in expand_shards(str(out)) for raw in read_shard(shard)]
-    told = [json.loads(raw.files["json"]) for raw in raws]
+    metas = [json.loads(raw.files["json"]) for raw in raws]
     assert len({raw.key for raw in raws}) == len(raws) and not any(raw.duplicate for raw in raws)
-    return {meta["file_name"]: (list(raw.files), raw, meta) for raw, meta in zip(raws, told, strict=True)}
+    return {meta["file_name"]: (list(raw.files), raw, meta) for raw, meta in zip(raws, metas, strict=True)}
 
 
 def contents(out):
@@ -87,7 +87,7 @@ def names(out):
 
 
 def test_round_trip(tmp_path):
-    """Every file is stored byte for byte with its caption, and trains."""
+    """Every file is stored byte for byte with its caption, and the stream reads it."""
     fill(tmp_path / "in", 7)
     save(tmp_path / "in" / "sub" / "photo.jpeg", 50, (30, 20), caption=" a photo\n")
     save(tmp_path / "in" / "sub" / "web.webp", 51, (20, 30), caption="ein Bild, größer")
@@ -121,7 +121,7 @@ def test_shards_are_even_and_mixed(tmp_path):
     assert all(len({json.loads(raw.files["json"])["file_name"][0] for raw in shard}) == 2 for shard in shards)
 
 
-def test_a_shard_has_about_so_many_megabytes(tmp_path):
+def test_max_shard_mb_is_respected_approximately(tmp_path):
     for i in range(4):
         save(tmp_path / "in" / f"{i}.bmp", i, (500, 400), caption="noise")  # 0.6 MB each
     assert pack(tmp_path / "in", tmp_path / "out", max_shard_mb=1).shards == 3
@@ -130,7 +130,7 @@ def test_a_shard_has_about_so_many_megabytes(tmp_path):
     assert pack(tmp_path / "huge", tmp_path / "out2", max_shard_mb=1).shards == 1
 
 
-def test_same_bytes_whatever_the_workers_and_another_order_by_seed(tmp_path):
+def test_bytes_depend_on_the_seed_and_not_on_the_workers(tmp_path):
     fill(tmp_path / "in", 12)
     pack(tmp_path / "in", tmp_path / "a", samples_per_shard=3)
     os.utime(tmp_path / "in" / "003.png", (1, 1))
@@ -142,7 +142,7 @@ def test_same_bytes_whatever_the_workers_and_another_order_by_seed(tmp_path):
 
 
 def test_difficult_names(tmp_path):
-    """Dots, other scripts, capitals, one name in two folders or of two kinds, names that are no UTF-8."""
+    """Dots, other scripts, capitals, one name in two folders or of two kinds, names that are not UTF-8."""
     images = tmp_path / "in"
     found = ["v1.5.best.PNG", "x/a.JPG", "y/a.jpg", "y/a.webp", "猫 & ü/写真.Jpeg"]
     for i, name in enumerate(found):
@@ -164,7 +164,7 @@ def test_difficult_names(tmp_path):
     assert all(re.fullmatch(r"\d{9}", raw.key) for _, raw, _ in samples.values())
 
 
-def test_other_formats_become_png_and_wrong_suffixes_are_put_right(tmp_path):
+def test_other_formats_become_png_and_wrong_extensions_are_corrected(tmp_path):
     images = tmp_path / "in"
     for suffix in ("gif", "bmp", "tif", "avif"):
         if suffix != "avif" or "AVIF" in packing.Image.SAVE:
@@ -185,7 +185,7 @@ def test_other_formats_become_png_and_wrong_suffixes_are_put_right(tmp_path):
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(samples["deep.tiff"][1].files["png"]))), deep)
 
 
-def test_shrunk_pictures_look_as_the_readers_would_have_made_them(tmp_path):
+def test_shrunk_pictures_look_as_if_the_readers_had_made_them(tmp_path):
     """16-bit grey keeps its greys, transparent parts become white, a BMP becomes PNG."""
     images = tmp_path / "in"
     images.mkdir()
@@ -203,29 +203,29 @@ def test_shrunk_pictures_look_as_the_readers_would_have_made_them(tmp_path):
 
 
 def test_sizes_are_upright_and_original(tmp_path):
-    """What SDXL is told of a turned and shrunk picture is its true size, upright."""
+    """SDXL's original size of a rotated and shrunk picture is its true size, upright."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
-    save(tmp_path / "in" / "turned.jpg", 1, (60, 40), caption="turned", exif=exif, quality=95)
+    exif[0x0112] = 6  # rotated by 90 degrees
+    save(tmp_path / "in" / "rotated.jpg", 1, (60, 40), caption="rotated", exif=exif, quality=95)
     save(tmp_path / "in" / "large.png", 2, (64, 48), caption="large")
     save(tmp_path / "in" / "large.webp", 2, (64, 48), caption="large")
     save(tmp_path / "in" / "small.jpg", 3, (100, 16), caption="small")
-    pack(tmp_path / "in", tmp_path / "whole")
-    assert read(tmp_path / "whole")["turned.jpg"][2] == {"file_name": "turned.jpg", "width": 40, "height": 60}
+    pack(tmp_path / "in", tmp_path / "unshrunk")
+    assert read(tmp_path / "unshrunk")["rotated.jpg"][2] == {"file_name": "rotated.jpg", "width": 40, "height": 60}
 
     pack(tmp_path / "in", tmp_path / "out", max_size=16)
     samples = read(tmp_path / "out")
-    expected = {"turned.jpg": (16, 24, "jpg"), "large.png": (21, 16, "png"), "large.webp": (21, 16, "jpg")}
+    expected = {"rotated.jpg": (16, 24, "jpg"), "large.png": (21, 16, "png"), "large.webp": (21, 16, "jpg")}
     for name, (width, height, extension) in expected.items():
         extensions, raw, meta = samples[name]
         stored = Image.open(io.BytesIO(raw.files[extension]))
         assert extensions[0] == extension and stored.size == (width, height) == (meta["width"], meta["height"])
         assert not stored.getexif()
-    assert (samples["turned.jpg"][2]["original_width"], samples["turned.jpg"][2]["original_height"]) == (40, 60)
+    assert (samples["rotated.jpg"][2]["original_width"], samples["rotated.jpg"][2]["original_height"]) == (40, 60)
     assert samples["small.jpg"][1].files["jpg"] == (tmp_path / "in" / "small.jpg").read_bytes()
     assert "original_width" not in samples["small.jpg"][2]
     preparation = Preparation(resolution=8, interpolation="nearest", center_crop=True)
-    for name, size in (("turned.jpg", (60, 40)), ("large.png", (48, 64)), ("small.jpg", (16, 100))):
+    for name, size in (("rotated.jpg", (60, 40)), ("large.png", (48, 64)), ("small.jpg", (16, 100))):
         trained = prepare_sample(samples[name][1], preparation, draws=np.zeros(5))
         assert trained.original_size == size
 
@@ -275,7 +275,7 @@ def test_jsonl(tmp_path):
 
 
 def test_csv_and_caption_column(tmp_path):
-    images = fill(tmp_path / "in", 2)  # with text files, which --caption_column puts out of use
+    images = fill(tmp_path / "in", 2)  # with text files, which --caption_column ignores
     with open(images / "metadata.csv", "w", newline="", encoding="utf-8-sig") as file:
         writer = csv.writer(file)
         writer.writerow(["file_name", "text", "blip", "original_width", "original_height"])
@@ -298,18 +298,18 @@ def test_csv_and_caption_column(tmp_path):
 # -------------------------------------------------------------------------------------------- what is skipped
 
 
-def test_bad_pictures_are_skipped_counted_and_named(tmp_path, capsys):
+def test_bad_pictures_are_skipped_counted_and_listed(tmp_path, capsys):
     images = fill(tmp_path / "in", 2)
-    whole = (images / "000.png").read_bytes()
+    good = (images / "000.png").read_bytes()
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     bad = {
-        "cut.png": (whole[: len(whole) // 2], "cut"),
+        "cut.png": (good[: len(good) // 2], "cut"),
         "text.jpg": (b"not a picture", "text"),
         "bomb.png": ((tmp_path / "bomb.png").read_bytes(), "bomb"),
         "empty.png": (b"", "empty"),
-        "none.png": (whole, None),
-        "blank.png": (whole, " \n"),
-        "latin.png": (whole, "größer".encode("latin-1")),
+        "none.png": (good, None),
+        "blank.png": (good, " \n"),
+        "latin.png": (good, "größer".encode("latin-1")),
     }
     for name, (content, caption) in bad.items():
         (images / name).write_bytes(content)
@@ -322,10 +322,10 @@ def test_bad_pictures_are_skipped_counted_and_named(tmp_path, capsys):
     save(images / ".hidden.png", caption="hidden")
     save(images / ".cache" / "a.png", caption="hidden")
     main([str(images), str(tmp_path / "out"), "--num_workers", "2"])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert sorted(read(tmp_path / "out")) == ["000.png", "001.png", "linked.png"]
     manifest = [json.loads(line) for line in (tmp_path / "out" / MANIFEST).read_text().splitlines()]
-    skipped = {name: why for line in manifest for why, them in line["skipped"].items() for name in them}
+    skipped = {name: reason for line in manifest for reason, names in line["skipped"].items() for name in names}
     assert skipped == {
         "cut.png": "picture is damaged or cut short",
         "text.jpg": "picture file holds no picture",
@@ -337,9 +337,9 @@ def test_bad_pictures_are_skipped_counted_and_named(tmp_path, capsys):
         "gone.png": packing.UNREADABLE,
         "pipe.png": packing.UNREADABLE,
     }
-    assert f"  2 x {packing.NO_CAPTION}: blank.png, none.png\n" in said
-    assert "  1 x caption is not UTF-8: latin.png\n" in said
-    *_, last = said.splitlines()
+    assert f"  2 x {packing.NO_CAPTION}: blank.png, none.png\n" in output
+    assert "  1 x caption is not UTF-8: latin.png\n" in output
+    *_, last = output.splitlines()
     assert re.fullmatch(rf"1 shard, 3 samples, \d\.\d MB: train with --train_shards_path_or_url {tmp_path}/out", last)
 
 
@@ -352,11 +352,13 @@ def test_files_that_the_readers_would_not_read_are_skipped(tmp_path, monkeypatch
     assert pack(images, tmp_path / "out").skipped == {HUGE_FILE: ["000.png", "large.bmp"]}
 
 
-@pytest.mark.parametrize("name, said", [("nothing", "no folder"), ("file", "no folder"), ("", "no picture.*nothing")])
-def test_nothing_to_pack(tmp_path, name, said):
+@pytest.mark.parametrize(
+    ("name", "problem"), [("nothing", "no folder"), ("file", "no folder"), ("", "no picture.*nothing")]
+)
+def test_nothing_to_pack(tmp_path, name, problem):
     (tmp_path / "file").write_text("")
     (tmp_path / "in").mkdir()
-    with pytest.raises(UsageError, match=f"IMAGES: there is {said}"):
+    with pytest.raises(UsageError, match=f"IMAGES: there is {problem}"):
         pack(tmp_path / (name or "in"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -390,7 +392,7 @@ def test_nothing_usable_leaves_nothing(tmp_path):
     with pytest.raises(UsageError, match=r"(?s)nothing in .* can be trained on.*1 x picture file holds no.*: a\.png"):
         pack(tmp_path / "in", tmp_path / "out")
     assert names(tmp_path / "out") == []
-    save(tmp_path / "in" / "a.png")  # mended: the same command works
+    save(tmp_path / "in" / "a.png")  # fixed: the same command works
     assert pack(tmp_path / "in", tmp_path / "out").samples == 1
 
 
@@ -404,10 +406,10 @@ def test_shards_inside_the_images_are_not_packed(tmp_path):
         pack(images, images)
 
 
-# ------------------------------------------------------------------------------------- going on, and refusing to
+# -------------------------------------------------------------------------------- continuing, and refusing to
 
 
-def test_again_keeps_what_is_there(tmp_path):
+def test_a_second_run_keeps_complete_shards(tmp_path):
     fill(tmp_path / "in", 9)
     (tmp_path / "in" / "004.png").write_bytes(b"bad")
     first = pack(tmp_path / "in", tmp_path / "out", samples_per_shard=3)
@@ -426,8 +428,8 @@ def test_again_keeps_what_is_there(tmp_path):
     assert names(tmp_path / "out") == ["00000.tar", "00001.tar", "00002.tar", MANIFEST]
 
 
-def test_an_error_in_the_middle_leaves_whole_shards(tmp_path, monkeypatch):
-    """A full disk: what was whole stays, nothing half-written does, and the same command goes on."""
+def test_an_error_in_the_middle_leaves_complete_shards(tmp_path, monkeypatch):
+    """A full disk: complete shards stay, unfinished ones do not, and the same command continues."""
     fill(tmp_path / "in", 12)
     pack(tmp_path / "in", tmp_path / "expected", samples_per_shard=3)
 
@@ -456,8 +458,8 @@ def slowly(images, picture, settings, make_sample=packing.make_sample):
 def run_slowly(argv):
     packing.make_sample = slowly
     os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background of a shell ignores it
-    with open(os.path.join(os.path.dirname(argv[1]), "said"), "w") as said, contextlib.redirect_stderr(said):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background of a shell ignores
+    with open(os.path.join(os.path.dirname(argv[1]), "stderr"), "w") as file, contextlib.redirect_stderr(file):
         main(argv)
 
 
@@ -482,7 +484,7 @@ def test_killed(tmp_path, kill):
     assert select.select([alive], [], [], 10)[0] and os.read(alive, 1) == b""  # the workers have ended too
     os.close(alive)
     if kill == signal.SIGINT:
-        assert "run the same command again" in (tmp_path / "said").read_text()
+        assert "run the same command again" in (tmp_path / "stderr").read_text()
         assert not list(out.glob(".*"))
     left = contents(out)
     assert 0 < len(left) < 6 and left.items() <= contents(tmp_path / "expected").items()
@@ -491,7 +493,7 @@ def test_killed(tmp_path, kill):
     assert names(out) == names(tmp_path / "expected")
 
 
-def test_a_worker_that_dies_is_told(tmp_path, monkeypatch):
+def test_a_worker_that_dies_ends_in_a_message(tmp_path, monkeypatch):
     fill(tmp_path / "in", 2)
     monkeypatch.setattr(packing, "make_sample", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UsageError, match="a worker process died.*--num_workers"):
@@ -519,8 +521,8 @@ def test_other_settings_or_files_are_refused(tmp_path):
     refused("contains other files; give a new or empty folder")
 
 
-def test_a_file_that_goes_away_stops_the_packing(tmp_path, monkeypatch):
-    """Not skipped: a network disk that went away would otherwise make shards of nothing."""
+def test_a_file_that_disappears_stops_the_packing(tmp_path, monkeypatch):
+    """It is not skipped: when a network disk was disconnected, the shards would be empty."""
     images = fill(tmp_path / "in", 2)
     monkeypatch.setattr(packing, "find_pictures", lambda *a: (find_pictures(*a), (images / "001.png").unlink())[0])
     with pytest.raises(UsageError, match=r"001\.png cannot be read any more .*run the same command again"):
@@ -531,12 +533,14 @@ def test_a_file_that_goes_away_stops_the_packing(tmp_path, monkeypatch):
 def test_help(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
-    said = capsys.readouterr().out
-    assert said.index("pack_shards photos shards") < said.index("metadata.jsonl") < said.index("--samples_per_shard")
+    output = capsys.readouterr().out
+    texts = ("pack_shards photos shards", "metadata.jsonl", "--samples_per_shard")
+    places = [output.index(text) for text in texts]
+    assert places == sorted(places)
 
 
 def test_a_jpeg_of_hundreds_of_scans_is_not_decoded(tmp_path):
-    """The packer opened pictures by itself, without the readers' count: 20 kB could hold a worker for an hour."""
+    """The packer opened pictures without the readers' count of scans: 20 kB could keep a worker busy for an hour."""
     images = tmp_path / "in"
     images.mkdir()
     buffer = io.BytesIO()

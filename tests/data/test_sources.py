@@ -1,4 +1,4 @@
-"""Shards from wherever they lie: broken connections, servers with moods, commands, other file systems."""
+"""Opening shards: broken connections, unreliable servers, commands, other file systems."""
 
 import http.server
 import itertools
@@ -29,13 +29,13 @@ def _hurry(monkeypatch):
     monkeypatch.setattr(sources, "BACKOFF", 0.01)
 
 
-class MoodyServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
-    """Serves a folder; `moods` says how it takes each request in turn: ok, 500, 404, drop (part of the body), stall."""
+class UnreliableServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
+    """Serves a folder; `outcomes` are those of its requests, in turn: ok, 500, 404, drop (after a part), stall."""
 
     daemon_threads = True
 
-    def __init__(self, folder: Path, moods, *, ranges: bool = True):
-        self.folder, self.moods, self.ranges = folder, moods, ranges
+    def __init__(self, folder: Path, outcomes, *, ranges: bool = True):
+        self.folder, self.outcomes, self.ranges = folder, outcomes, ranges
         self.lock, self.requests = threading.Lock(), []
         super().__init__(("127.0.0.1", 0), _Handler)
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -47,15 +47,15 @@ class MoodyServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: MoodyServer
+    server: UnreliableServer
 
     def do_GET(self):
         with self.server.lock:
-            mood = next(self.server.moods, "ok")
-            self.server.requests.append((self.path, mood, self.headers.get("Range")))
+            outcome = next(self.server.outcomes, "ok")
+            self.server.requests.append((self.path, outcome, self.headers.get("Range")))
         path = self.server.folder / self.path.strip("/")
-        if mood.isdigit() or not path.exists():
-            self.send_error(int(mood) if mood.isdigit() else 404)
+        if outcome.isdigit() or not path.exists():
+            self.send_error(int(outcome) if outcome.isdigit() else 404)
             return
         content = path.read_bytes()
         start = 0
@@ -71,12 +71,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         body = content[start:]
         try:
-            if mood == "ok":
+            if outcome == "ok":
                 self.wfile.write(body)
                 return
             self.wfile.write(body[: max(1, len(body) // 3)])
             self.wfile.flush()
-            if mood == "stall":
+            if outcome == "stall":
                 time.sleep(3)
         except (BrokenPipeError, ConnectionResetError):
             pass
@@ -90,8 +90,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 def serve(tmp_path):
     servers = []
 
-    def start(moods=(), **options):
-        server = MoodyServer(tmp_path, iter(moods), **options)
+    def start(outcomes=(), **options):
+        server = UnreliableServer(tmp_path, iter(outcomes), **options)
         servers.append(server)
         return server
 
@@ -102,10 +102,10 @@ def serve(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_moody_server_delivers_all(tmp_path, serve, monkeypatch, workers):
+def test_an_unreliable_server_delivers_all(tmp_path, serve, monkeypatch, workers):
     """Dropped connections, stalls and errors now and then: each sample still comes once an epoch, in the same order.
 
-    Through a plain `curl` a dropped connection is a shard cut short, and a stalled one hangs the run for ever.
+    Through a plain `curl` a dropped connection is a shard cut short, and a stalled one hangs the run forever.
     """
     monkeypatch.setattr(sources, "TIMEOUT", 0.3)
     local = write_shards(tmp_path, [9, 14, 11, 8])
@@ -122,11 +122,11 @@ def test_a_moody_server_delivers_all(tmp_path, serve, monkeypatch, workers):
         expected = [c for epoch in wanted[0, worker] for c in captions(epoch)]
         assert mine[: len(expected)] == expected[: len(mine)] and len(mine) > len(wanted[0, worker][0])
     assert not got[-1]["dropped"]
-    assert {mood for _, mood, _ in server.requests} >= {"drop", "stall", "500", "503", "429"}
+    assert {outcome for _, outcome, _ in server.requests} >= {"drop", "stall", "500", "503", "429"}
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_broken_download_goes_on_where_it_broke(tmp_path, serve, ranges):
+def test_a_broken_download_continues_where_it_broke(tmp_path, serve, ranges):
     content = os.urandom(3_000_000)
     (tmp_path / "a.tar").write_bytes(content)
     server = serve(["drop", "drop", "500", "drop", "ok"], ranges=ranges)
@@ -136,8 +136,8 @@ def test_a_broken_download_goes_on_where_it_broke(tmp_path, serve, ranges):
     assert starts[0] == 0 and starts[1] > 900_000 and starts == sorted(starts)
 
 
-def test_a_shard_over_http_is_read_from_a_place_on(tmp_path, serve):
-    """Restoring asks the server for the rest of the shard only, not for what lies before it."""
+def test_a_shard_over_http_is_read_from_an_offset(tmp_path, serve):
+    """Restoring requests only the rest of the shard from the server, not what comes before it."""
     (shard,) = write_shards(tmp_path, [40])
     server = serve()
     raw = list(read_shard(f"{server.url}/000.tar"))
@@ -158,7 +158,7 @@ def test_a_file_that_changes_on_the_server_is_not_stitched_together(tmp_path, se
             file.read()
 
 
-def test_what_cannot_pass_is_not_tried_again(tmp_path, serve):
+def test_permanent_failures_are_not_retried(tmp_path, serve):
     server = serve()
     with pytest.raises(OSError, match="404"):
         open_shard(f"{server.url}/none.tar").read(1)
@@ -180,7 +180,7 @@ def test_a_server_that_never_recovers_ends_in_a_message(tmp_path, serve, caplog)
     assert f"retrying in 0.16 s ({sources.RETRIES} of {sources.RETRIES})" in caplog.text
 
 
-def test_a_command_that_fails_is_run_again_and_goes_on(tmp_path):
+def test_a_command_that_fails_is_run_again_and_continues(tmp_path):
     """It writes half of the file the first time, all of it the second."""
     content = os.urandom(500_000)
     (tmp_path / "a").write_bytes(content)
@@ -191,7 +191,7 @@ def test_a_command_that_fails_is_run_again_and_goes_on(tmp_path):
 
 
 def test_a_command_that_stalls_is_ended(tmp_path, monkeypatch):
-    """webdataset's own reader waits for ever, and closing it early waits two hours."""
+    """webdataset's own reader waits forever, and closing it early takes two hours."""
     monkeypatch.setattr(sources, "PIPE_TIMEOUT", 0.2)
     start = time.monotonic()
     with pytest.raises(TimeoutError, match="wrote nothing"):
@@ -217,10 +217,12 @@ def test_other_file_systems_come_through_fsspec(tmp_path):
 
 @pytest.mark.parametrize(
     ("url", "words"),
-    [("s3://bucket/000.tar", "s3fs|no installed package.*pipe:"), ("nonsense://bucket/000.tar", "no installed package opens nonsense.*pipe:")],
+    [
+        ("s3://bucket/000.tar", "s3fs.*'pipe:aws s3 cp s3://bucket/000.tar -', or install that package"),
+        ("nonsense://bucket/000.tar", "no installed package opens nonsense: .*Give a command that reads it"),
+    ],
 )
-def test_a_url_that_nothing_opens_names_the_remedy(url, words):
-    pytest.importorskip("fsspec")
+def test_a_url_that_no_package_opens_names_the_remedy(url, words):
     if url.startswith("s3") and sources.find_problem(url) is None:
         pytest.skip("s3fs is installed")
     with pytest.raises(UsageError, match=words):
@@ -235,10 +237,10 @@ def test_a_list_file_names_shards(tmp_path):
     expected = [local[0], local[2], "http://host/0.tar", "http://host/1.tar", "pipe:cat x.tar"]
     assert expand_shards(str(tmp_path / "list.txt")) == expected
     for content, words in (
-        ("", "is empty"),
+        ("", "is empty; write one shard per line"),
         ("list.txt", "another list"),
         ("no.tar", "not found"),
-        ("\xff", "not text"),
+        ("\xff", "not a text file"),
     ):
         (tmp_path / "bad.txt").write_bytes(content.encode("latin-1"))
         with pytest.raises(UsageError, match=words):
