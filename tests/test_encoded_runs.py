@@ -156,7 +156,7 @@ def test_what_no_step_needs_is_on_the_device_only_for_validation(encoded, captio
     assert parts._teacher.loaded == (["unet"] if captions else ["text_encoder", "unet"])
     idle = ("vae", "text_encoder") if captions else ("vae",)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="a full disk"), parts.complete():
+        with pytest.raises(RuntimeError, match="a full disk"), parts.all_on_device():
             assert {getattr(parts, name).device for name in names} == {"cuda:3"}
             raise RuntimeError("a full disk")
         assert {name: getattr(parts, name).device for name in names} == {
