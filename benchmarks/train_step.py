@@ -72,7 +72,7 @@ def two_teacher_passes(program: Any) -> None:
             guide.append(conditional + w * (conditional - empty))
         return tuple(guide)
 
-    consistency.guided_prediction = torch.no_grad()(guided)
+    consistency.guided_prediction = torch.no_grad()(guided)  # type: ignore[assignment]
 
 
 def ema_per_tensor(program: Any) -> None:

@@ -62,6 +62,6 @@ if __name__ == "__main__":
     if command == "lowest":
         print("\n".join(lowest(rest)))
     elif command == "pinned" and not rest:
-        print("\n".join([HEAD.format(python="%d.%d" % sys.version_info[:2]), *pinned()]))
+        print("\n".join([HEAD.format(python=f"{sys.version_info.major}.{sys.version_info.minor}"), *pinned()]))
     else:
         raise SystemExit(__doc__)
