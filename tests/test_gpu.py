@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
     ],
 )
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_every_precision_trains_and_draws(program, precision, cast, command, run, monkeypatch):
+def test_every_precision_trains_and_generates(program, precision, cast, command, run, monkeypatch):
     losses = []
     log = Progress.log
 
@@ -103,7 +103,7 @@ def test_a_step_fits_and_takes_what_was_computed(case, limit):
 
 @pytest.mark.parametrize("program, mode", [("sd", "regional"), ("lora_sdxl", "regional"), ("lora_sd", "whole")])
 def test_compiled_code_trains_as_eager_code(program, mode, command, run, monkeypatch, tmp_path):
-    """By the real code generator; tests/test_compiling.py has the rest."""
+    """By the real code generator; tests/distributed/test_compiling.py has the rest."""
     monkeypatch.setattr(compiling, "BLOCKS", ("BasicTransformerBlock",))  # for time's sake
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     losses = captured_losses(monkeypatch)

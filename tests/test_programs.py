@@ -82,7 +82,7 @@ def captured_losses(monkeypatch) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_run_trains_exports_and_its_export_draws(program, command, run, tmp_path, teachers, monkeypatch):
+def test_a_run_trains_and_its_export_generates(program, command, run, tmp_path, teachers, monkeypatch):
     module, teacher, is_lora = {"sd": sd, "sdxl": sdxl}[family(program)], teachers[family(program)], "lora" in program
     frozen: dict = {}
     load = module.load_frozen
@@ -105,7 +105,7 @@ def test_a_run_trains_exports_and_its_export_draws(program, command, run, tmp_pa
             before, after = ({k.removeprefix("text_model."): v for k, v in w.items()} for w in (before, after))
         assert before.keys() <= after.keys() and all(torch.equal(after[k], before[k].float()) for k in before), name
 
-    # What trains has moved, the target behind the student; the export loads in one line and draws.
+    # What trains has moved, the target less than the student; the export loads in one line and generates.
     check = check_lora_export if is_lora else check_full_export
     check(out, teacher)
 
@@ -253,8 +253,8 @@ def test_a_step_is_that_of_algorithm_1(program, command, run, monkeypatch, teach
         branches.append(solver.step(clean, epsilon, index))
     previous = 4 * branches[0] - 3 * branches[1]
     torch.testing.assert_close(target.sample, previous, rtol=1e-4, atol=1e-4)
-    goal = consistency(target.output, target.sample, target.timesteps)
-    difference = consistency(student.output, student.sample, student.timesteps) - goal
+    expected = consistency(target.output, target.sample, target.timesteps)
+    difference = consistency(student.output, student.sample, student.timesteps) - expected
     loss = ((difference**2 + 0.01**2).sqrt() - 0.01).mean()
     assert losses[1][1] == pytest.approx(float(loss), rel=1e-5)
 
@@ -316,7 +316,7 @@ def test_lora_options_run(program, options, command, run, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("program", LORA_PROGRAMS)
-def test_the_base_of_a_lora_is_in_the_mixed_precision_unless_told_otherwise(program, command, run, monkeypatch):
+def test_the_base_of_a_lora_is_in_the_mixed_precision_by_default(program, command, run, monkeypatch):
     seen = []
     forward = UNet2DConditionModel.forward
 
@@ -338,7 +338,7 @@ def test_the_base_of_a_lora_is_in_the_mixed_precision_unless_told_otherwise(prog
 
 
 def check_channels_last(program, argv, run, monkeypatch) -> None:
-    """In the middle of the run the weights of 3 × 3 convolutions lie so; adapters of convolutions keep the default."""
+    """During the run the weights of 3 × 3 convolutions are channels_last; adapters of convolutions are not."""
     from lcm_distill.run.progress import Progress
 
     layouts, networks = [], []
@@ -363,10 +363,18 @@ def check_channels_last(program, argv, run, monkeypatch) -> None:
 
 @pytest.mark.parametrize("program", ["train_lcm_distill_sd_wds", "train_lcm_distill_lora_sdxl_wds"])
 def test_channels_last_weights_change_nothing_but_rounding(program, command, run, monkeypatch, tmp_path):
-    """On GPUs; here on the CPU, by the same code. A checkpoint of one layout goes on in the other."""
-    options = {"family": family(program), "learning_rate": 1e-4, "lr_warmup_steps": 0, "ema_decay": 0.5}
+    """On GPUs; here on the CPU, by the same code. A checkpoint of one layout is resumed in the other.
+
+    With so large an ε a step is proportional to the gradient, so that rounding stays as small as it is; Adam's usual
+    steps are of one size, whatever the gradient, and a tolerance of that size hid that the fused kernel read moments
+    of the other layout in the wrong order: off by 3 % of the way at the median weight, 17 % at the worst.
+    """
+    options = {"family": family(program), "learning_rate": 0.1, "adam_epsilon": 0.01, "adam_weight_decay": 0}
+    options |= {"ema_decay": 0.5}
     options |= {"lora_rank": 4} if program in LORA_PROGRAMS else {}
     losses = captured_losses(monkeypatch)
+    run(program, command("start", steps=1, **options | {"learning_rate": 0}))
+    losses.clear()
     run(program, command("plain", steps=2, **options))
     expected = [loss for _, loss in losses]
     losses.clear()
@@ -374,10 +382,13 @@ def test_channels_last_weights_change_nothing_but_rounding(program, command, run
     check_channels_last(program, command("last", steps=1, **options), run, monkeypatch)
     monkeypatch.setattr(unets, "CHANNELS_LAST", ())
     run(program, command("last", steps=2, resume_from_checkpoint="latest", **options))
-    assert [loss for _, loss in losses] == pytest.approx(expected, rel=1e-3)
-    plain, last = result(tmp_path / "plain"), result(tmp_path / "last")
+    assert [loss for _, loss in losses] == pytest.approx(expected, rel=2e-3)
+    start, plain, last = (result(tmp_path / name) for name in ("start", "plain", "last"))
     assert plain.keys() == last.keys()
-    assert all(float((last[name] - weight).abs().max()) <= 4.1e-4 for name, weight in plain.items())  # 2 steps of Adam
+    for name, weight in plain.items():
+        if weight.dtype == torch.float32 and weight.dim() == 4:
+            moved, off = (float((weight - other[name]).norm()) for other in (start, last))
+            assert off < 0.03 * moved + 1e-8, (name, off, moved)
 
 
 @pytest.mark.parametrize("program", LORA_PROGRAMS)
@@ -461,7 +472,7 @@ def test_sdxl_s_time_ids_are_those_of_the_pictures(program, fixed, command, run,
     assert (len({left for _, left in corners}) > 1) is not fixed
 
 
-def test_raising_max_train_steps_goes_on_and_a_finished_run_says_so(command, run, tmp_path, caplog):
+def test_a_raised_max_train_steps_continues_a_finished_run(command, run, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "lcm_distill"):
         run(PROGRAMS[0], command(steps=1))
         run(PROGRAMS[0], command(steps=2, resume_from_checkpoint="latest", checkpoints_total_limit=1))
@@ -504,8 +515,8 @@ def test_same_seed_same_run_and_validation_changes_nothing(program, command, run
     assert results[0][0] != results[2][0]
 
 
-def test_the_best_checkpoint_is_kept_and_goes_on(command, run, tmp_path, monkeypatch, caplog):
-    """By the measured distance, here made to order; `best` is what was there at that step, and can be exported."""
+def test_the_best_checkpoint_is_kept_and_can_be_exported(command, run, tmp_path, monkeypatch, caplog):
+    """By the measured distance, here a given sequence; `best` has the weights of its step, and can be exported."""
     from lcm_distill.run import validation
 
     measured = iter([0.9, 0.9, 0.5, 0.5, 0.7, 0.7, 0.8, 0.8])  # student and target at each step
@@ -542,11 +553,12 @@ def test_options_run(options, command, run, tmp_path, monkeypatch):
     if options.get("ema_decay") == 0:
         assert same(student, target)
     if "mixed_precision" in options:
-        exact = []
+        half = [loss for _, loss in losses]
         losses.clear()
         run(PROGRAMS[0], command("exact"))
-        exact += losses
-        assert [s for s, _ in exact] == [1, 2]
+        exact = [loss for _, loss in losses]
+        # In the first step student and teacher differ by the guidance embedding's rounding alone: bf16 is most of it.
+        assert exact[0] < half[0] < 1e-3 and half[1] == pytest.approx(exact[1], rel=0.2) and half[1] != exact[1]
     flags = json.loads((tmp_path / "out" / "checkpoint-2" / "run.json").read_text())["flags"]
     assert all(flags[name] == value for name, value in options.items())
 
@@ -650,7 +662,7 @@ def test_a_separate_vae_is_used(command, run, teacher, tmp_path):
 
 @pytest.mark.parametrize("program", ["train_lcm_distill_sd_wds", "train_lcm_distill_lora_sd_wds"])
 def test_dry_run_writes_nothing(program, command, run, tmp_path, caplog):
-    """Though it goes the way of a run: past its checkpoint, its drawing and the best checkpoint."""
+    """Although it takes the path of a run: checkpoint, validation and best checkpoint."""
     with caplog.at_level(logging.INFO, "lcm_distill"):
         run(program, command(dry_run=True, keep_best=True, checkpointing_steps=1, report_to="tensorboard,wandb"))
     assert "dry run: shards, models, a training step and validation all work" in caplog.text
@@ -658,7 +670,7 @@ def test_dry_run_writes_nothing(program, command, run, tmp_path, caplog):
 
 
 def test_dry_run_of_a_resumed_run_does_take_a_step(command, run, tmp_path, monkeypatch):
-    """It ran for no step at all, and said that a step worked. Nothing of the run before changes."""
+    """It took no step at all, and logged that a step worked. Nothing of the earlier run changes."""
     run(PROGRAMS[0], command(steps=1, keep_best=True))
     before = contents(tmp_path / "out")
     losses = captured_losses(monkeypatch)
@@ -670,7 +682,7 @@ def test_dry_run_of_a_resumed_run_does_take_a_step(command, run, tmp_path, monke
 
 @pytest.mark.parametrize("program", PROGRAMS[1:3])
 def test_changed_settings_of_the_optimizer_are_used_on_resume(program, command, run, caplog):
-    """By what the optimizer of the resumed run holds when it steps; the log said so while it used the old ones."""
+    """By what the optimizer of the resumed run holds when it steps; the log reported them while the old ones were used."""
     before = {"learning_rate": 1e-4, "adam_beta1": 0.9, "adam_beta2": 0.99, "adam_epsilon": 1e-8}
     before |= {"adam_weight_decay": 0.1, "family": family(program)}
     after = {"learning_rate": 3e-4, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
@@ -707,7 +719,7 @@ def test_a_cast_teacher_does_not_round_the_student(command, run, teacher, monkey
 
 
 @pytest.mark.parametrize("variant", ["fp16", "fp32"])
-def test_weights_of_a_variant_load_or_are_told(variant, command, run, teacher, tmp_path):
+def test_weights_of_a_variant_load_or_are_refused(variant, command, run, teacher, tmp_path):
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(teacher, torch_dtype=torch.float16)
@@ -749,7 +761,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(command, run, monkeypatch
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_mistakes_are_told_before_any_model_is_loaded(program, options, message, command, run, monkeypatch):
+def test_mistakes_are_reported_before_any_model_is_loaded(program, options, message, command, run, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: pytest.fail("a model was loaded"))
     monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(UsageError, match=message):
@@ -759,7 +771,7 @@ def test_mistakes_are_told_before_any_model_is_loaded(program, options, message,
 def test_a_checkpoint_of_another_architecture_is_refused(command, run, monkeypatch):
     run(PROGRAMS[0], command(steps=1))
     monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
-    with pytest.raises(UsageError, match="time_cond_proj_dim: 256 there, 128 here"):
+    with pytest.raises(UsageError, match="time_cond_proj_dim: 256 in the checkpoint, 128 now"):
         run(PROGRAMS[0], command(resume_from_checkpoint="latest", unet_time_cond_proj_dim=128))
 
 
@@ -789,7 +801,7 @@ def torchrun(argv: list[str], tmp_path: Path) -> subprocess.CompletedProcess:
 def test_two_ranks_train_one_adapter_on_their_own_data_and_resume(command, tmp_path):
     """Two gloo processes: disjoint samples, other draws, equal weights, a resume that changes nothing.
 
-    For full students tests/test_many_processes.py and tests/test_fsdp.py say so.
+    For full students see tests/test_many_processes.py and tests/distributed/test_fsdp.py.
     """
     script = tmp_path / "ranks.py"
     script.write_text(f"""

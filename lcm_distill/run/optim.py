@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
+from torch.distributed.tensor import DTensor
 
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import OptimizationFlags
@@ -70,16 +71,29 @@ def keeping_hyperparameters(
     for group, kept, rate, factor in zip(optimizer.param_groups, settings, rates, lr_scheduler.lr_lambdas, strict=True):
         group.update(kept)
         group["lr"] = rate * factor(done)
-        _move_step_counts(optimizer, group)
+        _match_parameters(optimizer, group)
     lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
-def _move_step_counts(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
-    """Moves AdamW's step counts to the device of their parameters if it is fused, else to the CPU.
+def _match_parameters(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
+    """Brings AdamW's loaded state into the memory format and onto the device that its kernel expects.
 
-    A fused kernel cannot read a count on the CPU; the other kernels would wait for the GPU at each parameter's count.
+    The moments take their parameter's memory format: the fused kernel for CPUs goes through memory without regard to
+    strides, and read moments that were saved in another one (channels_last) in the wrong order. The step counts are
+    on the device of their parameter if the optimizer is fused, else on the CPU: a fused kernel cannot read a count on
+    the CPU; the other kernels would wait for the GPU at each parameter's count.
     """
     for parameter in group["params"]:
-        count = optimizer.state.get(parameter, {}).get("step")
-        if isinstance(count, torch.Tensor):
-            optimizer.state[parameter]["step"] = count.to(parameter.device if group.get("fused") else "cpu")
+        state = optimizer.state.get(parameter, {})
+        for name, value in state.items():
+            if not isinstance(value, torch.Tensor):
+                continue
+            if name == "step":
+                state[name] = value.to(parameter.device if group.get("fused") else "cpu")
+            elif value.shape == parameter.shape and _local_strides(value) != _local_strides(parameter):
+                state[name] = torch.empty_like(parameter.detach(), dtype=value.dtype).copy_(value)
+
+
+def _local_strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The strides of a tensor in memory; of one that is split over the ranks, those of this rank's slice."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).stride()

@@ -146,6 +146,34 @@ def test_a_resumed_optimizer_is_fused_as_its_precision_needs(before, after):
     assert torch.allclose(again.state[mine]["exp_avg"], optimizer.state[other]["exp_avg"])
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("formats", [("channels_last", "contiguous_format"), ("contiguous_format", "channels_last")])
+def test_moments_take_the_memory_format_of_their_parameter(fused, formats):
+    """The fused kernel for CPUs ignores strides: moments of another memory format went to other weights."""
+    torch.manual_seed(0)
+    weights, *gradients = torch.randn(3, 4, 3, 3, 3)
+
+    def make(start, memory_format):
+        parameter = torch.nn.Parameter(start.clone(memory_format=memory_format))
+        optimizer = optimizer_of([parameter], fused=fused)
+        return parameter, optimizer, scheduler_of(optimizer, "constant", warmup=0, steps=10)
+
+    def step(parameter, optimizer, gradient):
+        parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        optimizer.step()
+
+    saved, resumed = (getattr(torch, name) for name in formats)
+    expected, optimizer, scheduler = make(weights, saved)
+    step(expected, optimizer, gradients[0])
+    parameter, again, schedule = make(expected.detach(), resumed)
+    with keeping_hyperparameters(again, schedule):
+        again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        schedule.load_state_dict(scheduler.state_dict())
+    step(expected, optimizer, gradients[1])
+    step(parameter, again, gradients[1])
+    torch.testing.assert_close(parameter, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_learning_rate_warms_up_by_optimizer_steps():
     optimizer = optimizer_of([torch.nn.Parameter(torch.ones(1))], learning_rate=1.0)
     scheduler = scheduler_of(optimizer, "cosine", warmup=4, steps=8)
