@@ -1,4 +1,4 @@
-"""What the tests share: the toy teacher, toy shards, a quick command line, a program run in this process."""
+"""Shared fixtures: the toy teachers, toy shards, a short command line, a program run in this process."""
 
 import functools
 import importlib
@@ -93,7 +93,7 @@ def _rename(folder: Path, names: dict[str, str], more: dict[str, torch.Tensor] |
 
 @pytest.fixture(scope="session")
 def old_teachers(tmp_path_factory) -> dict[str, str]:
-    """The toy teachers as early libraries wrote them, SD 1.5 on the Hub among those: configs do not say what is a
+    """The toy teachers as early libraries wrote them, SD 1.5 on the Hub among those: configs leave out what is a
     default, and some tensors have other names."""
     folders = {family: tmp_path_factory.mktemp("old") / family for family in TEACHERS}
     for family, folder in folders.items():
@@ -103,9 +103,9 @@ def old_teachers(tmp_path_factory) -> dict[str, str]:
             signature = inspect.signature(getattr(diffusers, config["_class_name"])).parameters
             defaults = {key: signature[key].default for key in config if key in signature}
             defaults = {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
-            lean = {key: value for key, value in config.items() if key not in defaults or value != defaults[key]}
-            assert len(lean) < len(config)
-            (folder / name).write_text(json.dumps(lean))
+            short = {key: value for key, value in config.items() if key not in defaults or value != defaults[key]}
+            assert len(short) < len(config)
+            (folder / name).write_text(json.dumps(short))
         _rename(folder / "vae", {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"})
         positions = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
         _rename(folder / "text_encoder", {}, positions)
@@ -158,7 +158,7 @@ def run():
         before = {number: signal.getsignal(number) for number in SIGNALS}
         try:
             importlib.import_module(program).main(argv)
-        except BaseException:  # a run that ends so keeps listening; one that ends well must not
+        except BaseException:  # a run that fails keeps its handlers; one that ends well must not
             for number, handler in before.items():
                 signal.signal(number, handler)
             raise

@@ -248,9 +248,9 @@ def test_a_step_is_that_of_algorithm_1(program, command, run, monkeypatch, teach
     # By hand: (1 + w)·Ψ(c) − w·Ψ(∅).
     branches = []
     for output in teacher.output.chunk(2):
-        clean = schedule.predict_x0(output, student.sample, student.timesteps)
+        x0 = schedule.predict_x0(output, student.sample, student.timesteps)
         epsilon = schedule.predict_epsilon(output, student.sample, student.timesteps)
-        branches.append(solver.step(clean, epsilon, index))
+        branches.append(solver.step(x0, epsilon, index))
     previous = 4 * branches[0] - 3 * branches[1]
     torch.testing.assert_close(target.sample, previous, rtol=1e-4, atol=1e-4)
     expected = consistency(target.output, target.sample, target.timesteps)
@@ -682,7 +682,7 @@ def test_dry_run_of_a_resumed_run_does_take_a_step(command, run, tmp_path, monke
 
 @pytest.mark.parametrize("program", PROGRAMS[1:3])
 def test_changed_settings_of_the_optimizer_are_used_on_resume(program, command, run, caplog):
-    """By what the optimizer of the resumed run holds when it steps; the log reported them while the old ones were used."""
+    """Read from the resumed run's optimizer as it steps: the log reported them while the old ones were used."""
     before = {"learning_rate": 1e-4, "adam_beta1": 0.9, "adam_beta2": 0.99, "adam_epsilon": 1e-8}
     before |= {"adam_weight_decay": 0.1, "family": family(program)}
     after = {"learning_rate": 3e-4, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6}

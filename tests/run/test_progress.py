@@ -40,7 +40,7 @@ def test_gradients_that_are_not_finite_are_not_checkpointed(tmp_path):
 
 
 def test_speed_counts_the_steps_that_the_device_has_yet_to_do(tmp_path):
-    """On a GPU the clock was read when they were queued: with --logging_steps 1 it told how fast Python is."""
+    """On a GPU the clock was read when they were queued: with --logging_steps 1 it measured how fast Python is."""
 
     class Queued:
         def __float__(self):  # waits for the device

@@ -24,7 +24,7 @@ from lcm_distill.sampling.generate import build_teacher_sampler, generate_latent
 from lcm_distill.sampling.metrics import relative_distance
 
 PROMPTS = ["a small red circle on a black background", "a large blue square on a white background"]
-DRAWING = {"images_per_prompt": 2, "guidance_scale": 3.0, "resolution": 64, "seed": 3}
+SETTINGS = {"images_per_prompt": 2, "guidance_scale": 3.0, "resolution": 64, "seed": 3}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def seen_dtypes():
         hook.remove()
 
 
-def draw(pipeline, prompts, *, images_per_prompt, seed, **options):
+def generate(pipeline, prompts, *, images_per_prompt, seed, **options):
     """Pictures of each prompt, by `generate_latents` and `decode_latents`."""
     prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     seeds = range(seed, seed + len(prompts))
@@ -109,7 +109,7 @@ def test_prompt_files_that_cannot_be_used_are_refused(tmp_path, monkeypatch, val
         read_prompts(["a good one", value])
 
 
-# --- drawing
+# --- generating
 
 
 @pytest.mark.parametrize("w_min, w_max, expected", [(5, 15, 8), (1, 5, 6), (9, 12, 10), (7.5, 7.5, 8.5)])
@@ -121,7 +121,7 @@ def test_default_guidance_scale_is_in_the_trained_range(w_min, w_max, expected):
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_pictures_are_those_of_the_pipeline(pipelines, family):
-    """Drawing stops at the latents and decodes them itself; in float32 that must not be seen."""
+    """Validation decodes the latents itself; in float32 that must make no difference."""
     pipeline = pipelines[family]
     expected = []
     for number, prompt in enumerate(PROMPTS):
@@ -129,7 +129,7 @@ def test_pictures_are_those_of_the_pipeline(pipelines, family):
         expected += pipeline(
             [prompt] * 2, num_inference_steps=2, guidance_scale=3.0, height=64, width=64, generator=generators
         ).images
-    pictures = draw(pipeline, PROMPTS, inference_steps=2, **DRAWING)
+    pictures = generate(pipeline, PROMPTS, inference_steps=2, **SETTINGS)
     assert [(p.mode, p.size) for p in pictures] == [("RGB", (64, 64))] * 4
     ours, theirs = as_array(pictures).astype(int), as_array(expected).astype(int)
     assert np.abs(ours - theirs).max() <= 1  # the batch is another, and so may be the last bit
@@ -155,7 +155,7 @@ def test_latents_of_the_pipeline_are_the_vae_s_times_its_scale(pipelines, family
 def test_decoding_undoes_encoding(pipelines, shift):
     """A picture of the toy world there and back, with and without a shift; the batch size does not matter."""
     vae = pipelines["sd"].vae
-    picture = draw(pipelines["sd"], PROMPTS[:1], inference_steps=4, **DRAWING | {"images_per_prompt": 1})[0]
+    picture = generate(pipelines["sd"], PROMPTS[:1], inference_steps=4, **SETTINGS | {"images_per_prompt": 1})[0]
     pixels = torch.from_numpy(np.stack([np.asarray(picture)] * 3)).permute(0, 3, 1, 2)
     vae.register_to_config(shift_factor=shift)
     try:
@@ -189,16 +189,16 @@ def test_the_vae_decodes_in_its_own_dtype_whatever_autocast_says(pipelines, seen
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_under_autocast_the_unet_draws_in_half_precision_and_the_vae_does_not(pipelines, seen_dtypes, family):
+def test_under_autocast_the_unet_is_in_half_precision_and_the_vae_is_not(pipelines, seen_dtypes, family):
     pipeline = pipelines[family]
     of_unet, of_vae = seen_dtypes(pipeline.unet), seen_dtypes(pipeline.vae)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        draw(pipeline, PROMPTS[:1], inference_steps=1, **DRAWING | {"images_per_prompt": 1})
+        generate(pipeline, PROMPTS[:1], inference_steps=1, **SETTINGS | {"images_per_prompt": 1})
     assert of_unet == {torch.bfloat16} and of_vae == {torch.float32}
 
 
 class FakePipeline:
-    """Its latents are the first noise in the first channel, its VAE shows them in red; notes what it is asked."""
+    """Its latents are the first noise in the first channel, its VAE shows them in red; records its calls."""
 
     vae_scale_factor = 8
 
@@ -223,13 +223,13 @@ class FakePipeline:
         return SimpleNamespace(images=self.answer * latents)
 
 
-def test_drawing_gives_back_the_mode_and_touches_no_global_randomness():
+def test_generating_restores_the_mode_and_uses_no_global_randomness():
     pipeline, before = FakePipeline(), torch.get_rng_state()
-    options = DRAWING | {"resolution": 8, "inference_steps": 1}
-    pictures = draw(pipeline, ["a", "b"], **options)
+    options = SETTINGS | {"resolution": 8, "inference_steps": 1}
+    pictures = generate(pipeline, ["a", "b"], **options)
     assert pipeline.unet.training and torch.equal(before, torch.get_rng_state())
     assert len({p.getpixel((0, 0)) for p in pictures}) == 4
-    again = draw(pipeline, ["a", "b"], **options)
+    again = generate(pipeline, ["a", "b"], **options)
     assert [p.tobytes() for p in pictures] == [p.tobytes() for p in again]
 
 
@@ -267,7 +267,7 @@ def make_of(builders, teacher, output_dir, *, accelerator=None, **options):
     chosen = {
         "prompts": ["a", "b"], "inference_steps": [4, 1, 4], "teacher_steps": 9, "teacher_guidance_scale": 5.0,
         "batch_size": 16,
-    } | DRAWING | {"resolution": 8} | options  # fmt: skip
+    } | SETTINGS | {"resolution": 8} | options  # fmt: skip
     run = SimpleNamespace(
         accelerator=accelerator or fake_accelerator(),
         seed=chosen.pop("seed"),
@@ -277,7 +277,7 @@ def make_of(builders, teacher, output_dir, *, accelerator=None, **options):
     return Validation(run, flags, builders, teacher, **chosen)
 
 
-def test_each_pipeline_draws_a_row_for_each_number_of_steps(tmp_path, monkeypatch, caplog):
+def test_each_pipeline_has_a_row_for_each_number_of_steps(tmp_path, monkeypatch, caplog):
     trackers = [FakeTracker(name) for name in ("tensorboard", "wandb", "mlflow")]
     grids = []
 
@@ -291,8 +291,8 @@ def test_each_pipeline_draws_a_row_for_each_number_of_steps(tmp_path, monkeypatc
     validate = make({"student": student, "target": target}, teacher, tmp_path, accelerator=accelerator)
     assert validate(7) == pytest.approx({"distance/student": 0.5, "distance/target": 0.25})
     ((rows, options),) = grids
-    drawn = [f"{who}, {steps}" for who in ("student", "target") for steps in ("4 steps", "1 step")]
-    assert [label for label, _ in rows] == ["teacher, 9 steps", *drawn]
+    own = [f"{who}, {steps}" for who in ("student", "target") for steps in ("4 steps", "1 step")]
+    assert [label for label, _ in rows] == ["teacher, 9 steps", *own]
     assert options["columns"] == ["a", "", "b", ""]
     assert student.calls == target.calls == [([p] * 2, steps, True) for steps in (4, 1) for p in "ab"]
     assert teacher.calls == [([p] * 2, 9, True) for p in "ab"]
@@ -310,10 +310,10 @@ def test_each_pipeline_draws_a_row_for_each_number_of_steps(tmp_path, monkeypatc
     assert caplog.text.count("the tracker mlflow takes no pictures") == 1
     assert list(validate.measured.values()) == pytest.approx([0.5, 0.25])
 
-    # Again: the teacher's row is shown once more, but neither drawn nor sent again.
+    # Again: the teacher's row is shown once more, but neither generated nor sent again.
     student.answer = 1.0
     assert validate(8)["distance/student"] == pytest.approx(0, abs=1e-6)
-    assert len(teacher.calls) == 2 and [label for label, _ in grids[1][0]] == ["teacher, 9 steps", *drawn]
+    assert len(teacher.calls) == 2 and [label for label, _ in grids[1][0]] == ["teacher, 9 steps", *own]
     assert [next(iter(images)) for images, _, _ in wandb.logged[5:]] == tags
 
 
@@ -331,7 +331,7 @@ def test_the_distance_needs_no_row_of_one_step_and_can_be_turned_off(tmp_path, m
     assert [label for label, _ in grids[1]] == ["student, 4 steps", "student, 1 step"]
 
 
-def test_without_pictures_nothing_is_built_or_drawn(tmp_path):
+def test_without_pictures_nothing_is_built_or_generated(tmp_path):
     def never():
         pytest.fail("a pipeline was asked for")
 
@@ -341,7 +341,7 @@ def test_without_pictures_nothing_is_built_or_drawn(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_no_more_pictures_are_drawn_at_once_than_are_trained_on(tmp_path):
+def test_no_more_pictures_are_generated_at_once_than_are_trained_on(tmp_path):
     """With --train_batch_size 1 on a GPU that just suffices, four of them, guided, were eight at once."""
     student, teacher = FakePipeline(0.5), FakePipeline()
     validate = make({"student": student}, teacher, tmp_path, images_per_prompt=3, batch_size=2)
@@ -350,8 +350,8 @@ def test_no_more_pictures_are_drawn_at_once_than_are_trained_on(tmp_path):
     assert sum(len(prompts) for prompts, *_ in student.calls) == 2 * 6
 
 
-def test_all_ranks_draw_the_main_process_s_prompts(tmp_path, monkeypatch):
-    """Each rank takes captions from its own look at the shards; sharded networks wait for one another in each batch."""
+def test_all_ranks_use_the_main_process_s_prompts(tmp_path, monkeypatch):
+    """Each rank reads captions from the shards itself; split networks wait for each other in each batch."""
     monkeypatch.setattr(validation, "broadcast_object_list", lambda values: [["from the main process"]])
     student = FakePipeline()
     validate = make({"student": student}, FakePipeline(), tmp_path, teacher_steps=0, inference_steps=[1])
@@ -360,7 +360,7 @@ def test_all_ranks_draw_the_main_process_s_prompts(tmp_path, monkeypatch):
     assert [prompts for prompts, *_ in student.calls] == [["from the main process"] * 2]
 
 
-def test_a_pipeline_draws_within_its_context(tmp_path):
+def test_a_pipeline_generates_inside_its_context(tmp_path):
     inside, seen = [], []
 
     @contextmanager
