@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="w + 1, of LoRAs, and of LCMs without a guidance embedding",
     )
     add("--resolution", type=flags.positive_int, help="side of the pictures in pixels (default: the teacher's own)")
-    add("--seed", type=flags.count, default=0, help="picture i starts from the noise of seed + i")
+    add("--seed", type=flags.number(int, 0, 2**63 - 1), default=0, help="picture i starts from the noise of seed + i")
     group = parser.add_argument_group("metrics")
     add = group.add_argument
     add("--metrics", nargs="+", default=["latents"], choices=METRICS, help="see above (default: latents)")

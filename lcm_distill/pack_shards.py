@@ -39,14 +39,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--caption_column", help="take captions only from this column of the metadata, and from no text file")
     add(
         "--max_size",
-        type=int,
+        type=flags.positive_int,
         help="shrink pictures whose shorter side has more pixels to this many: JPEG and WebP become JPEG of quality "
         "95, others PNG; the JSON has the original size (default: keep all sizes)",
     )
-    add("--samples_per_shard", type=int, default=1000, help="maximum samples per shard; all shards get about as many")
-    add("--max_shard_mb", type=int, default=2000, help="approximate maximum megabytes per shard")
-    add("--seed", type=int, default=0, help="seed of the random order of all pictures")
-    add("--num_workers", type=int, help="processes, each of which writes one shard at a time (default: one per CPU)")
+    add(
+        "--samples_per_shard",
+        type=flags.positive_int,
+        default=1000,
+        help="maximum samples per shard; all shards get about as many",
+    )
+    add("--max_shard_mb", type=flags.positive_int, default=2000, help="approximate maximum megabytes per shard")
+    add("--seed", type=flags.number(int), default=0, help="seed of the random order of all pictures")
+    add(
+        "--num_workers",
+        type=flags.positive_int,
+        help="processes, each of which writes one shard at a time (default: one per CPU)",
+    )
     return parser.parse_args(argv)
 
 
