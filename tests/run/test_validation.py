@@ -87,7 +87,7 @@ def test_prompts_are_values_or_the_lines_of_txt_files(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("value", "content", "words"),
     [
-        ("nowhere.txt", None, "nowhere.txt cannot be read .*No such file.*end the prompt in another way"),
+        ("nowhere.txt", None, "nowhere.txt cannot be read .*No such file.*end the prompt differently"),
         ("a sign that says hello.txt", None, "correct its path"),
         ("x" * 5000 + ".txt", None, "cannot be read"),
         ("nul\0.txt", None, "cannot be read"),
@@ -239,7 +239,7 @@ def test_generating_restores_the_mode_and_uses_no_global_randomness():
 class FakeTracker:
     def __init__(self, name):
         self.name, self.logged = name, []
-        if name == "mlflow":  # takes no pictures
+        if name == "mlflow":  # does not take pictures
             return
         self.log_images = lambda images, step, **options: self.logged.append((images, step, options))
 
@@ -307,7 +307,7 @@ def test_each_pipeline_has_a_row_for_each_number_of_steps(tmp_path, monkeypatch,
         assert {step for _, step, _ in tracker.logged} == {7}
     images, _, options = tensorboard.logged[0]
     assert images["validation/teacher_9_steps"].shape == (4, 8, 8, 3) and options == {"dataformats": "NHWC"}
-    assert caplog.text.count("the tracker mlflow takes no pictures") == 1
+    assert caplog.text.count("the tracker mlflow does not take pictures") == 1
     assert list(validate.measured.values()) == pytest.approx([0.5, 0.25])
 
     # Again: the teacher's row is shown once more, but neither generated nor sent again.
