@@ -15,7 +15,6 @@ Nothing heavy is imported here: --help, --version and a mistyped flag are answer
 import argparse
 import dataclasses
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, Generic, NoReturn, TypeVar
@@ -552,8 +551,6 @@ def parse(
     for group in kinds.values():
         add_group(parser, group, vars(family))
     parsed = parser.parse_args(argv)
-    if argv is None and parsed.hub_token:  # trackers write sys.argv down
-        sys.argv = [word.replace(parsed.hub_token, "***") for word in sys.argv]
     if parsed.w_min > parsed.w_max:
         parser.error(f"argument --w_min: {parsed.w_min:g} is above --w_max {parsed.w_max:g}; give w_min <= w_max")
     for name in ("validation_teacher_steps", "num_validation_images"):

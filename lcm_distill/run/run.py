@@ -32,7 +32,7 @@ from lcm_distill.data.preparation import Preparation
 from lcm_distill.data.stream import ShardLoader
 from lcm_distill.export.hub import HubUpload, open_hub
 from lcm_distill.flags import LaunchFlags, LengthFlags, OptimizationFlags
-from lcm_distill.redaction import public_flags
+from lcm_distill.redaction import hide_in_command_line, public_flags
 from lcm_distill.run.accelerator import choose_seed, start_accelerator
 from lcm_distill.run.checkpoint import CheckpointPart, Checkpoints, find_run
 from lcm_distill.run.optim import keeping_hyperparameters
@@ -88,6 +88,8 @@ class Run:
         argv: Sequence[str] | None = None,
         can_split: bool = False,
     ):
+        if argv is None and launch.hub_token:
+            hide_in_command_line(launch.hub_token)
         trackers = parse_trackers(launch.report_to)
         self._checkpoint, self._resumed = find_run(
             launch.resume_from_checkpoint,
