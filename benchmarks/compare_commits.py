@@ -8,10 +8,10 @@ For a change that is to change nothing. Both checkouts run the same commands on 
 shards: each of the four programs as a whole; resumed from a copy of one checkpoint, which BEFORE wrote; with SDXL's
 sizes fixed; from encoded shards; in bfloat16; with data workers; and the commands for shards, drawing, evaluation,
 timing and the report. All that they write is compared: weights, optimizers and the rest of the checkpoints, pictures'
-pixels, JSON, cards and logged values to the last bit, and the lists of files. What tells times, dates and versions is
-left out, as are the files that hold nothing else.
+pixels, JSON, cards and logged values to the last bit, and the lists of files. Times, dates and versions are
+left out, as are files that hold nothing else.
 
-A line for each comparison tells `same`, or what differs first; the last line has the counts. Exit status 1 if
+A line for each comparison says `same`, or what differs first; the last line has the counts. Exit status 1 if
 something differs or a command fails; what was written and the commands' logs are kept then, and with --work_dir.
 
 Every command has a process of its own with the checkout as its folder and the source of its modules. It is forked
@@ -76,7 +76,7 @@ LIBRARIES = {
 
 @dataclass(frozen=True)
 class Job:
-    """A command of both checkouts, or of BEFORE alone: what is typed behind `python`, OUT for the folder it writes.
+    """A command of both checkouts, or of BEFORE alone: what is typed after `python`, OUT for the folder it writes.
 
     `begun` is a folder whose copy OUT is at the start; `only` is the one file that is compared, where it is not all.
     """

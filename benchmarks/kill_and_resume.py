@@ -6,7 +6,7 @@
 For each program and number of workers: one run to the end; then the same run with `--resume_from_checkpoint latest`,
 ended by SIGKILL at `--kills` moments, half of them where it hurts most (while a checkpoint is written, renamed, while
 an older one is removed), half by the clock. At every moment the newest checkpoint must be whole, and the weights
-at the end must be those of the run that was never killed, bit for bit. A JSON line tells; exit status 1 if not, or
+at the end must be those of the run that was never killed, bit for bit. A JSON line has the result; exit status 1 if they are not, or
 if a run was over before its last kill (give it more `--steps`).
 """
 
@@ -166,22 +166,22 @@ def challenge(kind: str, workers: int, kills: int, steps: int, folder: Path, see
         else:
             seconds = rng.uniform(0.02, 0.22) * quiet_seconds
             moments.append((f"after {seconds:.2f} s", lambda: None, seconds))
-    told = []
+    moments = []
     for name, prepare, after in moments:
         status = attempt(program, argv("killed"), log, prepare, after)
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         if not killed and status != 0:
             sys.exit(f"{program}: {name}: ended by itself with status {status}:\n{log.read_text()[-3000:]}")
         whole = list_checkpoints(folder / "killed")
-        told.append({"moment": name, "killed": killed, "newest": whole[-1].name if whole else None})
+        moments.append({"moment": name, "killed": killed, "newest": whole[-1].name if whole else None})
     assert attempt(program, argv("killed"), log, lambda: None, None) == 0, log.read_text()[-3000:]
     return {
         "program": program,
         "workers": workers,
         "steps": steps,
-        "killed": sum(moment["killed"] for moment in told),
+        "killed": sum(moment["killed"] for moment in moments),
         "bitwise_equal": digest(folder / "quiet") == digest(folder / "killed"),
-        "moments": told,
+        "moments": moments,
     }
 
 

@@ -63,7 +63,7 @@ class Case:
     use_8bit_adam: bool = False
     teacher_batch_size: int | None = None
     vae_encode_batch_size: int = 1
-    vae_float32: bool = False  # as SDXL's own wants it; madebyollin/sdxl-vae-fp16-fix does not
+    vae_float32: bool = False  # as SDXL's own needs it; madebyollin/sdxl-vae-fp16-fix does not
     lora_rank: int = 64
 
 
@@ -309,7 +309,7 @@ CHECKED = [  # in float32, and small enough to be taken for real
 ]
 
 
-def told(case: Case) -> str:
+def describe(case: Case) -> str:
     """What differs from the defaults, as flags."""
     plain, words = asdict(Case()), []
     for name, value in asdict(case).items():
@@ -349,7 +349,7 @@ def main() -> None:
         row |= compute(case, contextlib.nullcontext if check else gpu_autocast)
         parts = ", ".join(f"{part} {size}" for part, size in row["parts"].items())
         measured = f" (measured {row['measured']})" if check else ""
-        print(f"{case.program} {told(case)}: {row['peak']} GB{measured}; at rest {row['rest']}; {parts}", flush=True)
+        print(f"{case.program} {describe(case)}: {row['peak']} GB{measured}; at rest {row['rest']}; {parts}", flush=True)
     if output:
         earlier = json.loads(output.read_text()) if output.exists() else {}
         part = "check" if check else "flops" if flops else "table"

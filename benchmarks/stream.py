@@ -19,7 +19,7 @@ out. The numbers are medians over the rounds, of the rates and of the ratios wit
 busy with other things, the workers' CPU time per picture is the steadier measure.
 
 The pictures are drawn from a fixed seed and saved at JPEG quality 90; their texture is set so that the files are as
-large as photographs'. What is faster also has to be the same picture: the result tells how far the stream's pixels are
+large as photographs'. What is faster also has to be the same picture: the result says how far the stream's pixels are
 from Pillow's.
 
 Profile. The same two pipelines in one process, as worker 0 of 1: where the CPU milliseconds per picture go. In a real

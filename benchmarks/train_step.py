@@ -12,7 +12,7 @@ the step is written down here a second time, but for what `--straightforward` pu
 
 Each variant is a process of its own, and they take turns, round after round. First come warm-up steps, then `--steps`
 whose total time is taken without waiting for the device in between, then `--part_steps` in which every part waits for
-the device before and after: those tell the milliseconds per part. Numbers are medians over the rounds. FLOPs are
+the device before and after: those give the milliseconds per part. Numbers are medians over the rounds. FLOPs are
 counted in a step of one picture without gradient checkpointing (products, convolutions and attention), the device's
 matrix rate by a large product in the run's precision: the floor is their quotient. benchmarks/README.md says how
 to read it all.

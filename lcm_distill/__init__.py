@@ -8,6 +8,6 @@ import logging
 
 __version__ = "0.2.0"
 
-# Two libraries warn at import of things that no user of this project can mend or needs to.
+# Two libraries warn at import of things that no user of this project can or need fix.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional 4-bit CPU kernel
 logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)  # torchvision, which is not used

@@ -23,9 +23,9 @@ HEAD = """\
 # `make lint` (so CI as well) and the README's installation take them. Made from an environment in which the suite had
 # passed, on Linux with Python {python}; after installing other versions there and running the suite again:
 #     .venv/bin/python -m tests.versions pinned > constraints.txt
-# A version that wants a newer Python than 3.10, and huggingface_hub, of which the others' last releases for 3.10 want
-# an older one, stand only for Pythons that have them: on 3.10 pip takes the newest that goes, and no suite has run so.
-# torch stands without its build (+cpu, +cu130), and CUDA's own packages, which torch chooses, not at all."""
+# A version that needs a newer Python than 3.10 is pinned only there, and so is huggingface_hub, of which the others'
+# last releases for 3.10 need an older one: on 3.10 pip takes the newest version that fits.
+# torch is pinned without its build (+cpu, +cu130); CUDA's own packages, which torch chooses, are not pinned."""
 
 
 def lowest(instead: list[str]) -> list[str]:

@@ -24,7 +24,7 @@ from lcm_distill.errors import UsageError
 from toy.world import Scene, draw, random_scene
 
 FORMATS = ("jpg", "png")
-_MAX_ASPECT = 1.5  # width : height lies in 2:3 … 3:2 with --varied_sizes
+_MAX_ASPECT = 1.5  # width : height is between 2:3 and 3:2 with --varied_sizes
 
 
 def _varied_size(rng: np.random.Generator, resolution: int) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """The toy world: one coloured shape on a plain background, and the caption that says so.
 
-A picture is a `Scene`: a shape, its colour, its size and its background are told by the caption ("a small
+A picture is a `Scene`: a shape, its colour, its size and its background are named in the caption ("a small
 red circle on a black background"); its place and a slight turn are not, so that a caption has many pictures,
 as real captions do. Sizes are fractions of the picture's shorter side: whatever the picture's size, a small
 shape stays small.
