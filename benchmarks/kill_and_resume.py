@@ -6,8 +6,8 @@
 For each program and number of workers: one run to the end; then the same run with `--resume_from_checkpoint latest`,
 ended by SIGKILL at `--kills` moments, half of them where it hurts most (while a checkpoint is written, renamed, while
 an older one is removed), half by the clock. At every moment the newest checkpoint must be whole, and the weights
-at the end must be those of the run that was never killed, bit for bit. A JSON line has the result; exit status 1 if they are not, or
-if a run was over before its last kill (give it more `--steps`).
+at the end must be those of the run that was never killed, bit for bit. A JSON line has the result; exit status 1 if
+they are not, or if a run was over before its last kill (give it more `--steps`).
 """
 
 import argparse

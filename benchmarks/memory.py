@@ -349,7 +349,8 @@ def main() -> None:
         row |= compute(case, contextlib.nullcontext if check else gpu_autocast)
         parts = ", ".join(f"{part} {size}" for part, size in row["parts"].items())
         measured = f" (measured {row['measured']})" if check else ""
-        print(f"{case.program} {describe(case)}: {row['peak']} GB{measured}; at rest {row['rest']}; {parts}", flush=True)
+        summary = f"{case.program} {describe(case)}: {row['peak']} GB{measured}; at rest {row['rest']}; {parts}"
+        print(summary, flush=True)
     if output:
         earlier = json.loads(output.read_text()) if output.exists() else {}
         part = "check" if check else "flops" if flops else "table"
