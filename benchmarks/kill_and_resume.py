@@ -166,22 +166,22 @@ def challenge(kind: str, workers: int, kills: int, steps: int, folder: Path, see
         else:
             seconds = rng.uniform(0.02, 0.22) * quiet_seconds
             moments.append((f"after {seconds:.2f} s", lambda: None, seconds))
-    moments = []
+    outcomes = []
     for name, prepare, after in moments:
         status = attempt(program, argv("killed"), log, prepare, after)
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         if not killed and status != 0:
             sys.exit(f"{program}: {name}: ended by itself with status {status}:\n{log.read_text()[-3000:]}")
         whole = list_checkpoints(folder / "killed")
-        moments.append({"moment": name, "killed": killed, "newest": whole[-1].name if whole else None})
+        outcomes.append({"moment": name, "killed": killed, "newest": whole[-1].name if whole else None})
     assert attempt(program, argv("killed"), log, lambda: None, None) == 0, log.read_text()[-3000:]
     return {
         "program": program,
         "workers": workers,
         "steps": steps,
-        "killed": sum(moment["killed"] for moment in moments),
+        "killed": sum(outcome["killed"] for outcome in outcomes),
         "bitwise_equal": digest(folder / "quiet") == digest(folder / "killed"),
-        "moments": moments,
+        "moments": outcomes,
     }
 
 
