@@ -1,4 +1,4 @@
-# make demo    distil the toy teacher on this machine's CPU and draw the comparison
+# make demo    distil the toy teacher on this machine's CPU and compare the two
 # make test    the whole test suite
 # make lint    ruff and mypy
 # Each sets up .venv by itself, once, with the versions in constraints.txt.

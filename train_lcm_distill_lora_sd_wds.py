@@ -7,7 +7,7 @@
         --mixed_precision bf16 --learning_rate 1e-4 --loss_type huber --max_train_steps 4000 \\
         --train_batch_size 16 --gradient_checkpointing --lora_rank 64 --resume_from_checkpoint latest
 
-The method is that of arXiv 2311.05556. The result draws in 1 to 8 steps, on the teacher and its fine-tunes:
+The method is that of arXiv 2311.05556. The result generates in 1 to 8 steps, on the teacher and its fine-tunes:
 
     pipe = DiffusionPipeline.from_pretrained(TEACHER, torch_dtype=torch.float16).to("cuda")
     pipe.scheduler = LCMScheduler.from_pretrained("lcm-lora-sd15")
@@ -22,7 +22,7 @@ PROGRAM = "train_lcm_distill_lora_sd_wds"
 
 
 def parse_args(argv: list[str] | None = None) -> flags.ProgramFlags[flags.LoraFlags]:
-    return flags.parse(__doc__, argv, family=flags.SD, student=flags.LoraFlags)
+    return flags.parse(__doc__, argv, defaults=flags.SD, student=flags.LoraFlags)
 
 
 if __name__ == "__main__":
@@ -37,7 +37,7 @@ from lcm_distill.data.shards import count_samples, expand_shards
 from lcm_distill.data.stream import open_loader
 from lcm_distill.export.weights import export_lora_student
 from lcm_distill.models import sd as family
-from lcm_distill.models import student as unets
+from lcm_distill.models import unets
 from lcm_distill.models.frozen import batch_latents, check_encoding
 from lcm_distill.models.lora import TARGET, AdapterShape, Lora, prepare_without_autocast
 from lcm_distill.models.teacher import Teacher, read_configs
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     distillation, resolution = args.distillation, args.preparation.resolution
     steps, w_min, w_max = distillation.num_ddim_timesteps, distillation.w_min, distillation.w_max
 
-    # What can be wrong with the flags is said here, before any weights are loaded.
+    # Mistakes in the flags are reported here, before any weights are loaded.
     shards = expand_shards(args.streaming.train_shards_path_or_url)
     preparation = Preparation.from_flags(args.preparation)
     teacher = Teacher.from_flags(args.teacher)
@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     check_encoding(preparation.encoding, teacher, family.text_fingerprint)
     counted = partial(count_samples, shards, caption_column=preparation.caption_column)
     plan = run.plan(args.length, args.optimization, args.streaming.train_batch_size, counted)
+    run.connect()
 
     # The networks: one U-Net, which is the teacher while its adapter is off; the adapter is the student θ.
     dtype = inference_dtype(accelerator)
@@ -180,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
             teacher=teacher,
             family=family,
             global_step=run.global_step,
-            settings=run.flags,
+            settings=run.public_flags,
             measured=validation.measured,
             hub=run.hub,
         )

@@ -7,7 +7,7 @@
         --mixed_precision bf16 --learning_rate 1e-6 --loss_type huber --max_train_steps 4000 \\
         --train_batch_size 16 --gradient_checkpointing --use_8bit_adam --resume_from_checkpoint latest
 
-The method is Algorithm 1 of arXiv 2310.04378. The result draws in 1 to 8 steps:
+The method is Algorithm 1 of arXiv 2310.04378. The result generates in 1 to 8 steps:
 
     unet = UNet2DConditionModel.from_pretrained("lcm-sd15", torch_dtype=torch.float16, variant="fp16")
     pipe = DiffusionPipeline.from_pretrained(TEACHER, unet=unet, torch_dtype=torch.float16).to("cuda")
@@ -22,7 +22,7 @@ PROGRAM = "train_lcm_distill_sd_wds"
 
 
 def parse_args(argv: list[str] | None = None) -> flags.ProgramFlags[flags.FullStudentFlags]:
-    return flags.parse(__doc__, argv, family=flags.SD, student=flags.FullStudentFlags)
+    return flags.parse(__doc__, argv, defaults=flags.SD, student=flags.FullStudentFlags)
 
 
 if __name__ == "__main__":
@@ -38,7 +38,7 @@ from lcm_distill.data.stream import open_loader
 from lcm_distill.distributed.fsdp import device_before_split, optimizer_parts, prepare_for_training, split
 from lcm_distill.export.weights import export_full_student
 from lcm_distill.models import sd as family
-from lcm_distill.models import student as unets
+from lcm_distill.models import unets
 from lcm_distill.models.frozen import batch_latents, check_encoding
 from lcm_distill.models.teacher import Teacher, read_configs
 from lcm_distill.objective import consistency as lcd
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     distillation, resolution = args.distillation, args.preparation.resolution
     steps, w_min, w_max = distillation.num_ddim_timesteps, distillation.w_min, distillation.w_max
 
-    # What can be wrong with the flags is said here, before any weights are loaded.
+    # Mistakes in the flags are reported here, before any weights are loaded.
     shards = expand_shards(args.streaming.train_shards_path_or_url)
     preparation = Preparation.from_flags(args.preparation)
     teacher = Teacher.from_flags(args.teacher)
@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     check_encoding(preparation.encoding, teacher, family.text_fingerprint)
     counted = partial(count_samples, shards, caption_column=preparation.caption_column)
     plan = run.plan(args.length, args.optimization, args.streaming.train_batch_size, counted)
+    run.connect()
 
     # The networks: the frozen parts with the teacher, the student θ, and its slow copy, the target θ⁻.
     dtype = inference_dtype(accelerator)
@@ -130,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
             # 2 draw n, noise, w
             index = torch.randint(len(solver), (size,), generator=generator, device=device)
             noise = torch.randn(latents.shape, generator=generator, device=device)
-            w = w_min + (w_max - w_min) * torch.rand(size, generator=generator, device=device)
+            w = w_min + (w_max - w_min) * torch.rand(size, generator=generator, device=device)  # to be embedded
             w_embedding = lcd.guidance_embedding(w, args.student.unet_time_cond_proj_dim)
             start, end = solver.timesteps[index], solver.previous_timesteps[index]
 
@@ -186,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
             family=family,
             guidance_scale=guidance_scale,
             global_step=run.global_step,
-            settings=run.flags,
+            settings=run.public_flags,
             measured=validation.measured,
             hub=run.hub,
         )

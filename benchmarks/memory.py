@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.architectures import RESOLUTIONS, UNETS, build_text_encoders, build_vae, is_sdxl
 from benchmarks.provenance import provenance
 from benchmarks.train_step import alone, flop_counter
-from lcm_distill.models import student as unets
+from lcm_distill.models import unets
 from lcm_distill.models.lora import Lora
 from lcm_distill.models.vae import encode_pixels
 from lcm_distill.objective.consistency import (

@@ -43,7 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.architectures import RESOLUTIONS, write_teacher
 from benchmarks.provenance import ROOT, provenance
-from lcm_distill.models import student as unets
+from lcm_distill.models import unets
 from lcm_distill.objective import consistency
 from lcm_distill.objective.schedule import per_sample
 from lcm_distill.run.progress import Progress

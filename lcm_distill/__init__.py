@@ -1,6 +1,6 @@
 """What the four LCM distillation programs share; README.md maps the folders.
 
-The order, lowest first: errors, flags; redaction, environment; objective, distributed, data; models; sampling; export;
+The order, lowest first: errors; flags, redaction; environment; objective, distributed, data; models; sampling; export;
 run; the commands. Nothing imports what comes after it.
 """
 

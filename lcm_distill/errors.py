@@ -23,7 +23,7 @@ def brief(error: BaseException) -> str:
 
 def run_program(
     main: Callable[[], None],
-    resume_hint: str = "; resume from the last checkpoint with --resume_from_checkpoint latest",
+    resume_hint: str = "; --resume_from_checkpoint latest resumes from the last checkpoint, if there is one",
 ) -> None:
     """Runs a program's `main`; an error meant for its user is printed as a message, without the traceback.
 

@@ -26,7 +26,7 @@ Writes evaluation.md, evaluation.json and evaluation.png (the first pictures of 
 import argparse
 
 from lcm_distill import flags
-from lcm_distill.errors import UsageError, run_program
+from lcm_distill.errors import UsageError, brief, run_program
 
 METRICS = ("latents", "clip", "cmmd", "fid")
 
@@ -237,17 +237,28 @@ def read_real_pictures(shards: str, count: int, resolution: int) -> tuple[list[I
     preparation = Preparation(resolution, interpolation="bicubic", center_crop=True)
     pictures: list[Image.Image] = []
     captions: list[str] = []
-    for raw in itertools.chain.from_iterable(map(read_shard, expand_shards(shards))):
-        try:
-            sample = prepare_sample(raw, preparation, draws=np.zeros(5))
-        except BadSample:
-            continue
-        pictures.append(Image.fromarray(np.ascontiguousarray(sample.arrays["pixels"])))
-        captions.append(sample.caption)
-        if len(pictures) == count:
-            return pictures, captions
+    problems: list[str] = []
+    try:
+        for shard in expand_shards(shards):
+            try:
+                for raw in read_shard(shard):
+                    try:
+                        sample = prepare_sample(raw, preparation, draws=np.zeros(5))
+                    except BadSample:
+                        continue
+                    pictures.append(Image.fromarray(np.ascontiguousarray(sample.arrays["pixels"])))
+                    captions.append(sample.caption)
+                    if len(pictures) == count:
+                        return pictures, captions
+            except UsageError:
+                raise
+            except Exception as error:  # noqa: BLE001 - opener, decompressor and tar reader raise nearly anything
+                problems.append(f" {shard} cannot be read, or not to its end ({brief(error)}).")
+    except UsageError as error:
+        raise UsageError(str(error).replace(flags.SHARDS_FLAG, "--real")) from None
     raise UsageError(
-        f"--real {shards} has {len(pictures)} usable pictures, but --num_pictures is {count}: lower it, or add shards."
+        f"--real {shards} has {len(pictures)} usable pictures, but --num_pictures is {count}: lower it, or add "
+        f"shards.{''.join(problems[:3])}"
     )
 
 

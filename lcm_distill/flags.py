@@ -1,6 +1,6 @@
-"""The command-line flags of programs and commands: typed groups, each a frozen dataclass whose fields are its flags.
+"""The flags of the training programs, and those that commands share: typed groups, frozen dataclasses of flags.
 
-    args = parse(__doc__, argv, family=SDXL, student=FullStudentFlags)        # a training program
+    args = parse(__doc__, argv, defaults=SDXL, student=FullStudentFlags)        # a training program
     args.optimization.adam_beta1                                             # the value of --adam_beta1
     args.flat()                                                              # all flags by name, to write down
 
@@ -134,7 +134,7 @@ def switch(default: bool, help: str, *, title: str | None = None) -> Any:
 
 
 def add_group(parser: CommandParser, group: type, defaults: Mapping[str, Any] | None = None) -> None:
-    """Adds the flags of a `group`, a dataclass; `defaults` replace its own where there are any, by name."""
+    """Adds the flags of a `group`, under its docstring as a heading; `defaults` replace its own, by name."""
     heading = parser.add_argument_group((group.__doc__ or "").partition("\n")[0].rstrip("."))
     for field in dataclasses.fields(group):
         if "help" not in field.metadata:
@@ -183,7 +183,7 @@ class TeacherFlags:
 class DeviceFlags:
     """device"""
 
-    device: str | None = flag(None, "cuda, cuda:1, mps or cpu (default: the first of cuda, mps and cpu that is there)")
+    device: str | None = flag(None, "cuda, cuda:1, mps or cpu (default: the first available of cuda, mps and cpu)")
     dtype: str | None = flag(
         None,
         "precision of the networks; SDXL's VAE stays in fp32 unless its config marks half precision as safe "
@@ -263,8 +263,8 @@ class PreparationFlags:
         nargs="+",
         metavar="CONDITION",
     )
-    proportion_empty_prompts: float = 0.0  # a flag of the training programs,
-    use_fix_crop_and_size: bool = False  # and of SDXL's alone
+    proportion_empty_prompts: float = 0.0  # a flag in TrainingPreparationFlags
+    use_fix_crop_and_size: bool = False  # a flag in SDXLPreparationFlags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,11 +323,11 @@ class DistillationFlags:
 
     w_min: float = flag(
         MISSING,
-        "least guidance w trained; w is the LCM paper's, cond + w·(cond − uncond), "
+        "smallest guidance w to train; w is the LCM paper's, cond + w·(cond − uncond), "
         "so the pipelines' guidance_scale is w + 1",
         type=non_negative,
     )
-    w_max: float = flag(15.0, "greatest guidance w trained", type=non_negative)
+    w_max: float = flag(15.0, "largest guidance w to train", type=non_negative)
     num_ddim_timesteps: int = flag(
         50, "points of the solver's grid; the paper's skipping step k is 1000 / this", type=positive_int
     )
@@ -401,7 +401,7 @@ class SpeedFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchFlags:
-    """launch"""
+    """precision, devices and seed"""
 
     seed: int | None = flag(
         None, "seed of every random draw (default: drawn, and logged)", type=number(int, 0, 2**32 - 1)
@@ -465,11 +465,11 @@ class ValidationFlags:
     validation_steps: int = flag(200, "optimizer steps between two validations", type=positive_int)
     validation_prompts: list[str] | None = flag(
         None,
-        "what to draw: prompts, or .txt files with a prompt on each line (default: four captions of the first shard)",
+        "prompts to generate, or .txt files with a prompt on each line (default: four captions of the first shard)",
         nargs="+",
         metavar="PROMPT",
     )
-    num_validation_images: int = flag(4, "pictures per prompt; 0: draw none", type=count)
+    num_validation_images: int = flag(4, "pictures per prompt; 0: none", type=count)
     validation_inference_steps: list[int] = flag(
         [4],
         "sampling steps of the pictures; with several numbers, such as 1 2 4, a row of pictures for each (default: 4)",
@@ -479,13 +479,13 @@ class ValidationFlags:
     )
     validation_guidance_scale: float | None = flag(
         None,
-        "the pipelines' guidance_scale of the pictures (default: 8, brought into the trained range of w + 1; for a "
+        "the pipelines' guidance_scale of the pictures (default: 8, clamped to the trained range of w + 1; for a "
         "LoRA, whose guidance is in its weights, 1)",
         type=non_negative,
     )
     validation_teacher_steps: int = flag(
         50,
-        "DDIM steps of the teacher's row, drawn once; the distance between its pictures and the student's in one "
+        "DDIM steps of the teacher's row, generated once; the distance between its pictures and the student's in one "
         "step, in latents, is logged as distance/student; 0: neither",
         type=count,
         metavar="STEPS",
@@ -538,7 +538,7 @@ SDXL = FamilyDefaults(SDXLPreparationFlags, resolution=1024, w_min=3.0, vae_enco
 
 
 def parse(
-    description: str | None, argv: list[str] | None, *, family: FamilyDefaults, student: type[Student]
+    description: str | None, argv: list[str] | None, *, defaults: FamilyDefaults, student: type[Student]
 ) -> ProgramFlags[Student]:
     """Parses the command line of a training program (`argv` None: the shell's) and checks what no single flag can.
 
@@ -547,9 +547,9 @@ def parse(
     usage = f"%(prog)s {TEACHER_FLAG} TEACHER {SHARDS_FLAG} SHARDS [flags]"
     parser = CommandParser(None, description, usage)
     kinds: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(ProgramFlags)}
-    kinds |= {"student": student, "preparation": family.preparation}
+    kinds |= {"student": student, "preparation": defaults.preparation}
     for group in kinds.values():
-        add_group(parser, group, vars(family))
+        add_group(parser, group, vars(defaults))
     parsed = parser.parse_args(argv)
     if parsed.w_min > parsed.w_max:
         parser.error(f"argument --w_min: {parsed.w_min:g} is above --w_max {parsed.w_max:g}; give w_min <= w_max")

@@ -10,8 +10,8 @@ from transformers import CLIPTextModel
 from lcm_distill.export.weights import export_full_student, export_lora_student
 from lcm_distill.models.families import FAMILIES
 from lcm_distill.models.lora import Lora
-from lcm_distill.models.student import student_from_teacher, target_from_student
 from lcm_distill.models.teacher import Teacher
+from lcm_distill.models.unets import student_from_teacher, target_from_student
 from lcm_distill.objective.schedule import build_lcm_scheduler
 
 GRID = 20  # points of the students' solver; Diffusers' default is 50

@@ -25,8 +25,7 @@ from test_flags import PUBLIC_COMMANDS
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lcm_distill.errors import DivergenceError, UsageError
-from lcm_distill.models import sd, sdxl
-from lcm_distill.models import student as unets
+from lcm_distill.models import sd, sdxl, unets
 from lcm_distill.models.teacher import Teacher, read_configs
 from lcm_distill.objective import consistency as lcd
 from lcm_distill.objective.consistency import ConsistencyFunction, guidance_embedding

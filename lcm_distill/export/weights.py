@@ -5,7 +5,6 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from lcm_distill.distributed.fsdp import save_network
 from lcm_distill.errors import SaveError
 from lcm_distill.export.card import build_model_card, parse_hub_id, strip_folders
 from lcm_distill.export.hub import HubUpload
+from lcm_distill.models.families import Family
 from lcm_distill.models.lora import STUDENT, TARGET, Lora
 from lcm_distill.models.teacher import Teacher
 
@@ -44,7 +44,7 @@ def export_full_student(
     target: UNet2DConditionModel,
     scheduler: LCMScheduler,
     teacher: Teacher,
-    family: ModuleType,
+    family: Family,
     guidance_scale: float,
     global_step: int,
     settings: dict[str, Any],
@@ -68,9 +68,8 @@ def export_full_student(
         save_network(target, folder / "unet_target")
         if not PartialState().is_main_process:
             return
-        half = UNet2DConditionModel.from_pretrained(
-            folder, torch_dtype=torch.float16
-        )  # also checks that what was saved loads
+        # Loading also checks that what was saved loads.
+        half = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float16)
         half.register_to_config(_name_or_path="")
         half.save_pretrained(folder, variant="fp16")
         scheduler.save_pretrained(folder)
@@ -96,7 +95,7 @@ def export_lora_student(
     lora: Lora,
     scheduler: LCMScheduler,
     teacher: Teacher,
-    family: ModuleType,
+    family: Family,
     global_step: int,
     settings: dict[str, Any],
     hub: HubUpload | None = None,
@@ -137,13 +136,13 @@ def export_lora_student(
 
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Turns an error into a `SaveError`: the run is over, but its last checkpoint still has the result."""
+    """Turns an error into a `SaveError`: the run is over, but its last checkpoint, if there is one, has the result."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - a full disk is a different exception in each writer
         raise SaveError(
-            f"the result could not be written ({type(error).__name__}: {error}). The run's last checkpoint has it: "
-            f"free disk space in {folder} and launch again with --resume_from_checkpoint latest, which only writes it."
+            f"the result could not be written ({type(error).__name__}: {error}). Free disk space in {folder}, then "
+            "launch again with --resume_from_checkpoint latest: if the last step's checkpoint was saved, that only writes it."
         ) from error
 
 
@@ -191,7 +190,7 @@ def _list_uploaded(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in found]
 
 
-def save_lora(folder: Path, lora: Lora, adapter: str, *, family: ModuleType) -> None:
+def save_lora(folder: Path, lora: Lora, adapter: str, *, family: Family) -> None:
     """One adapter as float16 LoRA files in `folder`: Diffusers' format with alpha, and kohya's."""
     base_model_version = family.base_model_version(lora.unet.config)
     folder.mkdir(parents=True, exist_ok=True)

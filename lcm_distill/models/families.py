@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 
 from lcm_distill.data.encoded import Encoding
 from lcm_distill.models import sd, sdxl
-from lcm_distill.models.teacher import Teacher
+from lcm_distill.models.teacher import Teacher, is_sdxl
 
 
 class Family(Protocol):
@@ -65,4 +65,4 @@ FAMILIES: Mapping[str, Family] = {"sd": sd, "sdxl": sdxl}
 
 def family_of(unet_config: Mapping[str, Any]) -> Family:
     """The family of a teacher, from its U-Net's config."""
-    return FAMILIES["sdxl" if unet_config.get("addition_embed_type") == "text_time" else "sd"]
+    return FAMILIES["sdxl" if is_sdxl(unet_config) else "sd"]

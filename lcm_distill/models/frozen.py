@@ -12,8 +12,8 @@ from lcm_distill.data.encoded import Encoding
 from lcm_distill.data.raw import printable
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import SHARDS_FLAG, VAE_FLAG
-from lcm_distill.models.student import to_channels_last
 from lcm_distill.models.teacher import Teacher
+from lcm_distill.models.unets import to_channels_last
 from lcm_distill.models.vae import encode_pixels, sample_moments, scale_and_shift
 
 

@@ -123,7 +123,7 @@ def batch_conditioning(frozen: Frozen, batch: Mapping[str, Any]) -> tuple[dict[s
 
     Both have the time ids of the batch's pictures, as in the pipelines, whose two branches have the same sizes.
     """
-    ids = time_ids(batch)
+    ids = time_ids(batch).to(frozen.device, non_blocking=True)
     return _with_time_ids(_text_conditioning(frozen, batch), ids), _with_time_ids(frozen.empty_conditioning, ids)
 
 
@@ -144,10 +144,8 @@ def time_ids(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _with_time_ids(conditioning: dict[str, Any], ids: torch.Tensor) -> dict[str, Any]:
-    """A copy of `conditioning` with the time ids, int64 `[B, 6]`, on its device."""
-    added = conditioning["added_cond_kwargs"]
-    on_device = ids.to(added["text_embeds"].device, non_blocking=True)
-    return conditioning | {"added_cond_kwargs": added | {"time_ids": on_device}}
+    """A copy of `conditioning` with the time ids, int64 `[B, 6]`."""
+    return conditioning | {"added_cond_kwargs": conditioning["added_cond_kwargs"] | {"time_ids": ids}}
 
 
 def build_pipeline(frozen: Frozen, unet: UNet2DConditionModel, scheduler: LCMScheduler) -> StableDiffusionXLPipeline:

@@ -20,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 
 from lcm_distill.errors import UsageError, brief
 from lcm_distill.flags import TEACHER_FLAG, VAE_FLAG, TeacherFlags
-from lcm_distill.models.student import check_teacher_config
 from lcm_distill.models.vae import vae_factor
 from lcm_distill.objective.schedule import NoiseSchedule
 
@@ -356,6 +355,27 @@ def read_configs(teacher: Teacher, *, family: str, resolution: int, num_ddim_tim
         )
     NoiseSchedule.from_config(scheduler)  # fails for an unknown prediction type
     return TeacherConfigs(unet=unet, vae=vae, scheduler=scheduler)
+
+
+def is_sdxl(unet_config: Mapping[str, Any]) -> bool:
+    """Whether a U-Net is one of SDXL's family, by its config."""
+    return unet_config.get("addition_embed_type") == "text_time"
+
+
+def check_teacher_config(config: Mapping[str, Any], *, family: str) -> None:
+    """`UsageError` if the programs of `family`, "sd" or "sdxl", cannot distil a teacher with this U-Net config."""
+    found_sdxl = is_sdxl(config)
+    if found_sdxl != (family == "sdxl"):
+        right = "sdxl" if found_sdxl else "sd"
+        raise UsageError(
+            f"--pretrained_teacher_model is a Stable Diffusion {'XL ' if found_sdxl else ''}model; "
+            f"distil it with train_lcm_distill_{right}_wds.py or train_lcm_distill_lora_{right}_wds.py."
+        )
+    if config.get("time_cond_proj_dim") is not None:
+        raise UsageError(
+            "--pretrained_teacher_model already has a guidance embedding: it is an LCM, not a teacher. "
+            "Pass the model that it was distilled from."
+        )
 
 
 def _config(kind: Any, model: str, flag: str, *, subfolder: str | None = None, **where: Any) -> dict[str, Any]:

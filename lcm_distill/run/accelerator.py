@@ -52,9 +52,8 @@ def start_accelerator(launch: LaunchFlags, trackers: list[str], *, can_split: bo
     if accelerator.mixed_precision == "fp8":
         raise UsageError("--mixed_precision: fp8 (from `accelerate config`) is not supported; pass bf16.")
     configure_engine(accelerator, can_split=can_split)
-    if (
-        torch.cuda.is_available()
-    ):  # set in both cases: PyTorch's default is off for matrix products and on for convolutions
+    # Set in both cases: PyTorch's default is off for matrix products and on for convolutions.
+    if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = launch.allow_tf32
         # In mixed precision the only float32 convolutions are the VAE's, in float32 for its range, which TF32 has too.
         torch.backends.cudnn.allow_tf32 = launch.allow_tf32 or accelerator.mixed_precision != "no"

@@ -69,12 +69,19 @@ class Checkpoints:
         accelerator.register_load_state_pre_hook(self._load_parts)
 
     def save(
-        self, global_step: int, run: Mapping[str, Any], stream_state: Mapping[str, Any], *, required: bool = False
+        self,
+        global_step: int,
+        run: Mapping[str, Any],
+        stream_state: Mapping[str, Any],
+        *,
+        required: bool = False,
+        last: bool = False,
     ) -> Path | None:
         """Writes `checkpoint-{global_step}`, returns its path; `run` goes into run.json, `stream_state` is this rank's.
 
         If any rank cannot write it (a full disk), that is logged, older checkpoints are kept and the result is None; if
-        it is `required`, because the run is about to stop, it is a `SaveError`. A dry run writes none.
+        it is `required`, because the run is about to stop, it is a `SaveError`. The `last` one of a run is followed by
+        the export alone. A dry run writes none.
         """
         if self._dry_run:
             return None
@@ -116,7 +123,8 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
             if required:
                 raise SaveError(f"{message}, then resume from that one with --resume_from_checkpoint latest.")
-            logger.error("%s: the run continues and tries again at its next checkpoint.", message)
+            what_follows = "writes its result" if last else "continues and tries again at its next checkpoint"
+            logger.error("%s: the run %s.", message, what_follows)
             return None
         if accelerator.is_main_process:
             logger.info("saved %s", final)

@@ -103,5 +103,7 @@ def log_plan(
     )
     if first >= plan.steps:
         logger.info(
-            "this run is finished: it is at step %d of --max_train_steps %d; raise that to continue", first, plan.steps
+            "this run is finished: step %d of %d; raise --max_train_steps (or --num_train_epochs) to continue",
+            first,
+            plan.steps,
         )

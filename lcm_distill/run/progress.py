@@ -59,7 +59,7 @@ class Progress:
     def _reset(self) -> None:
         self._loss.zero_()
         self._grad_norm.zero_()
-        self._batches, self._pictures, self._waited = 0, 0, 0.0
+        self._batches_since_log, self._pictures, self._waited = 0, 0, 0.0
         self._start = time.perf_counter()
 
     def batches(self, loader: ShardLoader) -> Iterator[dict[str, Any]]:
@@ -82,7 +82,7 @@ class Progress:
     def add(self, loss: torch.Tensor, pictures: int) -> None:
         """Counts one batch: its loss (a scalar on the device) and its number of pictures."""
         self._loss += loss.detach()
-        self._batches += 1
+        self._batches_since_log += 1
         self._pictures += pictures
 
     def step(self, grad_norm: torch.Tensor) -> None:
@@ -97,7 +97,7 @@ class Progress:
         if not torch.isfinite(self._loss) or self._skipped >= _MOST_SKIPPED:
             raise DivergenceError(
                 f"the gradients are not finite after step {global_step}, {self._skipped} times in a row, "
-                f"the loss is {float(self._loss) / max(1, self._batches)}. {self._remedy()}"
+                f"the loss is {float(self._loss) / max(1, self._batches_since_log)}. {self._remedy()}"
             )
 
     def log(self, global_step: int, lr_scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict[str, float]:
@@ -107,7 +107,7 @@ class Progress:
         `samples_per_second` (all ranks) and `data_wait` (a share, 0 to 1). `DivergenceError` if loss or gradients are
         not finite.
         """
-        mean = float(self._accelerator.reduce(self._loss / max(1, self._batches), reduction="mean"))
+        mean = float(self._accelerator.reduce(self._loss / max(1, self._batches_since_log), reduction="mean"))
         elapsed = time.perf_counter() - self._start  # only now has the device finished the steps that were queued
         values = {
             "loss": mean,
@@ -145,9 +145,9 @@ class Progress:
 
     def _remedy(self) -> str:
         good = list_checkpoints(self._output_dir)  # none is saved once values are not finite
+        where = f"The last good checkpoint is {good[-1]}: resume" if good else "There is no checkpoint yet: start again"
         return (
-            f"The last good checkpoint is {good[-1] if good else 'none'}: resume with a lower --learning_rate, a lower "
-            "--max_grad_norm, or --mixed_precision bf16 instead of fp16."
+            f"{where} with a lower --learning_rate, a lower --max_grad_norm, or --mixed_precision bf16 instead of fp16."
         )
 
     def _of_ranks(self) -> str:

@@ -308,9 +308,8 @@ def _figures(curves: Mapping[str, tuple[Steps, Values]], seconds: float) -> str:
     for name, (_, values) in curves.items():
         if name in ("grad_norm", "lr"):
             continue
-        mean = float(
-            values[-max(1, len(values) // 20) :].mean()
-        )  # over the last twentieth: a single value is mostly noise
+        # Over the last twentieth: a single value is mostly noise.
+        mean = float(values[-max(1, len(values) // 20) :].mean())
         pairs.append((_title(name), f"{100 * mean:.3g} %" if name == "data_wait" else f"{mean:.4g}"))
     pairs = [*pairs[:5], ("Training time", _long(seconds))]
     return "\n".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in pairs)

@@ -1,7 +1,9 @@
 """One launch of a training program, and everything around its loop: `Run`.
 
     run = Run(PROGRAM, args.launch, architecture, args.flat(), argv=argv)
-    plan = run.plan(...)                                      # length and learning rate; opens Hub and trackers
+    preflight = run.inspect(shards, preparation)              # a first look into the shards
+    plan = run.plan(...)                                      # length and learning rate
+    run.connect()                                             # Hub and trackers
     run.start(parts, loader, optimizer, lr_scheduler, student, validation)
     batches = run.batches()
     while not run.finished:
@@ -40,7 +42,7 @@ from lcm_distill.run.plan import TrainingPlan, log_plan, plan_training
 from lcm_distill.run.progress import start_progress
 from lcm_distill.run.randomness import BatchGenerators
 from lcm_distill.run.stopping import Stopping
-from lcm_distill.run.trackers import end_training, parse_trackers, start_trackers
+from lcm_distill.run.trackers import finish_trackers, parse_trackers, start_trackers
 from lcm_distill.run.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -68,7 +70,7 @@ class Run:
     Attributes:
         accelerator: Accelerate's.
         seed: that of the checkpoint if one is resumed.
-        flags: all flags without secrets, as they may be written to files.
+        public_flags: all flags without secrets, as they may be written to files.
         global_step: optimizer steps done.
         output_dir: None in a dry run, which writes nothing.
         hub: the upload of the result; None without --push_to_hub and on other ranks than the main one.
@@ -101,12 +103,12 @@ class Run:
         )
         self.accelerator = start_accelerator(launch, trackers, can_split=can_split)
         self.seed = choose_seed(self._resumed.get("seed", launch.seed))
-        self.flags = public_flags(flags)
+        self.public_flags = public_flags(flags)
         self.output_dir = None if launch.dry_run else launch.output_dir
         self.global_step: int = self._resumed.get("global_step", 0)
-        self._batches: int = self._resumed.get("batches", 0)
+        self._batches_done: int = self._resumed.get("batches", 0)
         self._launch, self._argv = launch, argv
-        self._record = dict(program=program, architecture=architecture, seed=self.seed, flags=self.flags)
+        self._record = dict(program=program, architecture=architecture, seed=self.seed, flags=self.public_flags)
         self._stop = False
         self.hub: HubUpload | None = None
 
@@ -123,27 +125,29 @@ class Run:
         batch_size: int,
         count_samples: Callable[[], int | None],
     ) -> TrainingPlan:
-        """Computes the run's length and learning rate, and opens Hub and trackers. Call it before loading weights.
+        """Computes the run's length and learning rate.
 
         `batch_size` is that of one process. `count_samples` counts the samples of the shards, None if it cannot; it is
-        called only if the flags do not give the length. A dry run takes one step. `UsageError` for an unknown length, a
-        refusal by the Hub, a tracker that does not start.
+        called only if the flags do not give the length. A dry run takes one step. `UsageError` for an unknown length.
         """
-        launch = self._launch
         self._plan = plan_training(
             self.accelerator,
             length,
             optimization,
             batch_size=batch_size,
             count_samples=count_samples,
-            last_step=self.global_step + 1 if launch.dry_run else None,
+            last_step=self.global_step + 1 if self._launch.dry_run else None,
         )
+        return self._plan
+
+    def connect(self) -> None:
+        """Opens Hub and trackers, before weights are loaded; `UsageError` if the Hub refuses or a tracker fails."""
+        launch = self._launch
         if launch.push_to_hub and not launch.dry_run:
             self.hub = open_hub(self.accelerator, launch.hub_model_id, launch.hub_token, launch.output_dir)
         self._record["trackers"] = start_trackers(
-            self.accelerator, launch.tracker_project_name, self.flags, resumed=self._resumed
+            self.accelerator, launch.tracker_project_name, self.public_flags, resumed=self._resumed
         )
-        return self._plan
 
     def start(
         self,
@@ -183,8 +187,8 @@ class Run:
         """The loader's batches, without end, each with the generator of its random draws."""
         generators = BatchGenerators(self.seed, self.accelerator.process_index, self.accelerator.device)
         for batch in self._progress.batches(self._loader):
-            generator = generators.at(self._batches)
-            self._batches += 1
+            generator = generators.at(self._batches_done)
+            self._batches_done += 1
             yield batch, generator
 
     @property
@@ -226,7 +230,13 @@ class Run:
     def save(self) -> None:
         """Writes a checkpoint. `SaveError` if it cannot be written and the run is about to stop."""
         with self._progress.paused():
-            self._checkpoints.save(self.global_step, self._run_json(), self._loader.state_dict(), required=self._stop)
+            self._checkpoints.save(
+                self.global_step,
+                self._run_json(),
+                self._loader.state_dict(),
+                required=self._stop,
+                last=self.global_step == self._plan.steps,
+            )
 
     def validate(self) -> None:
         """Generates the validation pictures, logs the distances and, with --keep_best, keeps the closest checkpoint."""
@@ -238,7 +248,7 @@ class Run:
                 self._checkpoints.keep_if_best(distance, self.global_step, self._run_json(), self._loader.state_dict())
 
     def _run_json(self) -> dict[str, Any]:
-        return {**self._record, "batches": self._batches}
+        return {**self._record, "batches": self._batches_done}
 
     def finish(self) -> bool:
         """Closes the progress bar, the journal and the data loader; returns whether there is a result to export."""
@@ -249,5 +259,12 @@ class Run:
         return self.global_step >= self._plan.steps and not self._launch.dry_run
 
     def end(self) -> None:
-        """Closes the trackers and the process group, then uploads the exported result; every rank calls it last."""
-        end_training(self.accelerator, self.hub)
+        """Waits for all ranks, closes trackers and process group, then uploads the result; every rank calls it last.
+
+        The upload comes after that, since it takes longer than the other ranks could wait.
+        """
+        self.accelerator.wait_for_everyone()
+        finish_trackers(self.accelerator)
+        self.accelerator.end_training()
+        if self.hub:
+            self.hub.push()

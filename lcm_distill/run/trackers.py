@@ -11,7 +11,6 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 from PIL import Image
 
 from lcm_distill.errors import UsageError
-from lcm_distill.export.hub import HubUpload
 
 logger = logging.getLogger(__name__)
 
@@ -106,14 +105,7 @@ def log_pictures(accelerator: Accelerator, rows: Mapping[str, Sequence[Image.Ima
     _for_each(accelerator, send)
 
 
-def end_training(accelerator: Accelerator, hub: HubUpload | None = None) -> None:
-    """Waits for all ranks and closes the trackers and the process group; every rank calls it last.
-
-    What is staged for the `hub` is uploaded after that: an upload takes longer than the other ranks could wait.
-    """
-    accelerator.wait_for_everyone()
+def finish_trackers(accelerator: Accelerator) -> None:
+    """Closes the trackers; one that fails is reported."""
     _for_each(accelerator, lambda tracker: tracker.finish())
     accelerator.trackers = []
-    accelerator.end_training()
-    if hub:
-        hub.push()

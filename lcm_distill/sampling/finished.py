@@ -16,8 +16,8 @@ from huggingface_hub.errors import HFValidationError
 
 from lcm_distill.errors import UsageError, brief
 from lcm_distill.models.families import family_of
-from lcm_distill.models.student import architecture
 from lcm_distill.models.teacher import Teacher, read_configs
+from lcm_distill.models.unets import architecture
 from lcm_distill.sampling.generate import build_teacher_sampler
 
 logger = logging.getLogger(__name__)

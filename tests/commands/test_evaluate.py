@@ -20,8 +20,8 @@ from lcm_distill.errors import UsageError
 from lcm_distill.export.weights import save_lora
 from lcm_distill.models import sd
 from lcm_distill.models.lora import STUDENT, Lora
-from lcm_distill.models.student import student_from_teacher
 from lcm_distill.models.teacher import Teacher
+from lcm_distill.models.unets import student_from_teacher
 from lcm_distill.objective.schedule import build_lcm_scheduler
 from lcm_distill.sampling import metrics
 from lcm_distill.sampling.finished import Student, find_students, load_teacher

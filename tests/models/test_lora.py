@@ -37,8 +37,8 @@ from lcm_distill.models.lora import (
     parse_target_modules,
     prepare_without_autocast,
 )
-from lcm_distill.models.student import student_from_teacher
 from lcm_distill.models.teacher import Teacher
+from lcm_distill.models.unets import student_from_teacher
 from lcm_distill.objective.consistency import update_ema
 from lcm_distill.objective.schedule import build_lcm_scheduler
 

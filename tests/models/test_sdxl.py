@@ -16,8 +16,8 @@ from lcm_distill.data.preparation import Preparation, prepare_sample
 from lcm_distill.data.raw import RawSample
 from lcm_distill.flags import SDXLPreparationFlags
 from lcm_distill.models import sdxl
-from lcm_distill.models.student import student_from_teacher
 from lcm_distill.models.teacher import Teacher, read_configs
+from lcm_distill.models.unets import student_from_teacher
 from lcm_distill.objective.consistency import guidance_embedding, guided_prediction, unet_output
 from lcm_distill.objective.schedule import NoiseSchedule, build_lcm_scheduler
 

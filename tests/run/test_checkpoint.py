@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 
 from lcm_distill.errors import SaveError, UsageError
-from lcm_distill.models.student import UNetPart
+from lcm_distill.models.unets import UNetPart
 from lcm_distill.redaction import public_flags
 from lcm_distill.run.checkpoint import Checkpoints, changed_flags, find_checkpoint, find_run, list_checkpoints
 

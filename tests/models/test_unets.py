@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from lcm_distill.errors import UsageError
-from lcm_distill.models.student import (
+from lcm_distill.models.unets import (
     architecture,
     check_teacher_config,
     enable_xformers,

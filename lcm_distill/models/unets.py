@@ -13,7 +13,6 @@ from diffusers.utils import is_xformers_available
 
 from lcm_distill.distributed.compiling import compile_networks
 from lcm_distill.distributed.fsdp import load_network, save_network
-from lcm_distill.errors import UsageError
 from lcm_distill.flags import FullStudentFlags, SpeedFlags
 
 logger = logging.getLogger(__name__)
@@ -110,19 +109,3 @@ def enable_xformers(*unets: UNet2DConditionModel) -> None:
                 unet.disable_xformers_memory_efficient_attention()
     if reason:
         logger.warning("xformers' attention is not used (%s), but PyTorch's own, which is as fast", reason)
-
-
-def check_teacher_config(config: Mapping[str, Any], *, family: str) -> None:
-    """`UsageError` if the programs of `family`, "sd" or "sdxl", cannot distil a teacher with this U-Net config."""
-    is_sdxl = config.get("addition_embed_type") == "text_time"
-    if is_sdxl != (family == "sdxl"):
-        right = "sdxl" if is_sdxl else "sd"
-        raise UsageError(
-            f"--pretrained_teacher_model is a Stable Diffusion {'XL ' if is_sdxl else ''}model; "
-            f"distil it with train_lcm_distill_{right}_wds.py or train_lcm_distill_lora_{right}_wds.py."
-        )
-    if config.get("time_cond_proj_dim") is not None:
-        raise UsageError(
-            "--pretrained_teacher_model already has a guidance embedding: it is an LCM, not a teacher. "
-            "Pass the model that it was distilled from."
-        )
