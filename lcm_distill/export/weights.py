@@ -142,7 +142,7 @@ def _writing(folder: Path) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - a full disk is a different exception in each writer
         raise SaveError(
             f"the result could not be written ({type(error).__name__}: {error}). Free disk space in {folder}, then "
-            "launch again with --resume_from_checkpoint latest: if the last step's checkpoint was saved, that only writes it."
+            "launch again with --resume_from_checkpoint latest: with the last step's checkpoint that only writes it."
         ) from error
 
 
