@@ -12,7 +12,7 @@ RUN := $(VENV)/bin/python
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
-SUITE := -m pytest -n 2 --dist loadfile
+SUITE := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-oldest test-newest lint clean
 .DELETE_ON_ERROR:

@@ -519,7 +519,7 @@ def main() -> None:
             *("--seed", "0", "--logging_steps", "1000000", "--validation_prompts", "a circle"),
             *("--learning_rate", "1e-6", *more),
         ]
-        accumulation = modules(args.program)[0].parse_args(argv).gradient_accumulation_steps
+        accumulation = modules(args.program)[0].parse_args(argv).launch.gradient_accumulation_steps
         pictures = args.train_batch_size * accumulation
         flops: dict[str, float] = {}
         if not args.no_flops:

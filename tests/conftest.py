@@ -27,6 +27,18 @@ ROOT = Path(__file__).resolve().parents[1]
 TEACHERS = {family: str(ROOT / "toy" / "teachers" / family) for family in ("sd", "sdxl")}
 
 
+# The files that take longest, in this order before all others: none is left for one process alone at the end.
+LONGEST = (
+    "test_programs", "test_fsdp", "test_wiring", "test_many_processes", "test_zero", "test_benchmarks", "test_kills",
+    "test_hub", "test_golden", "test_encode_shards",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))  # the order within a file stays
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)

@@ -622,7 +622,7 @@ def test_a_teacher_as_early_libraries_wrote_it_is_the_same(program, command, run
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_public_launch_commands_run_and_resume(program, command, run, tmp_path, shards, teachers, caplog):
-    """All flags of Diffusers' guides; teacher, VAE, shards, output, steps and precision changed, nothing uploaded."""
+    """All flags of Diffusers' guides; teacher, VAE, shards, output, sizes and precision changed, nothing uploaded."""
     public = shlex.split(PUBLIC_COMMANDS[program.removeprefix("train_lcm_distill_").removesuffix("_wds")])
     teacher = teachers[family(program)]
     changed = {
@@ -631,6 +631,8 @@ def test_the_public_launch_commands_run_and_resume(program, command, run, tmp_pa
         "--train_shards_path_or_url": shards,
         "--output_dir": str(tmp_path / "out"),
         "--resolution": "64",
+        "--train_batch_size": "2",
+        "--dataloader_num_workers": "1",
         "--mixed_precision": "bf16",
     }
     argv = [

@@ -18,7 +18,7 @@ import pytest
 import torch
 from test_programs import FULL_PROGRAMS, LORA_PROGRAMS, PROGRAMS, SDXL_PROGRAMS, family
 
-from lcm_distill.models import lora, student, teacher
+from lcm_distill.models import lora, teacher, unets
 from lcm_distill.objective import consistency
 from lcm_distill.run import accelerator as accelerator_module
 from lcm_distill.run import checkpoint, optim, progress, run, stopping, validation
@@ -47,7 +47,7 @@ VALUES: dict[str, Any] = {
     "keep_best": True, "max_train_time": 3600.0, "resume_from_checkpoint": "latest", "push_to_hub": True,
     "hub_token": "the-token", "hub_model_id": "the-model",
     "validation_steps": 2, "validation_prompts": ["a small red circle", "a blue star"], "num_validation_images": 1,
-    "validation_inference_steps": [2, 3], "validation_guidance_scale": 1.75, "validation_teacher_steps": 5,
+    "validation_inference_steps": [1, 2], "validation_guidance_scale": 1.75, "validation_teacher_steps": 3,
     "unet_time_cond_proj_dim": 32, "ema_decay": 0.6,
     "lora_rank": 3, "lora_alpha": 6, "lora_dropout": 0.25, "lora_target_modules": "to_q,conv1",
     "use_fix_crop_and_size": True,
@@ -138,9 +138,9 @@ def run_with_spies(program: str, values: dict[str, Any], call: Any, patch: pytes
     spy(patch, seen, module, "build_lcm_scheduler", "lcm_scheduler")
     spy(patch, seen, module, "read_configs", "read_configs")
     spy(patch, seen, module.family, "load_frozen", "load_frozen")
-    spy(patch, seen, student, "student_from_teacher", "student")
-    spy(patch, seen, student, "compile_networks", "compile", instead=lambda mode, *networks: None)
-    spy(patch, seen, student, "enable_xformers", "xformers", instead=lambda *unets: None)
+    spy(patch, seen, unets, "student_from_teacher", "student")
+    spy(patch, seen, unets, "compile_networks", "compile", instead=lambda mode, *networks: None)
+    spy(patch, seen, unets, "enable_xformers", "xformers", instead=lambda *unets: None)
     spy(patch, seen, lora, "LoraConfig", "lora")
     spy(patch, seen, checkpoint.Checkpoints, "__init__", "checkpoints")
     spy(patch, seen, checkpoint.Checkpoints, "save", "save")
@@ -317,9 +317,9 @@ FOLLOWED: dict[str, tuple[Any, Any]] = {
     ),
     "validation_prompts": (lambda seen, *_: set(seen.last("generate", 1)), {"a small red circle", "a blue star"}),
     "num_validation_images": (lambda seen, *_: len(seen.last("generate", 1)), 2),
-    "validation_inference_steps": (lambda seen, *_: {2, 3} <= {steps for steps, _ in _rows(seen)}, True),
-    "validation_guidance_scale": (lambda seen, *_: {guidance for steps, guidance in _rows(seen) if steps != 5}, {1.75}),
-    "validation_teacher_steps": (lambda seen, *_: _rows(seen)[0][0], 5),
+    "validation_inference_steps": (lambda seen, *_: {1, 2} == {steps for steps, _ in _rows(seen)} - {3}, True),
+    "validation_guidance_scale": (lambda seen, *_: {guidance for steps, guidance in _rows(seen) if steps != 3}, {1.75}),
+    "validation_teacher_steps": (lambda seen, *_: _rows(seen)[0][0], 3),
     "unet_time_cond_proj_dim": (
         lambda seen, *_: (seen.last("student", 1), set(seen.all("guidance_embedding", 1))),
         (32, {32}),
@@ -363,7 +363,7 @@ def test_a_full_student_learns_all_of_w_s_range_and_is_compared_at_one_guidance(
     w = torch.cat(seen.all("guided_prediction", 6))
     assert torch.equal(w, torch.cat(seen.all("guidance_embedding", 0)))  # what the teacher is guided by is embedded
     assert 2 <= w.min() < 2.7 and 3.3 < w.max() <= 4  # of 12
-    assert {guidance for steps, guidance in _rows(seen) if steps == 5} == {1.75}  # the teacher's
+    assert {guidance for steps, guidance in _rows(seen) if steps == 3} == {1.75}  # the teacher's
 
 
 @pytest.mark.parametrize("program", LORA_PROGRAMS)
@@ -373,7 +373,7 @@ def test_a_lora_s_teacher_is_guided_in_w_s_range_and_drawn_at_its_mean(program, 
     assert set(zip(seen.all("draw_guidance", 0), seen.all("draw_guidance", 1), strict=True)) == {(2.0, 4.0)}
     w = torch.cat(seen.all("guided_prediction", 6))
     assert 2 <= w.min() < 2.7 and 3.3 < w.max() <= 4
-    assert {guidance for steps, guidance in _rows(seen) if steps == 5} == {1 + (2 + 4) / 2}
+    assert {guidance for steps, guidance in _rows(seen) if steps == 3} == {1 + (2 + 4) / 2}
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
