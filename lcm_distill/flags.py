@@ -30,7 +30,7 @@ VAE_FLAG = "--pretrained_vae_model_name_or_path"
 INTERPOLATIONS = ("bilinear", "bicubic", "box", "hamming", "lanczos", "nearest", "nearest_exact")
 LR_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 COMPILE_MODES = ("regional", "whole")
-SAMPLERS = ("DDIM", "DPM-Solver++")  # of undistilled models, by the names in the LCM paper's tables
+SAMPLERS = ("DDIM", "DPM-Solver++")  # of the teachers, by the names in the LCM paper's tables
 DTYPES = ("fp16", "bf16", "fp32")
 
 Group = TypeVar("Group")

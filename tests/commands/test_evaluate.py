@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from lcm_distill import evaluate
+from lcm_distill.data.tar import atomic_tar
 from lcm_distill.errors import UsageError
 from lcm_distill.export.weights import save_lora
 from lcm_distill.models import sd
@@ -404,3 +406,24 @@ def test_the_reference_follows_the_solver_s_trajectory(pipeline):
     other = build_teacher_sampler(SimpleNamespace(**pipeline.scheduler.config).__dict__, "DPM-Solver++")
     other.set_timesteps(4)
     assert other.timesteps.tolist()[0] == 999
+
+
+def test_real_shards_that_are_cut_are_left_out_and_encoded_ones_refused(shards, tmp_path):
+    """A tar that was cut short ended in a traceback, and messages named a flag that the command does not have."""
+    first, second = sorted(Path(shards).glob("*.tar"))
+    (tmp_path / "0.tar").write_bytes(first.read_bytes()[:20_000])
+    both = f"{tmp_path / '0.tar'}::{second}"
+    pictures, captions = evaluate.read_real_pictures(both, 24, 64)
+    assert len(pictures) == len(captions) == 24 and pictures[0].size == (64, 64)
+    with pytest.raises(
+        UsageError, match=r"^--real .* has \d\d usable pictures, .*0.tar cannot be read, or not to its end"
+    ):
+        evaluate.read_real_pictures(both, 48, 64)
+    with pytest.raises(UsageError, match=r"^--real: .*none.tar") as error:
+        evaluate.read_real_pictures(str(tmp_path / "none.tar"), 1, 64)
+    assert "--train_shards" not in str(error.value)
+    with atomic_tar(tmp_path / "encoded.tar") as tar:
+        tar.add("a.latents.safetensors", b"x")
+        tar.add("a.txt", b"a caption")
+    with pytest.raises(UsageError, match=r"^--real: the sample a is encoded"):
+        evaluate.read_real_pictures(str(tmp_path / "encoded.tar"), 1, 64)
