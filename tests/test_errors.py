@@ -30,7 +30,7 @@ def test_the_hint_after_an_interrupt_can_be_left_out(capsys):
     def interrupt():
         raise KeyboardInterrupt
 
-    for hint, message in (([""], "interrupted\n"), ([], "interrupted; resume from the last checkpoint")):
+    for hint, message in (([""], "interrupted\n"), ([], "interrupted; --resume_from_checkpoint latest resumes")):
         with pytest.raises(SystemExit) as stopped:
             run_program(interrupt, *hint)
         assert stopped.value.code == 130 and capsys.readouterr().err.startswith(message)

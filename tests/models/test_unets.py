@@ -7,13 +7,8 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from lcm_distill.errors import UsageError
-from lcm_distill.models.unets import (
-    architecture,
-    check_teacher_config,
-    enable_xformers,
-    student_from_teacher,
-    target_from_student,
-)
+from lcm_distill.models.teacher import check_teacher_config
+from lcm_distill.models.unets import architecture, enable_xformers, student_from_teacher, target_from_student
 from lcm_distill.objective.consistency import guidance_embedding
 
 
