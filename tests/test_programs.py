@@ -481,7 +481,7 @@ def test_a_raised_max_train_steps_continues_a_finished_run(command, run, tmp_pat
         caplog.clear()
         (tmp_path / "out" / "diffusion_pytorch_model.safetensors").unlink()
         run(PROGRAMS[0], command(steps=1, resume_from_checkpoint="latest"))  # beyond its end: it only exports
-    assert "this run is finished: step 2 of 2" in caplog.text and same(before, weights(tmp_path / "out"))
+    assert "this run is finished: it is at step 2" in caplog.text and same(before, weights(tmp_path / "out"))
 
 
 def test_the_environment_s_accumulation_is_in_the_plan(command, run, monkeypatch, caplog):

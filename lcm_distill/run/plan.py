@@ -103,7 +103,7 @@ def log_plan(
     )
     if first >= plan.steps:
         logger.info(
-            "this run is finished: step %d of %d; raise --max_train_steps (or --num_train_epochs) to continue",
+            "this run is finished: it is at step %d, its length is %d; raise --max_train_steps (or --num_train_epochs)",
             first,
             plan.steps,
         )
