@@ -38,6 +38,7 @@ PROGRAMS = [f"train_lcm_distill_{kind}_wds" for kind in ("sd", "sdxl", "lora_sd"
 LORA_PROGRAMS = [program for program in PROGRAMS if "lora" in program]
 FULL_PROGRAMS = [program for program in PROGRAMS if "lora" not in program]
 SDXL_PROGRAMS = [program for program in PROGRAMS if "sdxl" in program]
+ONE_OF_EACH = ["train_lcm_distill_sd_wds", "train_lcm_distill_lora_sdxl_wds"]  # of families and of kinds of student
 PROMPT = "a small red circle on a black background"
 
 
@@ -258,8 +259,7 @@ def test_a_step_is_that_of_algorithm_1(program, command, run, monkeypatch, teach
     assert losses[1][1] == pytest.approx(float(loss), rel=1e-5)
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("program, workers", [(p, 0) for p in PROGRAMS] + [(p, 2) for p in ONE_OF_EACH])
 def test_two_plus_two_resumed_steps_equal_four(program, workers, command, run, tmp_path, monkeypatch):
     """Bit for bit: samples, losses, weights. The public programs restart their data on every resume."""
     losses = captured_losses(monkeypatch)
@@ -877,7 +877,7 @@ def varied_shards(tmp_path_factory) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", ONE_OF_EACH)
 def test_flags_that_did_nothing_in_the_public_programs_do_something(program, command, run, tmp_path, varied_shards):
     """center_crop, random_flip, proportion_empty_prompts, scale_lr; in the SD programs the separate VAE.
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_programs import FULL_PROGRAMS, LORA_PROGRAMS, PROGRAMS, SDXL_PROGRAMS, family
+from test_programs import FULL_PROGRAMS, LORA_PROGRAMS, ONE_OF_EACH, PROGRAMS, SDXL_PROGRAMS, family
 
 from lcm_distill.models import lora, teacher, unets
 from lcm_distill.objective import consistency
@@ -376,7 +376,7 @@ def test_a_lora_s_teacher_is_guided_in_w_s_range_and_drawn_at_its_mean(program, 
     assert {guidance for steps, guidance in _rows(seen) if steps == 3} == {1 + (2 + 4) / 2}
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", ONE_OF_EACH)
 def test_without_a_validation_guidance_a_full_student_has_8_brought_into_range_and_a_lora_1(
     program, command, run, monkeypatch
 ):
@@ -389,7 +389,7 @@ def test_without_a_validation_guidance_a_full_student_has_8_brought_into_range_a
     assert rows[2] == teacher_scale and rows[3] == rows[1] == student_scale
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", ONE_OF_EACH)
 def test_max_train_steps_dry_run_and_8_bit_adam(program, command, run, monkeypatch, tmp_path):
     seen = Seen()
     bitsandbytes = pytest.importorskip("bitsandbytes")
