@@ -1,6 +1,6 @@
 """Plants faults in the wiring of the programs, one by one, and checks that a test finds each.
 
-    python -m tests.miswired               # some five minutes
+    python -m tests.miswired               # some minutes a fault, for those that are found late
     python -m tests.miswired betas filter  # those whose names contain one of these words
 
 Each fault is put into a copy of the repository, and `tests/test_wiring.py` is run there until its first failure. Before
