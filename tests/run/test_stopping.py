@@ -216,8 +216,10 @@ def test_a_resumed_run_continues_the_same_tracker_run(command, run, tmp_path, mo
     options = {"report_to": "wandb,tensorboard", "checkpointing_steps": 1}
     run(PROGRAM, command(steps=1, **options))
     known = json.loads((tmp_path / "out" / "checkpoint-1" / "run.json").read_text())["trackers"]["wandb"]
+    first = len(started)  # offline, Accelerate 1.12 starts wandb twice in a launch
     run(PROGRAM, command(steps=2, resume_from_checkpoint="latest", **options))
-    assert "id" not in started[0] and started[1]["id"] == known and started[1]["resume"] == "allow"
+    assert first and not any("id" in options for options in started[:first])
+    assert started[first:] and all(o["id"] == known and o["resume"] == "allow" for o in started[first:])
     assert json.loads((tmp_path / "out" / "checkpoint-2" / "run.json").read_text())["trackers"]["wandb"] == known
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
