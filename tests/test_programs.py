@@ -1,5 +1,6 @@
 """The programs from command line to reloaded picture, on the toy teachers."""
 
+import contextlib
 import gc
 import io
 import json
@@ -9,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, LCMScheduler, UNet2DConditionModel
@@ -793,10 +796,23 @@ def torchrun(argv: list[str], tmp_path: Path) -> subprocess.CompletedProcess:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
+    launcher = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", *argv],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+        cwd=tmp_path, env=environment | {"PYTHONFAULTHANDLER": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
+    try:
+        output = launcher.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        ranks = psutil.Process(launcher.pid).children(recursive=True)
+        for number in (signal.SIGABRT, signal.SIGKILL):  # at the first each rank writes where it is
+            for process in ranks:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
+            psutil.wait_procs(ranks, timeout=10)
+        launcher.kill()
+        pytest.fail(f"two ranks did not end within five minutes:\n{launcher.communicate()[1][-20000:]}")
+    return subprocess.CompletedProcess(launcher.args, launcher.returncode, *output)
 
 
 def test_two_ranks_train_one_adapter_on_their_own_data_and_resume(command, tmp_path):
