@@ -394,7 +394,9 @@ class SpeedFlags:
         choices=list(COMPILE_MODES),
     )
     enable_xformers_memory_efficient_attention: bool = switch(
-        False, "xformers' attention where it works; PyTorch's own, as fast on today's GPUs, otherwise"
+        False,
+        "xformers' attention (pip install -e '.[xformers]') where it works; PyTorch's own, as fast on today's GPUs, "
+        "otherwise",
     )
     gradient_checkpointing: bool = switch(False, "recompute activations in the backward pass: less memory, slower")
 
