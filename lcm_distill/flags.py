@@ -415,7 +415,9 @@ class LaunchFlags:
         choices=["no", "fp16", "bf16"],
     )
     allow_tf32: bool = switch(
-        False, "TF32 matrix products and convolutions where float32 is asked for (Ampere or newer)"
+        False,
+        "TF32 matrix products and convolutions where float32 is asked for (Ampere or newer); in mixed precision that "
+        "is SDXL's float32 VAE alone, which has TF32 in any case",
     )
     gradient_accumulation_steps: int = flag(1, "batches per optimizer step", type=positive_int)
     local_rank: int = flag(-1, "this process's device, for launchers that do not set LOCAL_RANK", type=int)

@@ -92,19 +92,6 @@ def argv_of(program: str, values: dict[str, Any]) -> list[str]:
     return argv
 
 
-class FakeTorch:
-    """torch as a machine with a GPU has it, for the settings of TF32 alone."""
-
-    def __init__(self) -> None:
-        self.backends = SimpleNamespace(
-            cuda=SimpleNamespace(matmul=SimpleNamespace(allow_tf32=None)), cudnn=SimpleNamespace(allow_tf32=None)
-        )
-        self.cuda = SimpleNamespace(is_available=lambda: True)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
 def run_with_spies(program: str, values: dict[str, Any], call: Any, patch: pytest.MonkeyPatch, kind: str) -> Seen:
     """Runs `program` with these flags on the toy teacher of the family `kind`, whatever teacher they name."""
     seen, module = Seen(), importlib.import_module(program)
@@ -116,8 +103,6 @@ def run_with_spies(program: str, values: dict[str, Any], call: Any, patch: pytes
 
     from_flags = teacher.Teacher.from_flags
     patch.setattr(teacher.Teacher, "from_flags", toy_teacher)
-    seen["torch"].append(((fake := FakeTorch(),), {}))
-    patch.setattr(accelerator_module, "torch", fake)
     environment = dict(os.environ)  # in which LOCAL_RANK reaches no library: there is one process
     seen["environ"].append(((environment,), {}))
     patch.setattr(accelerator_module, "os", SimpleNamespace(environ=environment))
@@ -146,6 +131,7 @@ def run_with_spies(program: str, values: dict[str, Any], call: Any, patch: pytes
     spy(patch, seen, checkpoint.Checkpoints, "save", "save")
     spy(patch, seen, checkpoint.Checkpoints, "keep_if_best", "keep_if_best")
     spy(patch, seen, run, "find_run", "find_run")
+    spy(patch, seen, run, "start_accelerator", "start_accelerator")
     spy(patch, seen, run, "open_hub", "hub", instead=lambda *_: None)
     spy(patch, seen, run.BatchGenerators, "__init__", "generators")
     spy(patch, seen, progress.Progress, "log", "log")
@@ -289,7 +275,7 @@ FOLLOWED: dict[str, tuple[Any, Any]] = {
         (99, 99, 99, [99, 100]),
     ),
     "mixed_precision": (lambda seen, *_: seen.last("accelerator", "mixed_precision"), "bf16"),
-    "allow_tf32": (lambda seen, *_: seen.last("torch", 0).backends.cuda.matmul.allow_tf32, True),
+    "allow_tf32": (lambda seen, *_: seen.last("start_accelerator", 0).allow_tf32, True),  # bf16 has TF32 in any case
     "gradient_accumulation_steps": (
         lambda seen, *_: (seen.last("accelerator", "gradient_accumulation_steps"), len(seen["encode_pixels"])),
         (2, 6),

@@ -62,11 +62,15 @@ def start_accelerator(launch: LaunchFlags, trackers: list[str], *, can_split: bo
     if accelerator.mixed_precision == "fp8":
         raise UsageError("--mixed_precision: fp8 (from `accelerate config`) is not supported; pass bf16.")
     configure_engine(accelerator, can_split=can_split)
-    # Set in both cases: PyTorch's default is off for matrix products and on for convolutions.
     if torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = launch.allow_tf32
-        # In mixed precision the only float32 convolutions are the VAE's, in float32 for its range, which TF32 has too.
-        torch.backends.cudnn.allow_tf32 = launch.allow_tf32 or accelerator.mixed_precision != "no"
+        # In mixed precision the only float32 products and convolutions are those of SDXL's own VAE, which is in float32
+        # for its range, and TF32 has that too: schedule, solver, loss and optimizer go element by element. PyTorch's
+        # default is off for products and on for convolutions, so both are set in any case.
+        tf32 = launch.allow_tf32 or accelerator.mixed_precision != "no"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        # cuDNN tries its kernels at the first call with each shape. A run's shapes never change, apart from a last,
+        # smaller batch of validation pictures, for which they are tried once more.
+        torch.backends.cudnn.benchmark = True
     if accelerator.is_main_process and not launch.dry_run:
         check_writable(launch.output_dir)
     logging.basicConfig(

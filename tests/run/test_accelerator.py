@@ -50,6 +50,26 @@ def test_the_flags_reach_accelerate(given):
     assert (given[0]["project_config"].project_dir, given[0]["project_config"].logging_dir) == ("x", "x/y")
 
 
+@pytest.mark.parametrize("precision, flag, tf32", [("no", False, False), ("no", True, True), ("bf16", False, True)])
+def test_settings_of_cuda(precision, flag, tf32, monkeypatch):
+    """TF32 is for SDXL's float32 VAE in mixed precision; full precision is full unless the flag says otherwise."""
+    chosen = SimpleNamespace(
+        cuda=SimpleNamespace(is_available=lambda: True),
+        backends=SimpleNamespace(
+            cuda=SimpleNamespace(matmul=SimpleNamespace(allow_tf32=not tf32)),
+            cudnn=SimpleNamespace(allow_tf32=not tf32, benchmark=False),
+        ),
+    )
+    stand_in = SimpleNamespace(
+        is_main_process=False, mixed_precision=precision, distributed_type="NO", device=torch.device("cuda")
+    )
+    monkeypatch.setattr("lcm_distill.run.accelerator.Accelerator", lambda **options: stand_in)
+    monkeypatch.setattr("lcm_distill.run.accelerator.torch", chosen)
+    start_accelerator(LaunchFlags(output_dir="x", mixed_precision=precision, allow_tf32=flag), [])
+    assert chosen.backends.cuda.matmul.allow_tf32 == chosen.backends.cudnn.allow_tf32 == tf32
+    assert chosen.backends.cudnn.benchmark
+
+
 def test_local_rank_reaches_the_launcher_s_variable(given, monkeypatch):
     for before, expected in ((None, "3"), ("1", "1")):
         monkeypatch.setattr("os.environ", {"LOCAL_RANK": before} if before else {})
