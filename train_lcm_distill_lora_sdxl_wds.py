@@ -84,6 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     unets.to_channels_last(unet)
     lora = Lora(unet, **vars(shape), dropout=args.student.lora_dropout)
     unets.apply_speed_flags(args.speed, unet)
+    frozen.compile_encoder(args.speed.compile)
     optimizer = build_optimizer(
         lora.parameters(), args.optimization, plan.learning_rate, fused=accelerator.mixed_precision != "fp16"
     )

@@ -85,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.optimization.use_8bit_adam:  # bitsandbytes makes what it trains contiguous
         unets.to_channels_last(student, target)
     unets.apply_speed_flags(args.speed, student, target, frozen.unet)
+    frozen.compile_encoder(args.speed.compile)
     split(accelerator, student, target, frozen.unet)
     optimizer = build_optimizer(
         student.parameters(), args.optimization, plan.learning_rate, fused=accelerator.mixed_precision != "fp16"

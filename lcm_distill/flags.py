@@ -387,8 +387,8 @@ class SpeedFlags:
     )
     compile: str | None = flag(
         None,
-        "compile the U-Nets: their repeated blocks (regional, what --compile alone means), or each in one piece "
-        "(whole: slower to begin); the first steps take minutes, in later runs much less",
+        "compile the U-Nets and the VAE's encoder: their repeated blocks (regional, what --compile alone means), or "
+        "each in one piece (whole: slower to begin); the first steps take minutes, in later runs much less",
         nargs="?",
         const="regional",
         choices=list(COMPILE_MODES),

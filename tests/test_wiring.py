@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import Encoder
 from test_programs import FULL_PROGRAMS, LORA_PROGRAMS, ONE_OF_EACH, PROGRAMS, SDXL_PROGRAMS, family
 
-from lcm_distill.models import lora, teacher, unets
+from lcm_distill.models import frozen, lora, teacher, unets
 from lcm_distill.objective import consistency
 from lcm_distill.run import accelerator as accelerator_module
 from lcm_distill.run import checkpoint, optim, progress, run, stopping, validation
@@ -114,7 +115,7 @@ def run_with_spies(program: str, values: dict[str, Any], call: Any, patch: pytes
     stream = importlib.import_module("lcm_distill.data.stream")
     spy(patch, seen, stream.ShardStream, "__init__", "stream")
     spy(patch, seen, stream.ShardLoader, "__init__", "loader")
-    spy(patch, seen, importlib.import_module("lcm_distill.models.frozen"), "encode_pixels", "encode_pixels")
+    spy(patch, seen, frozen, "encode_pixels", "encode_pixels")
     # the objective, under the names by which the programs call it
     for name in ("guided_prediction", "consistency_loss", "update_ema", "draw_guidance", "guidance_embedding"):
         spy(patch, seen, consistency, name, name)
@@ -125,6 +126,7 @@ def run_with_spies(program: str, values: dict[str, Any], call: Any, patch: pytes
     spy(patch, seen, module.family, "load_frozen", "load_frozen")
     spy(patch, seen, unets, "student_from_teacher", "student")
     spy(patch, seen, unets, "compile_networks", "compile", instead=lambda mode, *networks: None)
+    spy(patch, seen, frozen, "compile_networks", "compile_vae", instead=lambda mode, *networks: None)
     spy(patch, seen, unets, "enable_xformers", "xformers", instead=lambda *unets: None)
     spy(patch, seen, lora, "LoraConfig", "lora")
     spy(patch, seen, checkpoint.Checkpoints, "__init__", "checkpoints")
@@ -262,7 +264,10 @@ FOLLOWED: dict[str, tuple[Any, Any]] = {
     "cast_teacher_unet": (lambda seen, *_: set(seen.all("guided_prediction", "dtype")), {torch.float32}),
     "teacher_batch_size": (lambda seen, *_: set(seen.all("guided_prediction", "batch_size")), {3}),
     "vae_encode_batch_size": (lambda seen, *_: set(seen.all("encode_pixels", 2)), {6}),
-    "compile": (lambda seen, *_: seen.last("compile", 0), "whole"),
+    "compile": (
+        lambda seen, *_: (seen.last("compile", 0), seen.last("compile_vae", 0), type(seen.last("compile_vae", 1))),
+        ("whole", "whole", Encoder),
+    ),
     "enable_xformers_memory_efficient_attention": (lambda seen, *_: len(seen["xformers"]), 1),
     "gradient_checkpointing": (lambda seen, *_: seen["compile"][-1][0][1].is_gradient_checkpointing, True),
     "seed": (
