@@ -65,7 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     ddim = build_teacher_sampler(configs.scheduler)
     prompts = check_validation(args.validation, sampler, ddim)
     shape = AdapterShape.from_flags(args.student, configs.unet)
-    run = Run(PROGRAM, args.launch, unets.architecture(configs.unet) | shape.architecture(), args.flat(), argv=argv)
+    architecture = unets.architecture(configs.unet) | shape.architecture()
+    run = Run(PROGRAM, args.launch, args.streaming, architecture, args.flat(), argv=argv)
     accelerator, device = run.accelerator, run.accelerator.device
     preflight = run.inspect(shards, preparation)
     preparation = preflight.preparation
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     student, optimizer = prepare_without_autocast(accelerator, unet, optimizer)
 
     # The data, and the objective.
-    loader = open_loader(args.streaming, shards, preparation, run.seed, accelerator)
+    loader = open_loader(run.streaming, shards, preparation, run.seed, accelerator)
     schedule = NoiseSchedule.from_config(configs.scheduler).to(device)
     solver = DDIMSolver(schedule, steps)
     consistency = lcd.ConsistencyFunction(schedule, distillation.timestep_scaling_factor)

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     ddim = build_teacher_sampler(configs.scheduler)
     prompts = check_validation(args.validation, sampler, ddim)
     architecture = unets.full_student_architecture(configs.unet, args.student)
-    run = Run(PROGRAM, args.launch, architecture, args.flat(), argv=argv, can_split=True)
+    run = Run(PROGRAM, args.launch, args.streaming, architecture, args.flat(), argv=argv, can_split=True)
     accelerator, device = run.accelerator, run.accelerator.device
     preflight = run.inspect(shards, preparation)
     preparation = preflight.preparation
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     student_unet = accelerator.unwrap_model(student)
 
     # The data, and the objective.
-    loader = open_loader(args.streaming, shards, preparation, run.seed, accelerator)
+    loader = open_loader(run.streaming, shards, preparation, run.seed, accelerator)
     schedule = NoiseSchedule.from_config(configs.scheduler).to(device)
     solver = DDIMSolver(schedule, steps)
     consistency = lcd.ConsistencyFunction(schedule, distillation.timestep_scaling_factor)

@@ -223,7 +223,12 @@ class StreamingFlags:
         type=positive_int,
     )
     resampled_shards: bool = switch(False, "draw shards with replacement, instead of each once an epoch")
-    dataloader_num_workers: int = flag(0, "processes that load data; 0 loads in the main one", type=count)
+    dataloader_num_workers: int | None = flag(
+        None,
+        "processes per device that load data; 0 loads in the main one (default: as in the checkpoint that is resumed; "
+        "in a new run up to 4 on a CUDA GPU, as its share of the CPU cores allows, and 0 on other devices)",
+        type=count,
+    )
     train_batch_size: int = flag(16, "pictures per device and batch", type=positive_int)
 
 

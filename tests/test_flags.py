@@ -22,15 +22,16 @@ PROGRAMS = {
     "lora_sdxl": train_lcm_distill_lora_sdxl_wds,
 }
 
-# Name → (type, default), as public command lines expect them: first those of the SD program. Only --cast_teacher_unet
-# has another default than there: what is frozen is in the low precision unless told otherwise.
+# Name → (type, default), as public command lines expect them: first those of the SD program. Two have
+# another default than there: --cast_teacher_unet, since what is frozen is in the low precision, and
+# --dataloader_num_workers, since one process does not feed a GPU.
 SD_FLAGS = {
     "pretrained_vae_model_name_or_path": (str, None), "teacher_revision": (str, None), "revision": (str, None),
     "output_dir": (str, "lcm-xl-distilled"), "cache_dir": (str, None), "seed": (int, None),
     "logging_dir": (str, "logs"), "report_to": (str, "tensorboard"), "checkpointing_steps": (int, 500),
     "checkpoints_total_limit": (int, None), "resume_from_checkpoint": (str, None),
     "train_shards_path_or_url": (str, None), "resolution": (int, 512), "interpolation_type": (str, "bilinear"),
-    "center_crop": (bool, False), "random_flip": (bool, False), "dataloader_num_workers": (int, 0),
+    "center_crop": (bool, False), "random_flip": (bool, False), "dataloader_num_workers": (int, None),
     "train_batch_size": (int, 16), "num_train_epochs": (int, 100), "max_train_steps": (int, None),
     "max_train_samples": (int, None), "learning_rate": (float, 1e-4), "scale_lr": (bool, False),
     "lr_scheduler": (str, "constant"), "lr_warmup_steps": (int, 500), "gradient_accumulation_steps": (int, 1),

@@ -5,9 +5,11 @@ import logging
 import os
 import random
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +18,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
+    get_int_from_env,
     set_seed,
 )
 from tqdm.auto import tqdm
@@ -30,6 +33,9 @@ from lcm_distill.flags import LaunchFlags
 # How long ranks wait for each other. The main process generates pictures and writes files alone, which takes longer
 # than NCCL's default of ten minutes; when a rank dies, the launcher ends the others at once.
 _TIMEOUT = timedelta(hours=1)
+
+_WORKERS = 4
+_LOCAL_RANKS = ["LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"]
 
 
 def start_accelerator(launch: LaunchFlags, trackers: list[str], *, can_split: bool = False) -> Accelerator:
@@ -99,6 +105,21 @@ def choose_seed(seed: int | None) -> int:
     chosen = broadcast_object_list([random.SystemRandom().randrange(2**31) if seed is None else seed])[0]
     set_seed(chosen)
     return chosen
+
+
+def choose_workers(workers: int | None, accelerator: Accelerator, resumed: Mapping[str, Any]) -> int:
+    """`workers`, or for None as many processes as load data for a GPU: four, if this rank has cores for them.
+
+    On other devices than CUDA that is 0: the main process loads. It is the same on every rank, as the stream needs it.
+    The `resumed` checkpoint's number comes first, since the stream can only continue exactly with the same; with
+    another number of ranks it cannot in any case.
+    """
+    if workers is None and resumed.get("processes") == accelerator.num_processes:
+        workers = resumed["flags"]["dataloader_num_workers"]
+    elif workers is None and accelerator.device.type == "cuda":
+        ranks = get_int_from_env(_LOCAL_RANKS, 1)
+        workers = min(_WORKERS, len(os.sched_getaffinity(0)) // ranks)
+    return broadcast_object_list([workers or 0])[0]
 
 
 class _AroundProgressBar(logging.Handler):

@@ -14,7 +14,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import LaunchFlags
-from lcm_distill.run.accelerator import start_accelerator
+from lcm_distill.run.accelerator import choose_workers, start_accelerator
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -88,7 +88,7 @@ TWO_RANKS = """
 import copy, os, sys
 import torch
 from lcm_distill.flags import LaunchFlags
-from lcm_distill.run.accelerator import start_accelerator
+from lcm_distill.run.accelerator import choose_workers, start_accelerator
 
 def loss(network, rank, step, part):
     generator = torch.Generator().manual_seed(100 * rank + 10 * step + part)
@@ -136,3 +136,34 @@ def test_ddp_s_buckets_are_the_gradients(tmp_path):
         [*launcher, str(script), str(tmp_path)], env=os.environ | more, capture_output=True, text=True, timeout=240
     )
     assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    "flag, device, cores, ranks, resumed, expected",
+    [
+        (0, "cuda", 16, 1, {}, 0),
+        (7, "cpu", 1, 1, {}, 7),
+        (None, "cuda", 16, 1, {}, 4),
+        (None, "cuda", 16, 8, {}, 2),
+        (None, "cuda", 4, 8, {}, 0),
+        (None, "cpu", 16, 1, {}, 0),
+        (None, "cuda", 16, 1, {"processes": 2, "flags": {"dataloader_num_workers": 0}}, 0),
+        (None, "cpu", 16, 1, {"processes": 2, "flags": {"dataloader_num_workers": 3}}, 3),
+        (3, "cuda", 16, 1, {"processes": 2, "flags": {"dataloader_num_workers": 5}}, 3),
+        (None, "cuda", 16, 1, {"processes": 1, "flags": {"dataloader_num_workers": 7}}, 4),  # of other ranks
+    ],
+)
+def test_workers_go_by_the_flag_then_the_checkpoint_then_the_machine(
+    flag, device, cores, ranks, resumed, expected, monkeypatch
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    accelerator = SimpleNamespace(device=torch.device(device), num_processes=2)
+    assert choose_workers(flag, accelerator, resumed) == expected
+
+
+def test_every_rank_has_the_main_process_s_number_of_workers(monkeypatch):
+    """The stream deals to ranks x workers: machines with different numbers of cores would read samples twice."""
+    monkeypatch.setattr("lcm_distill.run.accelerator.broadcast_object_list", lambda own: [own[0] + 1])
+    accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=2)
+    assert choose_workers(2, accelerator, {}) == 3
