@@ -121,6 +121,26 @@ def test_public_command_line_parses(program):
     assert args.streaming.train_batch_size == 12 and args.launch.resume_from_checkpoint == "latest"
 
 
+def commands_in(text: str) -> list[list[str]]:
+    """The arguments of each `accelerate launch train_….py` in a text."""
+    joined = re.sub(r"\s*\\\n\s*", " ", text)
+    return [shlex.split(found) for found in re.findall(r"accelerate launch (train_\w+\.py .*)", joined)]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_documented_commands_parse_and_recompute_nothing_needlessly(program):
+    """They passed --gradient_checkpointing on every card: the student's pass was computed twice for nothing."""
+    script = f"{PROGRAMS[program].PROGRAM}.py"
+    documented = commands_in(PROGRAMS[program].__doc__)
+    documented += [argv for argv in commands_in((ROOT / "README.md").read_text()) if argv[0] == script]
+    assert len(documented) == (2 if program == "sd" else 1)
+    for name, *argv in documented:
+        args = PROGRAMS[program].parse_args(argv)
+        assert name == script and args.launch.mixed_precision == "bf16"
+        assert not args.speed.gradient_checkpointing
+        assert args.streaming.train_batch_size * args.launch.gradient_accumulation_steps in (12, 16)
+
+
 @pytest.mark.parametrize(
     "argv",
     ["--w_min 9 --w_max 5", "--resolution 0", "--train_batch_size -1", "--learning_rate x", "--ema_decay 1.5",
