@@ -105,7 +105,7 @@ def enable_xformers(*unets: UNet2DConditionModel) -> None:
             for unet in unets:
                 unet.enable_xformers_memory_efficient_attention()
         except Exception as error:  # xformers fails in many ways when built for another PyTorch or GPU
-            reason = f"{brief(error)}; `python -m xformers.info` lists what it can run here"
+            reason = f"{brief(error).rstrip(':')}; `python -m xformers.info` lists what it can run here"
             for unet in unets:
                 unet.disable_xformers_memory_efficient_attention()
     if reason:
