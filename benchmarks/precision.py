@@ -4,9 +4,9 @@
     python -m benchmarks.precision --programs lora_sd --variants bf16 fp16 --seeds 0
 
 Each variant distils a toy teacher with the program's own `main` for `--steps` steps, seed by seed, then generates
-pictures. Teacher and target compute in the precision that the variant names, the student in bf16. "before" is bf16 with
-the norms of student and target in float32, as autocast has them on GPUs, and PEFT's own LoRA layers; in "rounded
-statistics" group norms round mean and deviation to bf16, as CUDA's did before PyTorch 2.13. Since a CPU lacks half of
+pictures. Teacher and target compute in the precision that the variant names, the student in bf16. In "float32 norms" the
+norms of student and target are in float32, as autocast has them on GPUs; "before" is that with PEFT's own LoRA layers;
+in "rounded statistics" group norms round mean and deviation to bf16, as CUDA's did before PyTorch 2.13. Since a CPU lacks half of
 these precisions, passes without gradients are emulated: weights, and what every operation of PyTorch returns, are
 rounded, the arithmetic inside is float32, as it is in a GPU's kernels. The student runs under the CPU's own bf16
 autocast.
@@ -47,7 +47,8 @@ from toy.score import RESOLUTION, real_pictures
 
 # The precision that is emulated in passes without gradients, and what is special.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "before": {"dtype": torch.bfloat16, "before": True},
+    "before": {"dtype": torch.bfloat16, "float32_norms": True},
+    "float32 norms": {"dtype": torch.bfloat16, "float32_norms": True},
     "bf16": {"dtype": torch.bfloat16},
     "rounded statistics": {"dtype": torch.bfloat16, "rounded_statistics": True},
     "fp16": {"dtype": torch.float16},
@@ -95,7 +96,7 @@ class Rounded(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def rounding(dtype: torch.dtype, *, before: bool = False, rounded_statistics: bool = False) -> Iterator[None]:
+def rounding(dtype: torch.dtype, *, float32_norms: bool = False, rounded_statistics: bool = False) -> Iterator[None]:
     """Inside, U-Nets without gradients compute in `dtype`, but for the sines of timesteps, as in any precision."""
     output, guided, embed = consistency.unet_output, consistency.guided_prediction, Timesteps.forward
     in_teacher: list[bool] = []  # the teacher, in half precision without autocast, always had its norms there too
@@ -110,7 +111,7 @@ def rounding(dtype: torch.dtype, *, before: bool = False, rounded_statistics: bo
     def unet_output(unet: Any, *given: Any, **options: Any) -> torch.Tensor:
         if torch.is_grad_enabled():
             return output(unet, *given, **options)
-        mode = Rounded(dtype, float32_norms=before and not in_teacher, rounded_statistics=rounded_statistics)
+        mode = Rounded(dtype, float32_norms=float32_norms and not in_teacher, rounded_statistics=rounded_statistics)
         given, options = tree_map_only(torch.Tensor, mode.round, (given, options))
         with torch.autocast("cpu", enabled=False), mode:
             return output(unet, *given, **options | {"dtype": torch.float32})
@@ -132,7 +133,6 @@ def distil(
 ) -> dict[str, float]:
     """One run; its loss at the end, and the distance of its pictures to the teacher's."""
     options = VARIANTS[variant]
-    before = options.get("before", False)
     argv = [
         *("--pretrained_teacher_model", str(TEACHERS["sdxl" if "sdxl" in program else "sd"])),
         *("--train_shards_path_or_url", str(shards), "--output_dir", str(output), "--resolution", str(RESOLUTION)),
@@ -141,9 +141,9 @@ def distil(
         *("--lr_scheduler", "cosine", "--lr_warmup_steps", "20", "--loss_type", "huber", "--huber_c", "0.01"),
         *("--adam_weight_decay", "0", "--num_validation_images", "4", "--validation_steps", str(steps)),
         *("--logging_steps", "1", "--report_to", "none", "--mixed_precision", "bf16", "--no-cast_teacher_unet"),
-        *(["--float32_norms"] if before else []),
+        *(["--float32_norms"] if options.get("float32_norms") else []),
     ]
-    with mock.patch.object(lora, "LAYERS", {} if before else lora.LAYERS), rounding(**options):
+    with mock.patch.object(lora, "LAYERS", {} if variant == "before" else lora.LAYERS), rounding(**options):
         importlib.import_module(f"train_lcm_distill_{program}_wds").main(argv)
     lines = [json.loads(line) for line in (output / "training.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
