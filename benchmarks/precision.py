@@ -4,12 +4,12 @@
     python -m benchmarks.precision --programs lora_sd --variants bf16 fp16 --seeds 0
 
 Each variant distils a toy teacher with the program's own `main` for `--steps` steps, seed by seed, then generates
-pictures. Teacher and target compute in the precision that the variant names, the student in bf16. In "float32 norms" the
-norms of student and target are in float32, as autocast has them on GPUs; "before" is that with PEFT's own LoRA layers;
-in "rounded statistics" group norms round mean and deviation to bf16, as CUDA's did before PyTorch 2.13. Since a CPU lacks half of
-these precisions, passes without gradients are emulated: weights, and what every operation of PyTorch returns, are
-rounded, the arithmetic inside is float32, as it is in a GPU's kernels. The student runs under the CPU's own bf16
-autocast.
+pictures. Teacher and target compute in the precision that the variant names, the student in bf16. In "float32 norms"
+the norms of student and target are in float32, as autocast has them on GPUs; "before" is that with PEFT's own LoRA
+layers; in "rounded statistics" group norms round mean and deviation to bf16, as CUDA's did before PyTorch 2.13. Since a
+CPU lacks half of these precisions, passes without gradients are emulated: weights, and what every operation of PyTorch
+returns, are rounded, the arithmetic inside is float32, as it is in a GPU's kernels. The student runs under the CPU's
+own bf16 autocast.
 
 For each run: the mean loss of the last fifty steps, the distance to the teacher's pictures in latents that validation
 measures, and caption accuracy at 1, 2 and 4 steps.

@@ -26,6 +26,11 @@ def _dtype_of_pass(x: torch.Tensor, layer: torch.nn.Module) -> torch.dtype:
     return layer.weight.dtype  # type: ignore[return-value]
 
 
+def _scale(tensor: torch.Tensor, scaling: float) -> torch.Tensor:
+    """`scaling · tensor`, in place; nothing is to do where alpha equals the rank, as by default."""
+    return tensor if scaling == 1 else tensor.mul_(scaling)
+
+
 class _AdaptedLinear(torch.autograd.Function):
     """`x @ weight.T + bias + scaling · (adapted @ down.T) @ up.T`; None as `adapted` stands for x.
 
@@ -49,8 +54,8 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         adapter_input, weight, down, up, low = ctx.saved_tensors
         needs_x, needs_adapted, _, _, needs_down, needs_up, _ = ctx.needs_input_grad
-        of_low = (gradient @ up).mul_(ctx.scaling)
-        of_up = (gradient.t() @ low).mul_(ctx.scaling) if needs_up else None
+        of_low = _scale(gradient @ up, ctx.scaling)
+        of_up = _scale(gradient.t() @ low, ctx.scaling) if needs_up else None
         of_down = of_low.t() @ adapter_input if needs_down else None
         of_x = gradient @ weight.to(gradient.dtype) if needs_x else None
         if of_x is not None and ctx.shared:
@@ -85,7 +90,7 @@ class _AddUp(torch.autograd.Function):
         of_low, of_up, _ = torch.ops.aten.convolution_backward(
             gradient, low, up, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [needs_low, needs_up, False]
         )
-        scaled = [None if tensor is None else tensor.mul_(ctx.scaling) for tensor in (of_low, of_up)]
+        scaled = [None if tensor is None else _scale(tensor, ctx.scaling) for tensor in (of_low, of_up)]
         return gradient, *scaled, None
 
 
