@@ -21,6 +21,7 @@ from diffusers import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.architectures import RESOLUTIONS, UNETS, build_text_encoders, build_vae, is_sdxl
+from lcm_distill.flags import SpeedFlags
 from lcm_distill.models import unets
 from lcm_distill.models.lora import Lora
 from lcm_distill.models.vae import encode_pixels
@@ -40,33 +41,12 @@ class Case:
     mixed_precision: str = "bf16"
     gradient_checkpointing: bool = False
     cast_teacher_unet: bool = True
+    float32_norms: bool = False
     use_8bit_adam: bool = False
     teacher_batch_size: int | None = None
     vae_encode_batch_size: int = 1
     vae_float32: bool = False  # as SDXL's own needs it; madebyollin/sdxl-vae-fp16-fix does not
     lora_rank: int = 64
-
-
-@contextlib.contextmanager
-def gpu_autocast() -> Iterator[None]:
-    """Inside, autocast does norms in float32, as on GPUs; a CPU's would not."""
-
-    def in_float32(norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def wrapped(x: torch.Tensor, *given: Any, **options: Any) -> torch.Tensor:
-            if not torch.is_autocast_enabled("cpu"):
-                return norm(x, *given, **options)
-            with torch.autocast("cpu", enabled=False):
-                given = tuple(g.float() if isinstance(g, torch.Tensor) else g for g in given)
-                return norm(x.float(), *given, **options)
-
-        return wrapped
-
-    functional = torch.nn.functional
-    with (
-        mock.patch.object(functional, "group_norm", in_float32(functional.group_norm)),
-        mock.patch.object(functional, "layer_norm", in_float32(functional.layer_norm)),
-    ):
-        yield
 
 
 def replacing(network: torch.nn.Module, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
@@ -82,9 +62,9 @@ def replacing(network: torch.nn.Module, function: Callable[[torch.Tensor], torch
 
 
 @contextlib.contextmanager
-def fake_networks(autocast: Callable[[], Any] = gpu_autocast) -> Iterator[None]:
-    """Inside, tensors and networks are fake, and `autocast` says what autocast does with norms."""
-    with FakeTensorMode(), autocast(), mock.patch.object(torch.nn.Module, "_apply", replacing):
+def fake_networks() -> Iterator[None]:
+    """Inside, tensors and networks are fake."""
+    with FakeTensorMode(), mock.patch.object(torch.nn.Module, "_apply", replacing):
         yield
 
 
@@ -134,15 +114,18 @@ def _build(case: Case, begin: Callable[[str], None], device: str) -> Callable[[]
     if case.program.startswith("lora"):
         unets.cast(unet, weights)
         lora, student = Lora(unet, rank=case.lora_rank, alpha=case.lora_rank), unet
-        trained = lora.parameters()
     else:
         student, target = (UNet2DConditionModel(**UNETS[case.teacher], time_cond_proj_dim=256) for _ in range(2))
         target.requires_grad_(False).eval()
         unets.cast(unet, weights)
-        trained = list(student.parameters())
     unets.to_channels_last(vae, unet, *([] if target is None or case.use_8bit_adam else [student, target]))
-    if case.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
+    speed = SpeedFlags(
+        vae_encode_batch_size=case.vae_encode_batch_size,
+        float32_norms=case.float32_norms,
+        gradient_checkpointing=case.gradient_checkpointing,
+    )
+    unets.apply_speed_flags(speed, *([unet] if target is None else [student, target, unet]))
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(trained, case)
     schedule = NoiseSchedule.from_config({"beta_schedule": "scaled_linear", "num_train_timesteps": 1000}).to(device)
     solver, consistency = DDIMSolver(schedule, 50), lcd.ConsistencyFunction(schedule)

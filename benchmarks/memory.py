@@ -7,18 +7,15 @@
 
 The parts that the programs are made of (`Lora`, `guided_prediction`, `update_ema`, …) run on PyTorch's fake tensors,
 which have shapes and no memory, in the order of the programs' step; what each operation makes is counted from when it
-is made until nothing refers to it. A GPU's autocast, which does norms in float32, is imitated, and attention keeps what
-PyTorch's fused kernels keep. Not counted: the CUDA context, workspaces of kernels, gaps between tensors; leave a
-gigabyte or two for them. Gigabytes are 10⁹ bytes.
+is made until nothing refers to it. Attention keeps what PyTorch's fused kernels keep. Not counted: the CUDA context,
+workspaces of kernels, gaps between tensors; leave a gigabyte or two for them. Gigabytes are 10⁹ bytes.
 """
 
 import argparse
-import contextlib
 import gc
 import json
 import sys
 import weakref
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.fake_step import Case, build, fake_networks, gpu_autocast
+from benchmarks.fake_step import Case, build, fake_networks
 from benchmarks.provenance import provenance
 from benchmarks.train_step import alone, flop_counter
 
@@ -71,9 +68,9 @@ class Tally(TorchDispatchMode):
         self.now -= size
 
 
-def compute(case: Case, autocast: Callable[[], Any] = gpu_autocast) -> dict[str, Any]:
+def compute(case: Case) -> dict[str, Any]:
     """Gigabytes: `rest` between steps (weights and the optimizer's state), and at most in each part of a step."""
-    with fake_networks(autocast), Tally() as tally:
+    with fake_networks(), Tally() as tally:
         step = build(case, tally.begin)
         rest = tally.now
         tally.peaks.clear()
@@ -89,7 +86,7 @@ def count_flops(case: Case) -> dict[str, float]:
     def begin(part: str) -> None:
         totals[part] = counter.get_total_flops()
 
-    with fake_networks(contextlib.nullcontext):
+    with fake_networks():
         step = build(case, begin)
         with counter:
             step()
@@ -175,7 +172,7 @@ def main() -> None:
             continue
         if check:
             row["measured"] = alone(measure, case)
-        row |= compute(case, contextlib.nullcontext if check else gpu_autocast)
+        row |= compute(case)
         parts = ", ".join(f"{part} {size}" for part, size in row["parts"].items())
         measured = f" (measured {row['measured']})" if check else ""
         summary = f"{case.program} {describe(case)}: {row['peak']} GB{measured}; at rest {row['rest']}; {parts}"

@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop, baddbmm_flop
 
 from benchmarks.architectures import RESOLUTIONS, write_teacher
 from benchmarks.provenance import ROOT, provenance
@@ -276,6 +276,8 @@ def flop_counter() -> FlopCounterMode:
         custom_mapping={
             names._scaled_dot_product_flash_attention_for_cpu: attention,
             names._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+            names.addmm_: addmm_flop,  # PyTorch counts those that are not in place
+            names.baddbmm_: baddbmm_flop,
         },
     )
 
