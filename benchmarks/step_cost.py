@@ -52,7 +52,9 @@ MEMORY = 0.88 * 3.35e12  # bytes; what a plain copy reaches (assumed)
 TRANSPOSED_ELEMENTS = 135e9
 CUDNN_TRANSPOSED = 0.6 * MEMORY  # assumed: cuDNN's own kernels for that go through shared memory
 KERNEL = 3e-6  # seconds that the smallest kernel takes, with the gap before it (assumed)
-HOST = 7e-6  # seconds of Python, autograd and launch for a kernel in eager mode (assumed); the GPU waits if they add up
+HOST = (
+    15e-6  # seconds of Python, autograd and launch for a kernel in eager mode (assumed); the GPU waits if they add up
+)
 # FlashAttention-2 is compiled for these head sizes; a smaller head is padded to the next one, and keys to whole tiles.
 HEAD_SIZES, KEY_TILE = (32, 64, 96, 128, 192, 256), 128
 
