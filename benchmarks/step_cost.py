@@ -1,8 +1,8 @@
 """What would a training step cost on an H100? Counted on any machine, kernel by kernel, without running one.
 
-    python -m benchmarks.step_cost                                        # three usual runs, before and after: minutes
-    python -m benchmarks.step_cost --program lora_sdxl --teacher sdxl --train_batch_size 4 --each --by_kind --by_part
-    python -m benchmarks.step_cost --program sd --teacher sd15 --train_batch_size 16 --variant "default memory format"
+    python -m benchmarks.step_cost                                         # three usual runs, before and after: minutes
+    python -m benchmarks.step_cost --program lora_sdxl --teacher sdxl --train_batch_size 2 --before --by_kind --by_part
+    python -m benchmarks.step_cost --program sd --teacher sd15 --train_batch_size 16 --each "channels-last on GPUs"
 
 The step of `benchmarks.fake_step` runs on fake tensors. Each operation that PyTorch would send to a GPU is a kernel, or
 the few that `Meter` lists: it reads and writes bytes, does arithmetic, and takes as long as the slowest of the three:
@@ -28,6 +28,7 @@ from unittest import mock
 
 import torch
 from peft.tuners.lora import LoraLayer
+from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -52,9 +53,7 @@ MEMORY = 0.88 * 3.35e12  # bytes; what a plain copy reaches (assumed)
 TRANSPOSED_ELEMENTS = 135e9
 CUDNN_TRANSPOSED = 0.6 * MEMORY  # assumed: cuDNN's own kernels for that go through shared memory
 KERNEL = 3e-6  # seconds that the smallest kernel takes, with the gap before it (assumed)
-HOST = (
-    15e-6  # seconds of Python, autograd and launch for a kernel in eager mode (assumed); the GPU waits if they add up
-)
+HOST = 15e-6  # seconds of Python, autograd and launch for a kernel in eager mode (assumed)
 # FlashAttention-2 is compiled for these head sizes; a smaller head is padded to the next one, and keys to whole tiles.
 HEAD_SIZES, KEY_TILE = (32, 64, 96, 128, 192, 256), 128
 
@@ -151,6 +150,15 @@ class Meter(TorchDispatchMode):
     def begin(self, part: str) -> None:
         self.part = part
 
+    @contextlib.contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Inside, what runs is a part of its own."""
+        before, self.part = self.part, RECOMPUTED
+        try:
+            yield
+        finally:
+            self.part = before
+
     def total(self, of: Callable[[str, str], bool] = lambda part, kind: True) -> Cost:
         return sum((cost for (part, kind), cost in self.costs.items() if of(part, kind)), Cost())
 
@@ -169,9 +177,7 @@ class Meter(TorchDispatchMode):
         """Kernels that together take as long as their bytes, `work` (the FLOPs, if not given) or `seconds`."""
         moved = sum(map(size, read)) + sum(map(size, written))
         took = max(moved / MEMORY, (flops if work is None else work) / rate, seconds, kernels * KERNEL)
-        # Gradient checkpointing runs the student again in the middle of the backward pass.
-        again = self.part == "backward" and torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
-        key = RECOMPUTED if again else self.part, kind
+        key = self.part, kind
         self.costs[key] = self.costs[key] + Cost(kernels, moved, flops, took)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -448,10 +454,12 @@ EARLIER = ("own LoRA layers", "low-precision norms", "channels-last adapters")
 BEFORE = Variant("before", EARLIER)
 BEFORE_SPARING = Variant("before", EARLIER, (("gradient_checkpointing", True),))
 _CASE = Case("lora_sdxl", "sdxl", train_batch_size=4, vae_encode_batch_size=8)
+_DEFAULT_FORMAT = Variant("without channels-last on GPUs", ("channels-last on GPUs",))
+_SD = replace(_CASE, program="sd", teacher="sd15", train_batch_size=16, vae_encode_batch_size=32)
 TABLE = [
-    (replace(_CASE, program="sd", teacher="sd15", train_batch_size=16, vae_encode_batch_size=32), [BEFORE, ALL_ON]),
-    (_CASE, [BEFORE_SPARING, BEFORE, ALL_ON]),
-    (replace(_CASE, teacher="ssd1b"), [BEFORE_SPARING, BEFORE, ALL_ON]),
+    (_SD, [BEFORE, ALL_ON, _DEFAULT_FORMAT]),
+    (_CASE, [BEFORE_SPARING, BEFORE, ALL_ON, _DEFAULT_FORMAT]),
+    (replace(_CASE, teacher="ssd1b"), [BEFORE_SPARING, BEFORE, ALL_ON, _DEFAULT_FORMAT]),
 ]
 
 
@@ -460,6 +468,8 @@ def compute(case: Case, variant: Variant = ALL_ON) -> dict[str, Any]:
     meter = Meter()
     with ExitStack() as stack:
         stack.enter_context(gpu_behaviour())
+        contexts = functools.partial(checkpoint.checkpoint, context_fn=lambda: (ExitStack(), meter.recomputing()))
+        stack.enter_context(mock.patch.object(checkpoint, "checkpoint", contexts))
         case = variant.apply(case, stack)
         step = build(case, meter.begin)
         with meter:
@@ -491,27 +501,35 @@ def summarise(meter: Meter) -> dict[str, Any]:
 
 
 def title(case: Case) -> str:
-    """As `benchmarks.train_step` names a measurement with these flags."""
+    """How `benchmarks.train_step` begins the title of a measurement of this case; flags follow."""
     size = case.resolution or RESOLUTIONS[case.teacher]
-    words = [f"{case.program}, {case.teacher} at {size}, batch {case.train_batch_size}, {case.mixed_precision}"]
-    switches = ("gradient_checkpointing", "use_8bit_adam", "float32_norms")
-    flags = [f"--{name}" for name in switches if getattr(case, name)]
-    return ", ".join([*words, " ".join(flags)] if flags else words)
+    return f"{case.program}, {case.teacher} at {size}, batch {case.train_batch_size}, {case.mixed_precision}"
+
+
+def switches(case: Case) -> set[str]:
+    """The case's flags, as far as they are on or off and not as usual."""
+    usual = asdict(Case())
+    values = ((name, value) for name, value in asdict(case).items() if isinstance(value, bool) and value != usual[name])
+    return {f"--{name}" if value else f"--no-{name}" for name, value in values}
 
 
 def measured_ms(case: Case, variant: Variant, results: Path) -> float | None:
-    """What a GPU took for the same row, if it is among the `results` of `benchmarks.train_step`."""
-    if not results.exists():
-        return None
+    """What a GPU took for the same row, if it is among the `results` of `benchmarks.train_step`.
+
+    There it may be a variant of this name, or have its flags given to the command.
+    """
+    known = json.loads(results.read_text()) if results.exists() else {}
     with ExitStack() as stack:
         changed = variant.apply(case, stack)
-    known = json.loads(results.read_text())
-    for name, heading in ((variant.name, title(case)), (ALL_ON.name, title(changed))):
-        if name == ALL_ON.name and any(not isinstance(OPTIMISATIONS[off], dict) for off in variant.off):
-            continue
-        row = known.get(heading, {}).get("variants", {}).get(name)
-        if row:
-            return row["step_ms"]
+    patched = any(not isinstance(OPTIMISATIONS[name], dict) for name in variant.off)
+    wanted = [(case, variant.name)] + ([] if patched else [(changed, ALL_ON.name)])
+    names = {f"--{prefix}{name}" for name in asdict(case) for prefix in ("", "no-")}
+    for heading, result in known.items():
+        for one, name in wanted:
+            start, _, flags = heading.partition(f"{one.mixed_precision}, ")
+            same = f"{start.rstrip(', ')}, {one.mixed_precision}" == title(one) or heading == title(one)
+            if same and set(flags.split()) & names == switches(one) and name in result["variants"]:
+                return result["variants"][name]["step_ms"]
     return None
 
 
@@ -570,8 +588,9 @@ def main() -> None:
     result["rows"] = rows = []
     for case, variants in plan:
         for variant in variants:
-            row = {"title": title(case), "variant": variant.name, "case": asdict(case)} | alone(compute, case, variant)
-            row["variant"] += " " * bool(variant.changes) + " ".join(f"--{name}" for name, _ in variant.changes)
+            changes = [f"--{name}" for name, _ in variant.changes]
+            row: dict[str, Any] = {"title": ", ".join([title(case), *sorted(switches(case))]), "case": asdict(case)}
+            row |= {"variant": " ".join([variant.name, *changes])} | alone(compute, case, variant)
             row["measured_ms"] = measured_ms(case, variant, args.measured)
             rows.append(row)
             print(f"{row['title']}, {row['variant']}: {row['ms']:.0f} ms", flush=True)
