@@ -536,14 +536,18 @@ def measured_ms(case: Case, variant: Variant, results: Path) -> float | None:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line for each row; its ratio is to the first row of its case."""
     columns = ["case", "variant", "kernels", "GB moved", "TFLOP", "predicted ms", "ratio", "of the matrix rate"]
-    columns += ["host ms", "mixed layouts", "measured ms"]
+    columns += ["of it layout copies", "mixed layouts", "host ms", "measured ms"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     first: dict[str, float] = {}
     for row in rows:
         reference = first.setdefault(row["title"], row["ms"])
         cells = [row["title"], row["variant"], f"{row['kernels']:,}", f"{row['gigabytes']:.0f}", f"{row['tflop']:.1f}"]
         cells += [f"{row['ms']:.0f}", f"{row['ms'] / reference:.2f}", f"{row['share_of_matrix_rate']:.0%}"]
-        cells += [f"{row['host_ms']:.0f}", f"{sum(row['mixed_layouts'].values())}"]
+        cells += [
+            f"{row['by_kind'][LAYOUT]['ms']:.0f}",
+            f"{sum(row['mixed_layouts'].values())}",
+            f"{row['host_ms']:.0f}",
+        ]
         cells.append("" if row["measured_ms"] is None else f"{row['measured_ms']:.0f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -567,7 +571,8 @@ def main() -> None:
             parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=value)
         else:
             parser.add_argument(f"--{name}", type=str if isinstance(value, str) else int, default=value)
-    parser.add_argument("--before", action="store_true", help="also as it was before its latest optimisations")
+    parser.add_argument("--before", action="store_true", help=f"also without {', '.join(EARLIER)}")
+    parser.add_argument("--straightforward", action="store_true", help="also with every optimisation turned off")
     parser.add_argument(
         "--each",
         nargs="*",
@@ -583,6 +588,7 @@ def main() -> None:
     case = Case(**{name: getattr(args, name) for name in asdict(_CASE)})
     off = args.each or OPTIMISATIONS if args.each is not None else ()
     variants = [*([BEFORE] if args.before else []), ALL_ON, *(Variant(f"without {name}", (name,)) for name in off)]
+    variants += [Variant("straightforward", tuple(OPTIMISATIONS))] if args.straightforward else []
     plan = TABLE if case == _CASE and len(variants) == 1 else [(case, variants)]
     result: dict[str, Any] = provenance("benchmarks.step_cost", sys.argv[1:])
     result["rows"] = rows = []
