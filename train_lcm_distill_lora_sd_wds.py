@@ -81,7 +81,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     unet = frozen.unet
     lora = Lora(unet, **vars(shape), dropout=args.student.lora_dropout)
-    unets.to_channels_last(unet)
     unets.apply_speed_flags(args.speed, unet)
     optimizer = build_optimizer(
         lora.parameters(), args.optimization, plan.learning_rate, fused=accelerator.mixed_precision != "fp16"

@@ -82,9 +82,6 @@ def main(argv: list[str] | None = None) -> None:
     student.to(device_before_split(accelerator))
     target = unets.target_from_student(student)
     unets.cast(frozen.unet, teacher_dtype)
-    unets.to_channels_last(frozen.unet)
-    if not args.optimization.use_8bit_adam:  # bitsandbytes makes what it trains contiguous
-        unets.to_channels_last(student, target)
     unets.apply_speed_flags(args.speed, student, target, frozen.unet)
     split(accelerator, student, target, frozen.unet)
     optimizer = build_optimizer(

@@ -376,6 +376,11 @@ class SpeedFlags:
     cast_teacher_unet: bool = switch(
         True, "keep the teacher's U-Net, which is also what is under a LoRA, in the mixed precision instead of float32"
     )
+    channels_last: bool = switch(
+        False,
+        "keep the U-Nets' convolutions in channels-last memory format, which --compile can profit from; without it "
+        "PyTorch's group norms on GPUs change the format back each time",
+    )
     float32_norms: bool = switch(
         False,
         "compute the U-Nets' group and layer norms in float32, as autocast does on GPUs, not in the mixed precision",
@@ -557,6 +562,8 @@ def parse(
     parsed = parser.parse_args(argv)
     if parsed.w_min > parsed.w_max:
         parser.error(f"argument --w_min: {parsed.w_min:g} is above --w_max {parsed.w_max:g}; give w_min <= w_max")
+    if parsed.channels_last and parsed.use_8bit_adam:
+        parser.error("argument --channels_last: --use_8bit_adam makes weights contiguous; leave out one of the two")
     for name in ("validation_teacher_steps", "num_validation_images"):
         if parsed.keep_best and not vars(parsed)[name]:
             parser.error(

@@ -106,6 +106,12 @@ def test_every_public_flag_takes_its_type(program, name):
     assert parse(f"--{name}", text, *other, program=program).flat()[name] == kind(text)
 
 
+def test_channels_last_is_refused_where_bitsandbytes_undoes_it(capsys):
+    with pytest.raises(SystemExit):
+        parse("--channels_last", "--use_8bit_adam")
+    assert "leave out one of the two" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_teacher_is_required(program, capsys):
     with pytest.raises(SystemExit):

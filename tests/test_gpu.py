@@ -74,7 +74,8 @@ def test_the_teacher_in_parts_is_the_teacher_at_once(program, command, run, monk
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_convolutions_have_channels_last_weights(program, command, run, monkeypatch):
-    check_channels_last(program, command(family=family(program), steps=1, mixed_precision="bf16"), run, monkeypatch)
+    options = {"family": family(program), "steps": 1, "mixed_precision": "bf16", "channels_last": True}
+    check_channels_last(program, command(**options), run, monkeypatch)
 
 
 @pytest.mark.parametrize(

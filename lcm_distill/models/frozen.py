@@ -13,7 +13,6 @@ from lcm_distill.data.raw import printable
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import SHARDS_FLAG, VAE_FLAG
 from lcm_distill.models.teacher import Teacher
-from lcm_distill.models.unets import to_channels_last
 from lcm_distill.models.vae import encode_pixels, sample_moments, scale_and_shift
 
 
@@ -54,7 +53,6 @@ class FrozenParts:
         parts = self._teacher.load(kinds, {name: self.dtypes[name] for name in kinds if name in self.dtypes})
         self.__dict__.update(parts)
         self._move(parts, self.device)
-        to_channels_last(*(part for part in parts.values() if isinstance(part, AutoencoderKL)))
 
     def _move(self, names: Iterable[str], device: torch.device | str) -> None:
         for name in names:

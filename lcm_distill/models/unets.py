@@ -48,18 +48,13 @@ def cast(network: torch.nn.Module, dtype: torch.dtype) -> None:
     torch.nn.Module.to(network, dtype=dtype)
 
 
-# The device types whose half-precision convolutions are faster with it; on a CPU it makes no difference.
-CHANNELS_LAST: tuple[str, ...] = ("cuda",)
-
-
 def to_channels_last(*networks: torch.nn.Module) -> None:
-    """Puts convolutions' weights in channels-last memory format, in place, on devices that are faster with it.
+    """Puts convolutions' weights in channels-last memory format, in place.
 
     A convolution then returns its output in that format, and accepts either. Results are equal up to rounding.
     """
     for network in networks:
-        if next(network.parameters()).device.type in CHANNELS_LAST:
-            torch.nn.Module.to(network, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        torch.nn.Module.to(network, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class UNetPart:
@@ -85,7 +80,9 @@ def architecture(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def apply_speed_flags(flags: SpeedFlags, trained: UNet2DConditionModel, *others: UNet2DConditionModel) -> None:
-    """Sets norms, attention, gradient checkpointing (of `trained` only) and compilation by the flags, in place."""
+    """Sets memory format, norms, attention, gradient checkpointing (of `trained` only), compilation; in place."""
+    if flags.channels_last:
+        to_channels_last(trained, *others)
     norms = float32_norms if flags.float32_norms else low_precision_norms
     norms(trained, *others)
     if flags.enable_xformers_memory_efficient_attention:
