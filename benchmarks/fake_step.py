@@ -41,6 +41,7 @@ class Case:
     mixed_precision: str = "bf16"
     gradient_checkpointing: bool = False
     cast_teacher_unet: bool = True
+    channels_last: bool = False
     float32_norms: bool = False
     use_8bit_adam: bool = False
     teacher_batch_size: int | None = None
@@ -118,9 +119,9 @@ def _build(case: Case, begin: Callable[[str], None], device: str) -> Callable[[]
         student, target = (UNet2DConditionModel(**UNETS[case.teacher], time_cond_proj_dim=256) for _ in range(2))
         target.requires_grad_(False).eval()
         unets.cast(unet, weights)
-    unets.to_channels_last(vae, unet, *([] if target is None or case.use_8bit_adam else [student, target]))
     speed = SpeedFlags(
         vae_encode_batch_size=case.vae_encode_batch_size,
+        channels_last=case.channels_last,
         float32_norms=case.float32_norms,
         gradient_checkpointing=case.gradient_checkpointing,
     )

@@ -2,7 +2,7 @@
 
     python -m benchmarks.step_cost                                         # three usual runs, before and after: minutes
     python -m benchmarks.step_cost --program lora_sdxl --teacher sdxl --train_batch_size 2 --before --by_kind --by_part
-    python -m benchmarks.step_cost --program sd --teacher sd15 --train_batch_size 16 --each "channels-last on GPUs"
+    python -m benchmarks.step_cost --program sd --teacher sd15 --train_batch_size 16 --each "fused optimizer"
 
 The step of `benchmarks.fake_step` runs on fake tensors. Each operation that PyTorch would send to a GPU is a kernel, or
 the few that `Meter` lists: it reads and writes bytes, does arithmetic, and takes as long as the slowest of the three:
@@ -374,7 +374,6 @@ def gpu_behaviour() -> Iterator[None]:
     clip = "torch.nn.utils.clip_grad._has_foreach_support"
     with (
         mock.patch.object(functional, "group_norm", cuda_group_norm(functional.group_norm)),
-        mock.patch.object(unets, "CHANNELS_LAST", ("cpu",)),
         mock.patch.object(fake_step, "build_optimizer", build_optimizer),
         mock.patch(clip, lambda *given: True),
         fake_networks(),
@@ -393,21 +392,22 @@ def peft_layers() -> AbstractContextManager[Any]:
     return stack
 
 
-def adapters_in_default_format() -> AbstractContextManager[Any]:
-    convert = unets.to_channels_last
+def earlier_formats() -> AbstractContextManager[Any]:
+    """Channels-last as it was: the VAE too, but not the adapters, which were made after it."""
+    convert, build_vae = unets.to_channels_last, fake_step.build_vae
 
     def all_but_adapters(*networks: torch.nn.Module) -> None:
         convert(*networks)
-        for network in networks:
-            for name, module in network.named_modules():
-                if "lora_" in name:
-                    torch.nn.Module.to(module, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        for module in (m for network in networks for name, m in network.named_modules() if "lora_" in name):
+            torch.nn.Module.to(module, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
-    return mock.patch.object(unets, "to_channels_last", all_but_adapters)
+    def vae(name: str) -> torch.nn.Module:
+        return torch.nn.Module.to(build_vae(name), memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-
-def default_memory_format() -> AbstractContextManager[Any]:
-    return mock.patch.object(unets, "CHANNELS_LAST", ())
+    stack = ExitStack()
+    stack.enter_context(mock.patch.object(unets, "to_channels_last", all_but_adapters))
+    stack.enter_context(mock.patch.object(fake_step, "build_vae", vae))
+    return stack
 
 
 def optimizer_not_fused() -> AbstractContextManager[Any]:
@@ -422,8 +422,6 @@ def autocast_everywhere() -> AbstractContextManager[Any]:
 OPTIMISATIONS: dict[str, Callable[[], AbstractContextManager[Any]] | dict[str, Any]] = {
     "own LoRA layers": peft_layers,
     "low-precision norms": {"float32_norms": True},
-    "channels-last adapters": adapters_in_default_format,
-    "channels-last on GPUs": default_memory_format,
     "half networks without autocast": autocast_everywhere,
     "low-precision frozen U-Net": {"cast_teacher_unet": False},
     "fused optimizer": optimizer_not_fused,
@@ -432,34 +430,37 @@ OPTIMISATIONS: dict[str, Callable[[], AbstractContextManager[Any]] | dict[str, A
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to run the step: which optimisations are off, and changes of the case."""
+    """A way to run the step: which optimisations are off, changes of the case, patches."""
 
     name: str
     off: tuple[str, ...] = ()
     changes: tuple[tuple[str, Any], ...] = ()
+    patches: tuple[Callable[[], AbstractContextManager[Any]], ...] = ()
 
     def apply(self, case: Case, stack: ExitStack) -> Case:
         """The changed case; patches hold until `stack` ends."""
         case = replace(case, **dict(self.changes))
-        for turned_off in (OPTIMISATIONS[name] for name in self.off):
-            if isinstance(turned_off, dict):
-                case = replace(case, **turned_off)
+        for patch in (*self.patches, *(OPTIMISATIONS[name] for name in self.off)):
+            if isinstance(patch, dict):
+                case = replace(case, **patch)
             else:
-                stack.enter_context(turned_off())
+                stack.enter_context(patch())
         return case
 
 
 ALL_ON = Variant("all on")
-EARLIER = ("own LoRA layers", "low-precision norms", "channels-last adapters")
-BEFORE = Variant("before", EARLIER)
-BEFORE_SPARING = Variant("before", EARLIER, (("gradient_checkpointing", True),))
+LAST = (("channels_last", True),)
+CHANNELS_LAST = Variant("--channels_last", changes=LAST)
+# What they were before the optimisations that this command was written for; its README line checkpointed a LoRA of SDXL.
+BEFORE = Variant("before", ("own LoRA layers", "low-precision norms"), LAST, (earlier_formats,))
+SPARING = (("gradient_checkpointing", True),)
+BEFORE_SPARING = replace(BEFORE, name="before, --gradient_checkpointing", changes=LAST + SPARING)
 _CASE = Case("lora_sdxl", "sdxl", train_batch_size=4, vae_encode_batch_size=8)
-_DEFAULT_FORMAT = Variant("without channels-last on GPUs", ("channels-last on GPUs",))
 _SD = replace(_CASE, program="sd", teacher="sd15", train_batch_size=16, vae_encode_batch_size=32)
 TABLE = [
-    (_SD, [BEFORE, ALL_ON, _DEFAULT_FORMAT]),
-    (_CASE, [BEFORE_SPARING, BEFORE, ALL_ON, _DEFAULT_FORMAT]),
-    (replace(_CASE, teacher="ssd1b"), [BEFORE_SPARING, BEFORE, ALL_ON, _DEFAULT_FORMAT]),
+    (_SD, [BEFORE, ALL_ON, CHANNELS_LAST]),
+    (_CASE, [BEFORE_SPARING, BEFORE, ALL_ON, CHANNELS_LAST]),
+    (replace(_CASE, teacher="ssd1b"), [BEFORE_SPARING, BEFORE, ALL_ON, CHANNELS_LAST]),
 ]
 
 
@@ -521,7 +522,7 @@ def measured_ms(case: Case, variant: Variant, results: Path) -> float | None:
     known = json.loads(results.read_text()) if results.exists() else {}
     with ExitStack() as stack:
         changed = variant.apply(case, stack)
-    patched = any(not isinstance(OPTIMISATIONS[name], dict) for name in variant.off)
+    patched = variant.patches or any(not isinstance(OPTIMISATIONS[name], dict) for name in variant.off)
     wanted = [(case, variant.name)] + ([] if patched else [(changed, ALL_ON.name)])
     names = {f"--{prefix}{name}" for name in asdict(case) for prefix in ("", "no-")}
     for heading, result in known.items():
@@ -571,7 +572,7 @@ def main() -> None:
             parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=value)
         else:
             parser.add_argument(f"--{name}", type=str if isinstance(value, str) else int, default=value)
-    parser.add_argument("--before", action="store_true", help=f"also without {', '.join(EARLIER)}")
+    parser.add_argument("--before", action="store_true", help="also as it was before the latest optimisations")
     parser.add_argument("--straightforward", action="store_true", help="also with every optimisation turned off")
     parser.add_argument(
         "--each",
@@ -587,16 +588,19 @@ def main() -> None:
     args = parser.parse_args()
     case = Case(**{name: getattr(args, name) for name in asdict(_CASE)})
     off = args.each or OPTIMISATIONS if args.each is not None else ()
-    variants = [*([BEFORE] if args.before else []), ALL_ON, *(Variant(f"without {name}", (name,)) for name in off)]
+    variants = [
+        *([BEFORE_SPARING, BEFORE] if args.before else []),
+        ALL_ON,
+        *(Variant(f"without {name}", (name,)) for name in off),
+    ]
     variants += [Variant("straightforward", tuple(OPTIMISATIONS))] if args.straightforward else []
     plan = TABLE if case == _CASE and len(variants) == 1 else [(case, variants)]
     result: dict[str, Any] = provenance("benchmarks.step_cost", sys.argv[1:])
     result["rows"] = rows = []
     for case, variants in plan:
         for variant in variants:
-            changes = [f"--{name}" for name, _ in variant.changes]
             row: dict[str, Any] = {"title": ", ".join([title(case), *sorted(switches(case))]), "case": asdict(case)}
-            row |= {"variant": " ".join([variant.name, *changes])} | alone(compute, case, variant)
+            row |= {"variant": variant.name} | alone(compute, case, variant)
             row["measured_ms"] = measured_ms(case, variant, args.measured)
             rows.append(row)
             print(f"{row['title']}, {row['variant']}: {row['ms']:.0f} ms", flush=True)
