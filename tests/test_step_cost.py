@@ -110,6 +110,15 @@ def test_cudas_group_norm_copies_a_channels_last_input_and_returns_the_default_f
     assert of(meter, LAYOUT).seconds == pytest.approx(2 * elements / TRANSPOSED_ELEMENTS)  # there, and back
 
 
+def test_cudas_layer_norm_copies_what_is_not_contiguous():
+    x, size = half(2, 16, 64), 2 * 16 * 64
+    for given, copies in ((x, 0), (half(2, 64, 16).transpose(1, 2), 1)):
+        with Meter() as meter:
+            functional.layer_norm(given, (64,))
+        assert of(meter, LAYOUT).kernels == copies and of(meter, LAYOUT).bytes == copies * 2 * 2 * size
+        assert of(meter, NORMS).bytes == 2 * 2 * size
+
+
 @pytest.mark.parametrize("last, copies", [(True, 1), (False, 3)])
 def test_a_convolution_has_its_operands_in_channels_last(last, copies):
     """PyTorch transposes the input for weights in that format; without them cuDNN does, the weights and result too."""
@@ -201,11 +210,10 @@ def test_each_optimisation_of_a_lora_spares_what_it_is_for(tiny):
     mixed, of_last = before["mixed_layouts"], last["mixed_layouts"]
     assert mixed["student"] > of_last.get("student", 0)  # adapters that are not channels-last
     assert before["by_part"]["VAE"]["kernels"] < on["by_part"]["VAE"]["kernels"]  # cuDNN copies nothing
-    assert not on["mixed_layouts"].get("student")
     parts = again["by_part"]
     assert RECOMPUTED in parts and RECOMPUTED not in on["by_part"]
     assert 0.5 < parts[RECOMPUTED]["kernels"] / parts["student"]["kernels"] < 1
-    assert again["share_of_matrix_rate"] < on["share_of_matrix_rate"]
+    assert again["kernels"] - parts[RECOMPUTED]["kernels"] == pytest.approx(on["kernels"], rel=0.01)
 
 
 def test_what_stands_in_the_table_is_the_sum_of_parts_and_of_kinds(tiny):
