@@ -264,7 +264,10 @@ def test_a_step_is_that_of_algorithm_1(program, command, run, monkeypatch, teach
 
 @pytest.mark.parametrize("program, workers", [(p, 0) for p in PROGRAMS] + [(p, 2) for p in ONE_OF_EACH])
 def test_two_plus_two_resumed_steps_equal_four(program, workers, command, run, tmp_path, monkeypatch):
-    """Bit for bit: samples, losses, weights. The public programs restart their data on every resume."""
+    """Bit for bit: samples, losses, weights. The public programs restart their data on every resume.
+
+    The launch that resumes gives neither seed nor workers: both are the checkpoint's, whatever this machine's would be.
+    """
     losses = captured_losses(monkeypatch)
     options = {"dataloader_num_workers": workers, "gradient_accumulation_steps": 2, "learning_rate": 1e-3,
                "lr_scheduler": "linear", "lr_warmup_steps": 1, "checkpointing_steps": 2,
@@ -287,9 +290,12 @@ def test_two_plus_two_resumed_steps_equal_four(program, workers, command, run, t
     with pytest.raises(KeyboardInterrupt):
         run(program, command("halves", steps=4, **options))
     monkeypatch.setattr(Checkpoints, "save", save)
-    run(program, command("halves", steps=4, resume_from_checkpoint="latest", **options | {"seed": None}))
+    again = {"seed": None, "dataloader_num_workers": None}
+    run(program, command("halves", steps=4, resume_from_checkpoint="latest", **options | again))
     assert losses == whole and [s for s, _ in whole] == [1, 2, 3, 4]
     assert same(result(tmp_path / "whole"), result(tmp_path / "halves"))
+    resumed = json.loads((tmp_path / "halves" / "checkpoint-4" / "run.json").read_text())
+    assert resumed["flags"]["dataloader_num_workers"] == workers
 
 
 @pytest.mark.parametrize("program", LORA_PROGRAMS)

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 
 from lcm_distill.data.encoded import Encoding
 from lcm_distill.data.raw import printable
+from lcm_distill.distributed.compiling import compile_networks
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import SHARDS_FLAG, VAE_FLAG
 from lcm_distill.models.teacher import Teacher
@@ -62,6 +63,11 @@ class FrozenParts:
     def load_for_training(self) -> None:
         """Loads all parts that a training step needs."""
         self._load(name for name in self._kinds if name not in self._unused_in_training)
+
+    def compile_encoder(self, mode: str | None) -> None:
+        """Compiles the VAE's encoder, as `compile_networks` does, if training encodes pictures; never its decoder."""
+        if "vae" not in self._unused_in_training:
+            compile_networks(mode, self.vae.encoder)
 
     @contextlib.contextmanager
     def all_on_device(self) -> Iterator[None]:

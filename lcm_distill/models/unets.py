@@ -13,6 +13,7 @@ from diffusers.utils import is_xformers_available
 
 from lcm_distill.distributed.compiling import compile_networks
 from lcm_distill.distributed.fsdp import load_network, save_network
+from lcm_distill.errors import brief
 from lcm_distill.flags import FullStudentFlags, SpeedFlags
 from lcm_distill.models.norms import float32_norms, low_precision_norms
 
@@ -98,13 +99,13 @@ def enable_xformers(*unets: UNet2DConditionModel) -> None:
     if not torch.cuda.is_available():
         reason = "it needs a CUDA GPU"
     elif not is_xformers_available():
-        reason = "the package xformers is not installed"
+        reason = 'the package xformers is not installed: pip install -e ".[xformers]"'
     else:
         try:
             for unet in unets:
                 unet.enable_xformers_memory_efficient_attention()
         except Exception as error:  # xformers fails in many ways when built for another PyTorch or GPU
-            reason = str(error)
+            reason = f"{brief(error).rstrip(':')}; `python -m xformers.info` lists what it can run here"
             for unet in unets:
                 unet.disable_xformers_memory_efficient_attention()
     if reason:
