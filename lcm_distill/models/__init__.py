@@ -5,8 +5,10 @@
     sd, sdxl        the two families: text encoders, conditioning, pipeline
     families        the interface of a family, and which one a teacher belongs to
     vae             pictures to latents, and back
-    student         full students, their targets, speed and memory flags
+    unets           full students, their targets, speed and memory flags
+    norms           the precision of their norms
     lora            LoRA students
+    low_rank        the layers of a LoRA
 
 May import `errors`, `flags`, `objective`, `distributed` and `data`.
 """
