@@ -7,64 +7,29 @@
 
 The parts that the programs are made of (`Lora`, `guided_prediction`, `update_ema`, …) run on PyTorch's fake tensors,
 which have shapes and no memory, in the order of the programs' step; what each operation makes is counted from when it
-is made until nothing refers to it. A GPU's autocast, which does norms in float32, is imitated, and attention keeps what
-PyTorch's fused kernels keep. Not counted: the CUDA context, workspaces of kernels, gaps between tensors; leave a
-gigabyte or two for them. Gigabytes are 10⁹ bytes.
+is made until nothing refers to it. Attention keeps what PyTorch's fused kernels keep. Not counted: the CUDA context,
+workspaces of kernels, gaps between tensors; leave a gigabyte or two for them. Gigabytes are 10⁹ bytes.
 """
 
 import argparse
-import contextlib
 import gc
 import json
 import sys
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import psutil
 import torch
-from diffusers import UNet2DConditionModel
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.architectures import RESOLUTIONS, UNETS, build_text_encoders, build_vae, is_sdxl
+from benchmarks.fake_step import Case, build, fake_networks
 from benchmarks.provenance import provenance
 from benchmarks.train_step import alone, flop_counter
-from lcm_distill.models import unets
-from lcm_distill.models.lora import Lora
-from lcm_distill.models.vae import encode_pixels
-from lcm_distill.objective.consistency import (
-    ConsistencyFunction,
-    consistency_loss,
-    guided_prediction,
-    unet_output,
-    update_ema,
-)
-from lcm_distill.objective.schedule import DDIMSolver, NoiseSchedule
 
 GB = 1e9
-
-
-@dataclass(frozen=True)
-class Case:
-    """A program's run, as far as its memory goes; the fields are named like its flags."""
-
-    program: str = "lora_sdxl"
-    teacher: str = "sdxl"
-    resolution: int = 0  # the teacher's own
-    train_batch_size: int = 1
-    mixed_precision: str = "bf16"
-    gradient_checkpointing: bool = False
-    cast_teacher_unet: bool = True
-    use_8bit_adam: bool = False
-    teacher_batch_size: int | None = None
-    vae_encode_batch_size: int = 1
-    vae_float32: bool = False  # as SDXL's own needs it; madebyollin/sdxl-vae-fp16-fix does not
-    lora_rank: int = 64
 
 
 class Tally(TorchDispatchMode):
@@ -103,148 +68,9 @@ class Tally(TorchDispatchMode):
         self.now -= size
 
 
-@contextlib.contextmanager
-def gpu_autocast() -> Iterator[None]:
-    """Inside, autocast does norms in float32, as on GPUs; a CPU's would not."""
-
-    def in_float32(norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def wrapped(x: torch.Tensor, *given: Any, **options: Any) -> torch.Tensor:
-            if not torch.is_autocast_enabled("cpu"):
-                return norm(x, *given, **options)
-            with torch.autocast("cpu", enabled=False):
-                given = tuple(g.float() if isinstance(g, torch.Tensor) else g for g in given)
-                return norm(x.float(), *given, **options)
-
-        return wrapped
-
-    functional = torch.nn.functional
-    with (
-        mock.patch.object(functional, "group_norm", in_float32(functional.group_norm)),
-        mock.patch.object(functional, "layer_norm", in_float32(functional.layer_norm)),
-    ):
-        yield
-
-
-def replacing(network: torch.nn.Module, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-    """`nn.Module._apply` for fake tensors, which cannot take each other's place within a parameter."""
-    for module in network.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                with torch.no_grad():
-                    data = function(parameter)
-                module._parameters[name] = torch.nn.Parameter(data.detach(), requires_grad=parameter.requires_grad)
-        module._buffers |= {name: function(buffer) for name, buffer in module._buffers.items() if buffer is not None}
-    return network
-
-
-class State(torch.optim.Optimizer):
-    """What a fused AdamW, or bitsandbytes' with 8-bit state, keeps; neither needs more while it works."""
-
-    def __init__(self, parameters: list[torch.nn.Parameter], use_8bit: bool):
-        super().__init__(parameters, {})
-        for parameter in parameters:
-            small = use_8bit and parameter.numel() >= 4096
-            for name in ("exp_avg", "exp_avg_sq"):
-                state = torch.zeros_like(parameter, dtype=torch.uint8 if small else torch.float32)
-                self.state[parameter][name] = state, torch.zeros(parameter.numel() // 256 * small)
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        pass
-
-
-def build(case: Case, begin: Callable[[str], None], device: str = "cpu") -> Callable[[], None]:
-    """Builds the networks; what comes back takes a step on empty pictures, and calls `begin` with each part's name."""
-    with torch.device(device):
-        step = _build(case, begin, device)
-
-    def on_device() -> None:
-        with torch.device(device):
-            step()
-
-    return on_device
-
-
-def _build(case: Case, begin: Callable[[str], None], device: str) -> Callable[[], None]:
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(case.mixed_precision, torch.float32)
-    weights = half if case.cast_teacher_unet else torch.float32
-    lora: Lora | None = None
-    unet = UNet2DConditionModel(**UNETS[case.teacher]).requires_grad_(False).eval()
-    size = case.resolution or RESOLUTIONS[case.teacher]
-    vae = build_vae(case.teacher).requires_grad_(False).eval()
-    text_encoders = build_text_encoders(case.teacher)
-    unets.cast(vae, torch.float32 if case.vae_float32 else half)
-    for encoder in text_encoders:
-        unets.cast(encoder.requires_grad_(False), half)
-    target = None
-    if case.program.startswith("lora"):
-        unets.cast(unet, weights)
-        lora, student = Lora(unet, rank=case.lora_rank, alpha=case.lora_rank), unet
-        trained = lora.parameters()
-    else:
-        student, target = (UNet2DConditionModel(**UNETS[case.teacher], time_cond_proj_dim=256) for _ in range(2))
-        target.requires_grad_(False).eval()
-        unets.cast(unet, weights)
-        trained = list(student.parameters())
-    unets.to_channels_last(vae, unet, *([] if target is None or case.use_8bit_adam else [student, target]))
-    if case.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
-    optimizer = State(trained, case.use_8bit_adam)
-    schedule = NoiseSchedule.from_config({"beta_schedule": "scaled_linear", "num_train_timesteps": 1000}).to(device)
-    solver, consistency = DDIMSolver(schedule, 50), ConsistencyFunction(schedule)
-    batch, width = case.train_batch_size, UNETS[case.teacher]["cross_attention_dim"]
-
-    def conditioning(rows: int) -> dict[str, Any]:
-        given: dict[str, Any] = {"encoder_hidden_states": torch.zeros(rows, 77, width, dtype=half)}
-        if is_sdxl(case.teacher):
-            ids = torch.zeros(rows, 6, dtype=torch.int64)
-            given["added_cond_kwargs"] = {"text_embeds": torch.zeros(rows, 1280, dtype=half), "time_ids": ids}
-        return given
-
-    def autocast(on: bool = True) -> torch.autocast:
-        return torch.autocast(device, dtype=torch.bfloat16, enabled=on and half != torch.float32)
-
-    def step() -> None:
-        begin("text")
-        with torch.no_grad():
-            for encoder in text_encoders:
-                encoder(torch.zeros(batch, 77, dtype=torch.int64), output_hidden_states=True)
-        begin("VAE")
-        pixels = torch.zeros(batch, 3, size, size, dtype=torch.uint8)
-        latents = encode_pixels(vae, pixels, case.vae_encode_batch_size, torch.Generator(device))
-        index = torch.zeros(batch, dtype=torch.int64)
-        start, end = solver.timesteps[index], solver.previous_timesteps[index]
-        noisy = schedule.add_noise(latents, torch.zeros_like(latents), start)
-        given, w = conditioning(batch), torch.ones(batch)
-        options: dict[str, Any] = {"dtype": weights}
-        begin("teacher")
-        with torch.no_grad(), autocast(weights == torch.float32), lora.off() if lora else contextlib.nullcontext():
-            clean, epsilon = guided_prediction(
-                unet, schedule, noisy, start, given, conditioning(1), w, batch_size=case.teacher_batch_size, **options
-            )
-        previous = solver.step(clean, epsilon, index)
-        if not lora:
-            options = {"timestep_cond": torch.zeros(batch, 256)}
-        begin("target")
-        with torch.no_grad(), autocast(), lora.target() if lora else contextlib.nullcontext():
-            goal = consistency(unet_output(target or unet, previous, end, given, **options), previous, end)
-        begin("student")
-        with autocast():
-            prediction = consistency(unet_output(student, noisy, start, given, **options), noisy, start)
-        begin("backward")
-        consistency_loss(prediction, goal).backward()
-        begin("optimizer")
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if target is not None:
-            update_ema(target.parameters(), student.parameters(), 0.95)
-
-    return step
-
-
-def compute(case: Case, autocast: Callable[[], Any] = gpu_autocast) -> dict[str, Any]:
+def compute(case: Case) -> dict[str, Any]:
     """Gigabytes: `rest` between steps (weights and the optimizer's state), and at most in each part of a step."""
-    with FakeTensorMode(), autocast(), mock.patch.object(torch.nn.Module, "_apply", replacing), Tally() as tally:
+    with fake_networks(), Tally() as tally:
         step = build(case, tally.begin)
         rest = tally.now
         tally.peaks.clear()
@@ -260,7 +86,7 @@ def count_flops(case: Case) -> dict[str, float]:
     def begin(part: str) -> None:
         totals[part] = counter.get_total_flops()
 
-    with FakeTensorMode(), mock.patch.object(torch.nn.Module, "_apply", replacing):
+    with fake_networks():
         step = build(case, begin)
         with counter:
             step()
@@ -355,7 +181,7 @@ def main() -> None:
             continue
         if check:
             row["measured"] = alone(measure, case)
-        row |= compute(case, contextlib.nullcontext if check else gpu_autocast)
+        row |= compute(case)
         parts = ", ".join(f"{part} {size}" for part, size in row["parts"].items())
         measured = f" (measured {row['measured']})" if check else ""
         summary = f"{case.program} {describe(case)}: {row['peak']} GB{measured}; at rest {row['rest']}; {parts}"

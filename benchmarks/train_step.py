@@ -261,7 +261,7 @@ def peak_memory() -> int:
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts products, convolutions and attention, the CPU's fused attention too."""
+    """Counts products, convolutions and attention, the CPU's fused attention and products added in place too."""
 
     def attention(query, key, *rest, out_shape=None, **options):  # type: ignore
         (*batch, heads, q, dim), k = query, key[-2]
@@ -270,12 +270,17 @@ def flop_counter() -> FlopCounterMode:
     def attention_backward(grad, query, key, *rest, out_shape=None, **options):  # type: ignore
         return 5 * attention(query, key) // 2  # two products again, of which one is recomputed, and three new ones
 
+    def product_added(summed, a, b, *rest, out_shape=None, **options):  # type: ignore
+        return 2 * a.numel() * b[-1]
+
     names = torch.ops.aten
     return FlopCounterMode(
         display=False,
         custom_mapping={
             names._scaled_dot_product_flash_attention_for_cpu: attention,
             names._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+            names.addmm_: product_added,
+            names.baddbmm_: product_added,
         },
     )
 

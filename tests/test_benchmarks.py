@@ -12,9 +12,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from benchmarks import memory, train_step
-from benchmarks.architectures import UNETS
-from benchmarks.memory import Case, Tally, compute
+from benchmarks import fake_step, memory, train_step
+from benchmarks.architectures import UNETS, build_vae
+from benchmarks.fake_step import Case, build
+from benchmarks.memory import Tally, compute
 
 ROOT = Path(__file__).resolve().parents[1]
 _CONFIG = UNet2DConditionModel.load_config(ROOT / "toy/teachers/sd/unet")
@@ -139,19 +140,19 @@ def test_memory_is_counted_from_when_a_tensor_is_made_until_it_is_gone():
 
 def test_memory_of_a_step_is_that_of_its_weights_and_of_what_the_flags_say(monkeypatch):
     monkeypatch.setitem(UNETS, "half", TINY)  # SD's layout, quick
-    monkeypatch.setattr(memory, "build_text_encoders", lambda name: [])
+    monkeypatch.setattr(fake_step, "build_text_encoders", lambda name: [])
     monkeypatch.setattr(memory, "GB", 1)
     case = Case("sd", "half", resolution=256, train_batch_size=2, mixed_precision="no")
     plain = compute(case)
     size = sum(p.numel() for p in UNet2DConditionModel(**TINY, time_cond_proj_dim=256).parameters()) * 4
     teacher = sum(p.numel() for p in UNet2DConditionModel(**TINY).parameters()) * 4
-    vae = sum(p.numel() for p in memory.build_vae("half").parameters()) * 4
+    vae = sum(p.numel() for p in build_vae("half").parameters()) * 4
     assert plain["rest"] == pytest.approx(4 * size + teacher + vae, rel=0.01)  # student, target, AdamW's two
     assert plain["parts"]["optimizer"] == pytest.approx(plain["rest"] + size, rel=0.1)  # and the gradients
     less = compute(Case(**vars(case) | {"gradient_checkpointing": True, "use_8bit_adam": True}))
     assert less["rest"] == pytest.approx(plain["rest"] - 2 * size + size / 2, rel=0.02)
     assert less["parts"]["student"] - less["rest"] < 0.5 * (plain["parts"]["student"] - plain["rest"])
     with Tally() as tally:  # and the same of tensors that are there
-        memory.build(case, tally.begin)()
+        build(case, tally.begin)()
     for part, size in plain["parts"].items():
         assert tally.peaks[part] == pytest.approx(size, rel=0.02), part

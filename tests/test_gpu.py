@@ -7,7 +7,8 @@ import pytest
 import torch
 from test_programs import PROGRAMS, captured_losses, check_channels_last, family
 
-from benchmarks.memory import Case, build, compute
+from benchmarks.fake_step import Case, build
+from benchmarks.memory import compute
 from lcm_distill import encode_shards
 from lcm_distill.data.preflight import inspect_shards
 from lcm_distill.data.preparation import Preparation

@@ -1,0 +1,183 @@
+"""The programs' training step on PyTorch's fake tensors, which have shapes and no memory: for `memory`, `step_cost` and
+a test that compares it with a GPU.
+
+    with fake_networks():
+        step = build(Case("sd", "sd15"), begin)    # begin("teacher"), …: called as each part of the step begins
+        step()
+
+The parts that the programs are made of (`Lora`, `guided_prediction`, `update_ema`, …) run in the order of the programs'
+step, on empty pictures.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.architectures import RESOLUTIONS, UNETS, build_text_encoders, build_vae, is_sdxl
+from lcm_distill.flags import SpeedFlags
+from lcm_distill.models import unets
+from lcm_distill.models.lora import Lora
+from lcm_distill.models.vae import encode_pixels
+from lcm_distill.objective import consistency as lcd
+from lcm_distill.objective.schedule import DDIMSolver, NoiseSchedule
+from lcm_distill.run.accelerator import autocast_over
+
+
+@dataclass(frozen=True)
+class Case:
+    """A program's run, as far as its memory and its arithmetic go; the fields are named like its flags."""
+
+    program: str = "lora_sdxl"
+    teacher: str = "sdxl"
+    resolution: int = 0  # the teacher's own
+    train_batch_size: int = 1
+    mixed_precision: str = "bf16"
+    gradient_checkpointing: bool = False
+    cast_teacher_unet: bool = True
+    channels_last: bool = False
+    float32_norms: bool = False
+    use_8bit_adam: bool = False
+    teacher_batch_size: int | None = None
+    vae_encode_batch_size: int = 1
+    vae_float32: bool = False  # as SDXL's own needs it; madebyollin/sdxl-vae-fp16-fix does not
+    lora_rank: int = 64
+
+
+def replacing(network: torch.nn.Module, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    """`nn.Module._apply` for fake tensors, which cannot take each other's place within a parameter."""
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                with torch.no_grad():
+                    data = function(parameter)
+                module._parameters[name] = torch.nn.Parameter(data.detach(), requires_grad=parameter.requires_grad)
+        module._buffers |= {name: function(buffer) for name, buffer in module._buffers.items() if buffer is not None}
+    return network
+
+
+@contextlib.contextmanager
+def fake_networks() -> Iterator[None]:
+    """Inside, tensors and networks are fake."""
+    with FakeTensorMode(), mock.patch.object(torch.nn.Module, "_apply", replacing):
+        yield
+
+
+def build_optimizer(trained: list[torch.nn.Parameter], case: Case) -> torch.optim.Optimizer:
+    return State(trained, case.use_8bit_adam)
+
+
+class State(torch.optim.Optimizer):
+    """What a fused AdamW, or bitsandbytes' with 8-bit state, keeps; neither needs more while it works."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], use_8bit: bool):
+        super().__init__(parameters, {})
+        for parameter in parameters:
+            small = use_8bit and parameter.numel() >= 4096
+            for name in ("exp_avg", "exp_avg_sq"):
+                state = torch.zeros_like(parameter, dtype=torch.uint8 if small else torch.float32)
+                self.state[parameter][name] = state, torch.zeros(parameter.numel() // 256 * small)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        pass
+
+
+def build(case: Case, begin: Callable[[str], None], device: str = "cpu") -> Callable[[], None]:
+    """Builds the networks; what comes back takes a step on empty pictures, and calls `begin` with each part's name."""
+    with torch.device(device):
+        step = _build(case, begin, device)
+
+    def on_device() -> None:
+        with torch.device(device):
+            step()
+
+    return on_device
+
+
+def _build(case: Case, begin: Callable[[str], None], device: str) -> Callable[[], None]:
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(case.mixed_precision, torch.float32)
+    weights = half if case.cast_teacher_unet else torch.float32
+    lora: Lora | None = None
+    unet = UNet2DConditionModel(**UNETS[case.teacher]).requires_grad_(False).eval()
+    size = case.resolution or RESOLUTIONS[case.teacher]
+    vae = build_vae(case.teacher).requires_grad_(False).eval()
+    text_encoders = build_text_encoders(case.teacher)
+    unets.cast(vae, torch.float32 if case.vae_float32 else half)
+    for encoder in text_encoders:
+        unets.cast(encoder.requires_grad_(False), half)
+    target = None
+    if case.program.startswith("lora"):
+        unets.cast(unet, weights)
+        lora, student = Lora(unet, rank=case.lora_rank, alpha=case.lora_rank), unet
+    else:
+        student, target = (UNet2DConditionModel(**UNETS[case.teacher], time_cond_proj_dim=256) for _ in range(2))
+        target.requires_grad_(False).eval()
+        unets.cast(unet, weights)
+    speed = SpeedFlags(
+        vae_encode_batch_size=case.vae_encode_batch_size,
+        channels_last=case.channels_last,
+        float32_norms=case.float32_norms,
+        gradient_checkpointing=case.gradient_checkpointing,
+    )
+    unets.apply_speed_flags(speed, *([unet] if target is None else [student, target, unet]))
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer = build_optimizer(trained, case)
+    schedule = NoiseSchedule.from_config({"beta_schedule": "scaled_linear", "num_train_timesteps": 1000}).to(device)
+    solver, consistency = DDIMSolver(schedule, 50), lcd.ConsistencyFunction(schedule)
+    batch, width = case.train_batch_size, UNETS[case.teacher]["cross_attention_dim"]
+
+    def conditioning(rows: int) -> dict[str, Any]:
+        given: dict[str, Any] = {"encoder_hidden_states": torch.zeros(rows, 77, width, dtype=half)}
+        if is_sdxl(case.teacher):
+            ids = torch.zeros(rows, 6, dtype=torch.int64)
+            given["added_cond_kwargs"] = {"text_embeds": torch.zeros(rows, 1280, dtype=half), "time_ids": ids}
+        return given
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=half != torch.float32)
+
+    accelerator: Any = SimpleNamespace(autocast=autocast)
+
+    def step() -> None:
+        begin("text")
+        with torch.no_grad():
+            for encoder in text_encoders:
+                encoder(torch.zeros(batch, 77, dtype=torch.int64), output_hidden_states=True)
+        begin("VAE")
+        pixels = torch.zeros(batch, 3, size, size, dtype=torch.uint8)
+        latents = encode_pixels(vae, pixels, case.vae_encode_batch_size, torch.Generator(device))
+        index = torch.zeros(batch, dtype=torch.int64)
+        start, end = solver.timesteps[index], solver.previous_timesteps[index]
+        noisy = schedule.add_noise(latents, torch.zeros_like(latents), start)
+        given, w = conditioning(batch), torch.ones(batch)
+        options: dict[str, Any] = {"dtype": weights}
+        begin("teacher")
+        with torch.no_grad(), autocast_over(accelerator, weights), lora.off() if lora else contextlib.nullcontext():
+            clean, epsilon = lcd.guided_prediction(
+                unet, schedule, noisy, start, given, conditioning(1), w, batch_size=case.teacher_batch_size, **options
+            )
+        previous = solver.step(clean, epsilon, index)
+        if not lora:
+            options = {"timestep_cond": torch.zeros(batch, 256)}
+        begin("target")
+        with torch.no_grad(), autocast(), lora.target() if lora else contextlib.nullcontext():
+            goal = consistency(lcd.unet_output(target or unet, previous, end, given, **options), previous, end)
+        begin("student")
+        with autocast():
+            prediction = consistency(lcd.unet_output(student, noisy, start, given, **options), noisy, start)
+        begin("backward")
+        lcd.consistency_loss(prediction, goal).backward()
+        begin("optimizer")
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if target is not None:
+            lcd.update_ema(target.parameters(), student.parameters(), 0.95)
+
+    return step
