@@ -68,8 +68,12 @@ class Rounded(TorchFunctionMode):
         self._dtype, self._float32_norms, self._rounded_statistics = dtype, float32_norms, rounded_statistics
 
     def round(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rounded values; `tensor` itself if they are its own, since it may be a view that is written to."""
+        if tensor.dtype != torch.float32 or self._dtype == torch.float32:
+            return tensor
         with torch._C.DisableTorchFunction():
-            return tensor.to(self._dtype).float() if tensor.dtype == torch.float32 else tensor
+            rounded = tensor.to(self._dtype).float()
+            return tensor if torch.equal(rounded, tensor) else rounded
 
     def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
