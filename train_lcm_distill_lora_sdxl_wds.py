@@ -81,8 +81,8 @@ def main(argv: list[str] | None = None) -> None:
         teacher, device=device, dtype=dtype, unet_dtype=base_dtype, encoding=preparation.encoding
     )
     unet = frozen.unet
-    unets.to_channels_last(unet)
     lora = Lora(unet, **vars(shape), dropout=args.student.lora_dropout)
+    unets.to_channels_last(unet)
     unets.apply_speed_flags(args.speed, unet)
     optimizer = build_optimizer(
         lora.parameters(), args.optimization, plan.learning_rate, fused=accelerator.mixed_precision != "fp16"

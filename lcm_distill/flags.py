@@ -376,6 +376,10 @@ class SpeedFlags:
     cast_teacher_unet: bool = switch(
         True, "keep the teacher's U-Net, which is also what is under a LoRA, in the mixed precision instead of float32"
     )
+    float32_norms: bool = switch(
+        False,
+        "compute the U-Nets' group and layer norms in float32, as autocast does on GPUs, not in the mixed precision",
+    )
     teacher_batch_size: int | None = flag(
         None,
         "rows that the teacher sees at once, of 2 × --train_batch_size (with guidance and without); less saves "

@@ -19,6 +19,7 @@ import torch
 from test_programs import FULL_PROGRAMS, LORA_PROGRAMS, ONE_OF_EACH, PROGRAMS, SDXL_PROGRAMS, family
 
 from lcm_distill.models import lora, teacher, unets
+from lcm_distill.models.norms import Norm
 from lcm_distill.objective import consistency
 from lcm_distill.run import accelerator as accelerator_module
 from lcm_distill.run import checkpoint, optim, progress, run, stopping, validation
@@ -39,8 +40,8 @@ VALUES: dict[str, Any] = {
     "adam_beta1": 0.8, "adam_beta2": 0.97, "adam_weight_decay": 0.03, "adam_epsilon": 2e-7, "max_grad_norm": 0.7,
     "w_min": 2.0, "w_max": 4.0, "num_ddim_timesteps": 40, "loss_type": "huber", "huber_c": 0.02,
     "timestep_scaling_factor": 8.0,
-    "cast_teacher_unet": False, "teacher_batch_size": 3, "vae_encode_batch_size": 6, "compile": "whole",
-    "enable_xformers_memory_efficient_attention": True, "gradient_checkpointing": True,
+    "cast_teacher_unet": False, "float32_norms": True, "teacher_batch_size": 3, "vae_encode_batch_size": 6,
+    "compile": "whole", "enable_xformers_memory_efficient_attention": True, "gradient_checkpointing": True,
     "seed": 99, "mixed_precision": "bf16", "allow_tf32": True, "gradient_accumulation_steps": 2, "local_rank": 4,
     "dry_run": False, "output_dir": "OUT", "logging_dir": "the-logs", "report_to": "wandb,tensorboard",
     "tracker_project_name": "the-project", "logging_steps": 1, "checkpointing_steps": 2, "checkpoints_total_limit": 5,
@@ -274,6 +275,12 @@ FOLLOWED: dict[str, tuple[Any, Any]] = {
         (8.0, 8.0),
     ),
     "cast_teacher_unet": (lambda seen, *_: set(seen.all("guided_prediction", "dtype")), {torch.float32}),
+    "float32_norms": (
+        lambda seen, *_: {
+            m.low_precision for u in seen["compile"][-1][0][1:] for m in u.modules() if isinstance(m, Norm)
+        },
+        {False},
+    ),
     "teacher_batch_size": (lambda seen, *_: set(seen.all("guided_prediction", "batch_size")), {3}),
     "vae_encode_batch_size": (lambda seen, *_: set(seen.all("encode_pixels", 2)), {6}),
     "compile": (lambda seen, *_: seen.last("compile", 0), "whole"),

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import LoraFlags
+from lcm_distill.models.low_rank import LAYERS
 
 # LCM-LoRA's: attention, feed-forward, convolutions and the residual blocks' time embeddings.
 TARGET_MODULES = (
@@ -108,6 +109,7 @@ class Lora:
         self.config = LoraConfig(
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules or list(TARGET_MODULES)
         )
+        self.config._register_custom_module(LAYERS)
         unet.requires_grad_(False)
         unet.train()
         unet.add_adapter(self.config, adapter_name=STUDENT)
@@ -123,10 +125,6 @@ class Lora:
         self.average = average
         self._parameters = {name: self._find(name) for name in ([STUDENT, TARGET] if average else [STUDENT])}
         self._layers = [module for module in unet.modules() if isinstance(module, LoraLayer)]
-        for layer in self._layers:
-            # Autocast casts a layer's input itself. If PEFT cast it to float32 before, each layer would keep that copy
-            # for the backward pass.
-            layer.cast_input_dtype_enabled = False
         self._dropouts = [module for module in unet.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
         unet.set_adapter(STUDENT)
 
@@ -178,8 +176,12 @@ class Lora:
                 module.training = mode
 
     def state_dict(self, adapter: str = STUDENT) -> dict[str, torch.Tensor]:
-        """One adapter's weights by PEFT's names, without the adapter's name: `down_blocks.0….lora_A.weight`."""
-        return get_peft_model_state_dict(self.unet, adapter_name=adapter)
+        """One adapter's weights by PEFT's names, without the adapter's name: `down_blocks.0….lora_A.weight`.
+
+        Contiguous, as files need them, whatever their memory format in the U-Net.
+        """
+        weights = get_peft_model_state_dict(self.unet, adapter_name=adapter)
+        return {name: tensor.contiguous() for name, tensor in weights.items()}
 
     def part(self, adapter: str = STUDENT) -> "AdapterPart":
         """One adapter as a part of a checkpoint."""
@@ -210,7 +212,7 @@ class AdapterPart:
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         weights = {self._PREFIX + name: tensor for name, tensor in self._lora.state_dict(self._adapter).items()}
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / self._FILE)
+        save_file(weights, folder / self._FILE)
         self._lora.config.save_pretrained(str(folder))
 
     def load(self, folder: Path) -> None:

@@ -14,6 +14,7 @@ from diffusers.utils import is_xformers_available
 from lcm_distill.distributed.compiling import compile_networks
 from lcm_distill.distributed.fsdp import load_network, save_network
 from lcm_distill.flags import FullStudentFlags, SpeedFlags
+from lcm_distill.models.norms import float32_norms, low_precision_norms
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,9 @@ def architecture(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def apply_speed_flags(flags: SpeedFlags, trained: UNet2DConditionModel, *others: UNet2DConditionModel) -> None:
-    """Sets attention, gradient checkpointing (of `trained` only) and compilation by the flags, in place."""
+    """Sets norms, attention, gradient checkpointing (of `trained` only) and compilation by the flags, in place."""
+    norms = float32_norms if flags.float32_norms else low_precision_norms
+    norms(trained, *others)
     if flags.enable_xformers_memory_efficient_attention:
         enable_xformers(trained, *others)
     if flags.gradient_checkpointing:

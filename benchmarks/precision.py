@@ -1,0 +1,208 @@
+"""Does the precision of the passes without gradients, or of the norms, change what a distillation reaches?
+
+    python -m benchmarks.precision --output benchmarks/results/precision.json        # some hours of one core
+    python -m benchmarks.precision --programs lora_sd --variants bf16 fp16 --seeds 0
+
+Each variant distils a toy teacher with the program's own `main` for `--steps` steps, seed by seed, then generates
+pictures. `teacher` and `target` compute in the precision that the variant names, the student in bf16 (in "float32" all of
+them in float32; "as before" are PEFT's LoRA layers in float32). Since a CPU lacks half of these precisions, passes
+without gradients are emulated: what every operation of PyTorch takes and returns is rounded, the arithmetic inside is
+float32, as it is in a GPU's kernels; group norms also round their statistics, as CUDA's do. The student runs under the
+CPU's own bf16 autocast.
+
+For each run: the mean loss of the last fifty steps, the distance to the teacher's pictures in latents that validation
+measures, and caption accuracy at 1, 2 and 4 steps.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from diffusers.models.embeddings import Timesteps
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from benchmarks.provenance import provenance
+from benchmarks.train_step import alone
+from lcm_distill import evaluate
+from lcm_distill.models import lora
+from lcm_distill.models.teacher import Teacher
+from lcm_distill.objective import consistency
+from lcm_distill.sampling.finished import find_students, load_teacher
+from toy.compare import TEACHERS, ToyMetric
+from toy.demo import _FULL, _LORA
+from toy.make_shards import make_shards
+from toy.score import RESOLUTION, real_pictures
+
+# Flags of the program, and the precision that is emulated in passes without gradients.
+VARIANTS: dict[str, tuple[list[str], torch.dtype | None]] = {
+    "float32": (["--mixed_precision", "no"], None),
+    "as before": (["--mixed_precision", "no"], None),
+    "bf16": (["--mixed_precision", "bf16"], torch.bfloat16),
+    "bf16, float32 norms": (["--mixed_precision", "bf16", "--float32_norms"], torch.bfloat16),
+    "fp16": (["--mixed_precision", "bf16"], torch.float16),
+    "float32 teacher and target": (["--mixed_precision", "bf16"], torch.float32),
+}
+
+
+class Rounded(TorchFunctionMode):
+    """Inside, every function of PyTorch takes and returns values rounded to `dtype`, in float32 tensors.
+
+    But for the sines of timesteps, which are computed in float32 in any precision. With `float32_norms` norms keep
+    float32 inside and in what they return.
+    """
+
+    def __init__(self, dtype: torch.dtype, float32_norms: bool):
+        super().__init__()
+        self._dtype, self._float32_norms = dtype, float32_norms
+
+    def round(self, tensor: torch.Tensor) -> torch.Tensor:
+        with torch._C.DisableTorchFunction():
+            return tensor.to(self._dtype).float() if tensor.dtype == torch.float32 else tensor
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        norm = function in (functional.group_norm, functional.layer_norm)
+        if not (norm and self._float32_norms):
+            args, kwargs = tree_map_only(torch.Tensor, self.round, (args, kwargs))
+        if function is functional.group_norm and not self._float32_norms:
+            return self.round(self._group_norm(*args, **kwargs))
+        result = function(*args, **kwargs)
+        if norm and self._float32_norms:
+            return result
+        if isinstance(result, torch.Tensor) and getattr(function, "__name__", "").endswith("_"):
+            return result.copy_(self.round(result)) if result.is_floating_point() else result  # in place
+        return tree_map_only(torch.Tensor, self.round, result)
+
+    def _group_norm(self, x, groups, weight, bias, eps):  # type: ignore[no-untyped-def]
+        with torch._C.DisableTorchFunction():
+            grouped = x.reshape(len(x), groups, -1)
+            variance, mean = torch.var_mean(grouped, dim=2, correction=0, keepdim=True)
+            scale, mean = self.round((variance + eps).rsqrt()), self.round(mean)
+            normal = ((grouped - mean) * scale).reshape(x.shape)
+            shape = (1, -1, *[1] * (x.dim() - 2))
+            return normal * weight.view(shape) + bias.view(shape)
+
+
+@contextlib.contextmanager
+def rounding(dtype: torch.dtype | None, float32_norms: bool) -> Iterator[None]:
+    """Inside, U-Nets without gradients compute in `dtype`; None: as the program has it."""
+    output, embed = consistency.unet_output, Timesteps.forward
+
+    def unet_output(unet: Any, *given: Any, **options: Any) -> torch.Tensor:
+        if dtype is None or torch.is_grad_enabled():
+            return output(unet, *given, **options)
+        with torch.autocast("cpu", enabled=False), Rounded(dtype, float32_norms):
+            return output(unet, *given, **options | {"dtype": torch.float32})
+
+    def in_float32(self: Timesteps, timesteps: torch.Tensor) -> torch.Tensor:
+        with torch._C.DisableTorchFunction():
+            return embed(self, timesteps)
+
+    with (
+        mock.patch.object(consistency, "unet_output", unet_output),
+        mock.patch.object(Timesteps, "forward", in_float32),
+    ):
+        yield
+
+
+def distil(program: str, variant: str, seed: int, steps: int, batch: int, shards: Path, output: Path) -> dict[str, float]:
+    """One run; its loss at the end, and the distance of its pictures to the teacher's."""
+    flags, dtype = VARIANTS[variant]
+    argv = [
+        *("--pretrained_teacher_model", str(TEACHERS["sdxl" if "sdxl" in program else "sd"])),
+        *("--train_shards_path_or_url", str(shards), "--output_dir", str(output), "--resolution", str(RESOLUTION)),
+        *("--train_batch_size", str(batch), "--max_train_steps", str(steps), "--seed", str(seed)),
+        *(_LORA if program.startswith("lora") else _FULL),
+        *("--lr_scheduler", "cosine", "--lr_warmup_steps", "20", "--loss_type", "huber", "--huber_c", "0.01"),
+        *("--adam_weight_decay", "0", "--num_validation_images", "4", "--validation_steps", str(steps)),
+        *("--logging_steps", "1", "--report_to", "none", "--no-cast_teacher_unet", *flags),
+    ]
+    layers = {} if variant == "as before" else lora.LAYERS
+    with mock.patch.object(lora, "LAYERS", layers), rounding(dtype, "--float32_norms" in flags):
+        importlib.import_module(f"train_lcm_distill_{program}_wds").main(argv)
+    lines = [json.loads(line) for line in (output / "training.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    (distance,) = (line["distance/student"] for line in lines if "distance/student" in line)
+    return {"loss": statistics.mean(losses[-50:]), "distance": distance}
+
+
+def accuracies(program: str, folder: str, count: int) -> dict[str, float]:
+    """Caption accuracy by number of steps, in float32."""
+    captions = real_pictures(count, 0)[1]
+    rows = evaluate.evaluate(
+        load_teacher(Teacher(str(TEACHERS["sdxl" if "sdxl" in program else "sd"])), device="cpu", dtype=torch.float32),
+        find_students([folder]),
+        prompts=captions,
+        make_metrics=lambda reference: [ToyMetric(captions, 0)],
+        steps=(1, 2, 4),
+        samplers=(),
+        control=False,
+        reference_steps=1,
+        guidance_scale=4.0,
+        resolution=RESOLUTION,
+        batch_size=64,
+    )
+    return {f"accuracy at {row.steps}": row.values["caption_accuracy"] for row in rows if not row.is_reference}
+
+
+def summary(runs: list[dict[str, Any]]) -> str:
+    """A Markdown table: mean and spread over the seeds of each program and variant."""
+    names = ["loss", "distance", *(f"accuracy at {steps}" for steps in (1, 2, 4))]
+    lines = ["| program, variant | seeds | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
+    for key in dict.fromkeys((run["program"], run["variant"]) for run in runs):
+        own = [run for run in runs if (run["program"], run["variant"]) == key]
+        cells = []
+        for name in names:
+            values = [run[name] for run in own]
+            cells.append(f"{statistics.mean(values):.4g} ({min(values):.4g} to {max(values):.4g})")
+        lines.append(f"| {', '.join(key)} | {len(own)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.precision", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--programs", nargs="+", default=["sd", "lora_sd"], help="(sd lora_sd)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
+    parser.add_argument("--steps", type=int, default=300, help="(300)")
+    parser.add_argument("--batch", type=int, default=32, help="(32)")
+    parser.add_argument("--count", type=int, default=256, help="pictures for each caption accuracy (256)")
+    parser.add_argument("--folder", type=Path, required=True, help="for shards and students")
+    parser.add_argument("--output", type=Path, metavar="FILE.json")
+    args = parser.parse_args()
+    result = provenance("benchmarks.precision", sys.argv[1:]) | {"runs": []}
+    shards = args.folder / "shards"
+    if not shards.exists():
+        make_shards(shards, shards=8, samples_per_shard=512, seed=0)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for seed in args.seeds:  # a first seed of everything comes first
+        for program in args.programs:
+            for variant in args.variants:
+                if variant == "as before" and not program.startswith("lora"):
+                    continue
+                output = args.folder / f"{program}-{variant}-{seed}".replace(" ", "_").replace(",", "")
+                run = {"program": program, "variant": variant, "seed": seed}
+                run |= alone(distil, program, variant, seed, args.steps, args.batch, shards, output)
+                run |= alone(accuracies, program, str(output), args.count)
+                result["runs"].append(run)
+                print(json.dumps(run), flush=True)
+                if args.output:
+                    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(summary(result["runs"]))
+
+
+if __name__ == "__main__":
+    main()
