@@ -116,7 +116,9 @@ def rounding(dtype: torch.dtype | None, float32_norms: bool) -> Iterator[None]:
         yield
 
 
-def distil(program: str, variant: str, seed: int, steps: int, batch: int, shards: Path, output: Path) -> dict[str, float]:
+def distil(
+    program: str, variant: str, seed: int, steps: int, batch: int, shards: Path, output: Path
+) -> dict[str, float]:
     """One run; its loss at the end, and the distance of its pictures to the teacher's."""
     flags, dtype = VARIANTS[variant]
     argv = [

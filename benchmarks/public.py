@@ -30,7 +30,7 @@ from benchmarks.measuring import forget_peak, peak_memory, wait
 from benchmarks.provenance import ROOT
 
 if TYPE_CHECKING:
-    from benchmarks.train_step import Lengths
+    from benchmarks.train_step import Plan
 
 NEEDED = ("webdataset", "torchvision")
 _LIMIT = 120  # seconds: SDXL's networks are made on the CPU, at random, before they are loaded
@@ -69,7 +69,7 @@ def write_shard(source: Path, target: Path, samples: int) -> None:
                 tar.addfile(member, io.BytesIO(data))
 
 
-def measure(folder: Path, kind: str, argv: list[str], shards: Path, lengths: "Lengths") -> dict[str, Any]:
+def measure(folder: Path, kind: str, argv: list[str], shards: Path, plan: "Plan") -> dict[str, Any]:
     """Milliseconds of a step, peak memory in bytes, seconds to the end of the first step, which include the imports.
 
     `argv` are the flags that both programs have, `shards` the toy's. `RuntimeError` if it fails or takes too long.
@@ -78,17 +78,19 @@ def measure(folder: Path, kind: str, argv: list[str], shards: Path, lengths: "Le
     work.mkdir(exist_ok=True)
     batch = int(argv[argv.index("--train_batch_size") + 1])
     # Its buffer takes two samples for each that it yields until it has a thousand; batches wait in the workers.
-    samples = 2 * batch * (lengths.warmup + lengths.steps + 20) + 200
+    samples = 2 * batch * (plan.warmup + plan.steps + 20) + 200
     write_shard(shards, work / "shard.tar", samples)
     result = work / "result.json"
     result.unlink(missing_ok=True)
     command = [
-        *(sys.executable, "-m", "benchmarks.public", str(result), str(lengths.warmup), str(lengths.steps)),
+        *(sys.executable, "-m", "benchmarks.public", str(result), str(plan.warmup), str(plan.steps)),
         *(str(script(folder, kind).resolve()), *argv, "--train_shards_path_or_url", str(work / "shard.tar")),
         *("--max_train_steps", _ENDLESS, "--max_train_samples", _ENDLESS, "--validation_steps", _ENDLESS),
         *("--checkpointing_steps", _ENDLESS),
     ]
-    process = subprocess.Popen(command, cwd=ROOT)
+    said = work / "output.txt"
+    with said.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
     try:
         status = process.wait(timeout=_LIMIT)
     except subprocess.TimeoutExpired:
@@ -98,8 +100,10 @@ def measure(folder: Path, kind: str, argv: list[str], shards: Path, lengths: "Le
             for child in [*psutil.Process(process.pid).children(recursive=True), process]:
                 child.kill()
             process.wait()
+        print(said.read_text(), file=sys.stderr)
     if not result.exists():
-        raise RuntimeError(f"the public program ended with status {status} before its steps were taken")
+        last = (said.read_text().strip() or "it said nothing").splitlines()[-1]
+        raise RuntimeError(f"the public program ended with status {status} before its steps were taken: {last}")
     return json.loads(result.read_text())
 
 

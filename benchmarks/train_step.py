@@ -51,7 +51,8 @@ from benchmarks import public
 from benchmarks.architectures import RESOLUTIONS, write_teacher
 from benchmarks.measuring import DTYPES, PEAK_OF, elapsed, forget_peak, free, keep, matrix_rate, peak_memory, say, wait
 from benchmarks.provenance import ROOT, provenance
-from lcm_distill.models import unets
+from lcm_distill.distributed import compiling
+from lcm_distill.models import lora, unets
 from lcm_distill.objective import consistency
 from lcm_distill.objective.schedule import per_sample
 from lcm_distill.run import stopping
@@ -120,6 +121,10 @@ def autocast_everywhere(program: Any) -> Patch:
     return mock.patch.object(program, "autocast_over", lambda accelerator, weights: accelerator.autocast())
 
 
+def peft_layers(program: Any) -> Patch:
+    return mock.patch.object(lora, "LAYERS", {})
+
+
 def _in_half(args: Any) -> bool:
     return args.launch.mixed_precision != "no"
 
@@ -138,6 +143,8 @@ class Optimisation:
 
 # Those that a GPU gains most by come first: who has little time measures them.
 OPTIMISATIONS: dict[str, Optimisation] = {
+    "fused LoRA layers": Optimisation(peft_layers, lambda args: hasattr(args.student, "lora_rank")),
+    "low-precision norms": Optimisation(["--float32_norms"], _in_half),
     "half networks without autocast": Optimisation(autocast_everywhere, _in_half),
     "one teacher pass": Optimisation(two_teacher_passes),
     "channels-last on GPUs": Optimisation(default_memory_format, _on_gpu),
@@ -273,12 +280,13 @@ class OnePicture:
 
 
 @dataclass(frozen=True)
-class Lengths:
-    """How many steps a variant takes: warm-up, timed in one piece, timed part by part."""
+class Plan:
+    """Steps of a variant: warm-up, timed in one piece, timed part by part; and torch.compile's backend."""
 
     warmup: int
     steps: int
     part_steps: int
+    backend: str = compiling.BACKEND
 
 
 @contextlib.contextmanager
@@ -329,7 +337,7 @@ def quiet(log: Path) -> Iterator[None]:
             os.close(original)
 
 
-def measure(kind: str, variant: Variant, argv: list[str], lengths: Lengths, flops: bool = False) -> dict[str, Any]:
+def measure(kind: str, variant: Variant, argv: list[str], plan: Plan, flops: bool = False) -> dict[str, Any]:
     """Milliseconds of a step and of its parts, peak memory in bytes, seconds to the end of the first step.
 
     With `flops` also those of a step on one picture, by part, or why they could not be counted.
@@ -342,32 +350,33 @@ def measure(kind: str, variant: Variant, argv: list[str], lengths: Lengths, flop
 
     watch, times, parts = Watch(now), dict[str, float](), dict[str, float]()
     counter, peak, lost = flop_counter(), [0], ""
-    timed = lengths.warmup + lengths.steps
+    timed = plan.warmup + plan.steps
 
     def boundary(step: int) -> None:
         if step == 1:
             times["first"] = now()
-        if step == lengths.warmup:
+        if step == plan.warmup:
             times["start"] = now()
             forget_peak()
         if step == timed:
             times["total"] = now()
             peak[0] = peak_memory()
             watch.on = True
-        if step == timed + lengths.part_steps:
+        if step == timed + plan.part_steps:
             times["parts"] = now()
-            parts.update({name: 1e3 * watch.parts[name] / lengths.part_steps for name in PARTS if watch.parts[name]})
+            parts.update({name: 1e3 * watch.parts[name] / plan.part_steps for name in PARTS if watch.parts[name]})
             if not flops:
                 raise Done
             watch.parts.clear()
             watch.read = lambda: float(counter.get_total_flops())
             one_picture.on()
             stack.enter_context(counter)
-        if step == timed + lengths.part_steps + 1:
+        if step == timed + plan.part_steps + 1:
             raise Done
 
     with as_before(), ExitStack() as stack:
         variant.apply(program, stack)
+        stack.enter_context(mock.patch.object(compiling, "BACKEND", plan.backend))
         one_picture = OnePicture(stack)
         watch.attach(program, family, stack)
         at_steps(boundary, stack)
@@ -384,8 +393,8 @@ def measure(kind: str, variant: Variant, argv: list[str], lengths: Lengths, flop
             lost = f"{type(error).__name__}: {error}".partition("\n")[0]
     result = {
         "first_step_s": times["first"] - began,
-        "step_ms": 1e3 * (times["total"] - times["start"]) / lengths.steps,
-        "step_in_parts_ms": 1e3 * (times["parts"] - times["total"]) / lengths.part_steps,
+        "step_ms": 1e3 * (times["total"] - times["start"]) / plan.steps,
+        "step_in_parts_ms": 1e3 * (times["parts"] - times["total"]) / plan.part_steps,
         "parts_ms": parts,
         "peak_memory_bytes": peak[0],
     }
@@ -397,7 +406,8 @@ def measure(kind: str, variant: Variant, argv: list[str], lengths: Lengths, flop
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts products, convolutions and attention, the CPU's fused attention too."""
+    """Counts products, convolutions and attention; also those that PyTorch's list of them lacks: the CPU's fused
+    attention, and products that are added to a tensor in place."""
 
     def attention(query, key, *rest, out_shape=None, **options):  # type: ignore
         (*batch, heads, q, dim), k = query, key[-2]
@@ -406,10 +416,15 @@ def flop_counter() -> FlopCounterMode:
     def attention_backward(grad, query, key, *rest, out_shape=None, **options):  # type: ignore
         return 5 * attention(query, key) // 2  # two products again, of which one is recomputed, and three new ones
 
+    def product(into, a, b, *rest, out_shape=None, **options):  # type: ignore
+        return 2 * torch.Size(a).numel() * b[-1]
+
     names = torch.ops.aten
     return FlopCounterMode(
         display=False,
         custom_mapping={
+            names.addmm_: product,
+            names.baddbmm_: product,
             names._scaled_dot_product_flash_attention_for_cpu: attention,
             names._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
         },
@@ -603,6 +618,12 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
         metavar="NAME",
         help=f"also with each one turned off, or those named, of: {', '.join(OPTIMISATIONS)}",
     )
+    parser.add_argument(
+        "--backend",
+        default=compiling.BACKEND,
+        help="torch.compile's, where variants are compiled; eager generates no code, to try a command on a CPU "
+        f"({compiling.BACKEND})",
+    )
     parser.add_argument("--no_flops", action="store_true", help="leave out the count of FLOPs, and so the floor")
     parser.add_argument(
         "--seconds", type=float, metavar="N", help="start no variant that would end later than so long after the start"
@@ -675,7 +696,7 @@ class Session:
         self._accumulation = flags.launch.gradient_accumulation_steps
         self._pictures = args.train_batch_size * self._accumulation
         self._dtype = DTYPES[flags.launch.mixed_precision]
-        self._lengths = Lengths(args.warmup, args.steps, args.part_steps)
+        self._plan = Plan(args.warmup, args.steps, args.part_steps, args.backend)
         self._flops: dict[str, float] | None = None
         self._last = 0.0
         self.variants, left_out = list_variants(args, flags)
@@ -730,7 +751,7 @@ class Session:
 
     def _take(self, variant: Variant) -> str:
         """Measures a variant once; returns why it failed, or nothing."""
-        log, lengths = self._folder / "program.log", self._lengths
+        log, plan = self._folder / "program.log", self._plan
         out = ["--output_dir", str(self._folder / f"out-{time.monotonic_ns()}")]  # a new run's, each time
         counts = self._flops is None and not self._args.no_flops
         rate = matrix_rate(self._dtype)
@@ -740,12 +761,12 @@ class Session:
                     if variant.name == PUBLIC:
                         argv = [*self._public_argv, *out]
                         shards = self._folder / "shards"
-                        taken = public.measure(self._args.public, self._args.program, argv, shards, lengths)
+                        taken = public.measure(self._args.public, self._args.program, argv, shards, plan)
                     elif variant.alone:
-                        given = (self._args.program, variant, [*self._argv, *out], lengths)
+                        given = (self._args.program, variant, [*self._argv, *out], plan)
                         taken = alone(measure, *given, start="spawn")
                     else:
-                        taken = measure(self._args.program, variant, [*self._argv, *out], lengths, counts)
+                        taken = measure(self._args.program, variant, [*self._argv, *out], plan, counts)
                 except BaseException:
                     traceback.print_exc()
                     raise
