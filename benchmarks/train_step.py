@@ -806,7 +806,6 @@ def lost_device() -> str:
 
 
 def main() -> None:
-    faulthandler.enable(file=os.dup(2))  # a crash while the program's own output is put aside
     args, more = parse()
     with tempfile.TemporaryDirectory() as temporary:
         session = Session(args, more, Path(temporary))
@@ -816,4 +815,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.enable(file=os.dup(2))  # a crash is seen although the program's own output is put aside
     main()
