@@ -15,6 +15,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -59,7 +60,8 @@ def write_shard(source: Path, target: Path, samples: int) -> None:
         files = {member.name: tar.extractfile(member) for member in tar if member.isfile()}
         content = {name: file.read() for name, file in files.items() if file is not None}
     keys = sorted({name.partition(".")[0] for name in content})
-    about = json.dumps({"original_width": 1024, "original_height": 1024, "pwatermark": 0.0}).encode()
+    sizes = dict.fromkeys(("width", "height", "original_width", "original_height"), 1024)
+    about = json.dumps(sizes | {"pwatermark": 0.0}).encode()
     with tarfile.open(target, "w") as tar:
         for number in range(samples):
             key = keys[number % len(keys)]
@@ -102,8 +104,9 @@ def measure(folder: Path, kind: str, argv: list[str], shards: Path, plan: "Plan"
             process.wait()
         print(said.read_text(), file=sys.stderr)
     if not result.exists():
-        last = (said.read_text().strip() or "it said nothing").splitlines()[-1]
-        raise RuntimeError(f"the public program ended with status {status} before its steps were taken: {last}")
+        errors = re.findall(r"^[\w.]*(?:Error|Exception|error): .*", said.read_text(), re.MULTILINE) or ["no message"]
+        reason = f"the public program ended with status {status} before its steps were taken: {errors[-1]}"
+        raise RuntimeError(reason)
     return json.loads(result.read_text())
 
 
