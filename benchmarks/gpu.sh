@@ -39,15 +39,17 @@ if [ $smoke = 1 ]; then   # SDXL's program, a LoRA and a compiled step, all on t
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     LIMIT=3600 processes=2 tiny=--tiny
     sizes=(--warmup 1 --steps 1 --part_steps 1 --mixed_precision bf16)
+    formats=()
     sd=(--train_batch_size 2) sdxl=("${sd[@]}") sd_lora=("${sd[@]}" --backend eager)
 else
     nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader || failed+=("nvidia-smi")
     processes=8 tiny=
     sizes=(--warmup 2 --steps 6 --part_steps 2 --mixed_precision bf16 --dataloader_num_workers 4)
+    formats=(--variant "with channels-last=--channels_last")
     sd=(--teacher sd15 --train_batch_size 16) sdxl=(--teacher sdxl --train_batch_size 4) sd_lora=("${sd[@]}")
     megabytes=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1)
     if [ "${megabytes:-0}" -le 70000 ]; then   # what 24 GB train
-        sd+=(--gradient_checkpointing --use_8bit_adam) sdxl+=(--gradient_checkpointing)
+        sd+=(--gradient_checkpointing --use_8bit_adam) sdxl+=(--gradient_checkpointing) formats=()
     fi
 fi
 [ -n "${PUBLIC:-}" ] && public=(--public "$PUBLIC") || public=()
@@ -86,9 +88,10 @@ for part in $parts; do
     case $part in
     ceilings) try "what the device can do" 40 "$PYTHON" -m benchmarks.ceilings $tiny \
         --output "$RESULTS/gpu-ceilings.json" ;;
-    sd) step "SD 1.5, full" 110 --program sd "${sd[@]}" --straightforward "${public[@]}" --each ;;
+    sd) step "SD 1.5, full" 110 --program sd "${sd[@]}" --straightforward "${public[@]}" \
+        "${formats[@]}" --each ;;
     lora_sdxl) step "SDXL, LoRA" $((LIMIT - SECONDS - 30)) --program lora_sdxl "${sdxl[@]}" --straightforward \
-        "${public[@]}" --variant "with gradient checkpointing=--gradient_checkpointing" --each ;;
+        "${public[@]}" --variant "with gradient checkpointing=--gradient_checkpointing" "${formats[@]}" --each ;;
     layouts) try "a resume in another memory format" 60 "$PYTHON" -m pytest -m gpu -q --timeout=60 \
         tests/test_gpu.py -k another_memory_format ;;
     tests) try "tests" 160 "$PYTHON" -m pytest -m gpu -n $processes -v --timeout=90 --durations=5 tests/test_gpu.py ;;

@@ -288,17 +288,26 @@ TABLE = [
     replace(_SDXL, use_8bit_adam=True, cast_teacher_unet=False),
     *(replace(_SDXL, train_batch_size=8, vae_float32=True, vae_encode_batch_size=size) for size in (1, 8)),
     *(replace(_SDXL, train_batch_size=size) for size in (4, 12)),
+    *(replace(_SDXL, train_batch_size=size, gradient_checkpointing=False) for size in (4, 6)),
+    replace(_SDXL, train_batch_size=12, use_8bit_adam=True),
     replace(_SDXL, train_batch_size=12, teacher_batch_size=8),
-    replace(_SDXL, program="sdxl"),
+    *(replace(_SDXL, program="sdxl", gradient_checkpointing=on) for on in (False, True)),
+    replace(_SDXL, program="sdxl", train_batch_size=12),
     replace(_SDXL, program="sdxl", cast_teacher_unet=False),
     replace(_SDXL, program="sdxl", use_8bit_adam=True),
     replace(_SDXL, program="sdxl", use_8bit_adam=True, train_batch_size=12),
+    replace(_SDXL, program="sdxl", use_8bit_adam=True, train_batch_size=4, gradient_checkpointing=False),
     replace(_SDXL, program="sdxl", teacher="ssd1b", use_8bit_adam=True),
     *(replace(_SD, gradient_checkpointing=on) for on in (False, True)),
-    replace(_SD, train_batch_size=12),
+    *(replace(_SD, train_batch_size=12, gradient_checkpointing=on) for on in (False, True)),
     *(replace(_SD, program="sd", gradient_checkpointing=on) for on in (False, True)),
     replace(_SD, program="sd", use_8bit_adam=True),
     replace(_SD, program="sd", use_8bit_adam=True, train_batch_size=16),
+    *(replace(_SD, program="sd", train_batch_size=16, gradient_checkpointing=on) for on in (False, True)),
+    *(
+        replace(_SD, program="sd", train_batch_size=size, use_8bit_adam=True, gradient_checkpointing=False)
+        for size in (1, 16)
+    ),
 ]
 FLOPS = [replace(c, gradient_checkpointing=False) for c in (_SDXL, replace(_SDXL, program="sdxl"), _SD)]
 FLOPS += [replace(FLOPS[1], teacher="ssd1b"), replace(FLOPS[2], program="sd")]

@@ -4,11 +4,11 @@
     python -m benchmarks.precision --programs lora_sd --variants bf16 fp16 --seeds 0
 
 Each variant distils a toy teacher with the program's own `main` for `--steps` steps, seed by seed, then generates
-pictures. `teacher` and `target` compute in the precision that the variant names, the student in bf16 (in "float32" all of
-them in float32; "as before" are PEFT's LoRA layers in float32). Since a CPU lacks half of these precisions, passes
-without gradients are emulated: what every operation of PyTorch takes and returns is rounded, the arithmetic inside is
-float32, as it is in a GPU's kernels; group norms also round their statistics, as CUDA's do. The student runs under the
-CPU's own bf16 autocast.
+pictures. Teacher and target compute in the precision that the variant names, the student in bf16; "before" is bf16 with
+norms in float32 and PEFT's own LoRA layers. Since a CPU lacks half of these precisions, passes without gradients are
+emulated: weights, and what every operation of PyTorch returns, are rounded, the arithmetic inside is float32, as it is
+in a GPU's kernels; group norms also round their statistics, as CUDA's do. The student runs under the CPU's own bf16
+autocast.
 
 For each run: the mean loss of the last fifty steps, the distance to the teacher's pictures in latents that validation
 measures, and caption accuracy at 1, 2 and 4 steps.
@@ -45,21 +45,18 @@ from toy.make_shards import make_shards
 from toy.score import RESOLUTION, real_pictures
 
 # Flags of the program, and the precision that is emulated in passes without gradients.
-VARIANTS: dict[str, tuple[list[str], torch.dtype | None]] = {
-    "float32": (["--mixed_precision", "no"], None),
-    "as before": (["--mixed_precision", "no"], None),
-    "bf16": (["--mixed_precision", "bf16"], torch.bfloat16),
-    "bf16, float32 norms": (["--mixed_precision", "bf16", "--float32_norms"], torch.bfloat16),
-    "fp16": (["--mixed_precision", "bf16"], torch.float16),
-    "float32 teacher and target": (["--mixed_precision", "bf16"], torch.float32),
+VARIANTS: dict[str, tuple[list[str], torch.dtype]] = {
+    "before": (["--float32_norms"], torch.bfloat16),
+    "bf16": ([], torch.bfloat16),
+    "fp16": ([], torch.float16),
+    "float32": ([], torch.float32),
 }
 
 
 class Rounded(TorchFunctionMode):
-    """Inside, every function of PyTorch takes and returns values rounded to `dtype`, in float32 tensors.
+    """Inside, PyTorch's functions take weights, and return values, rounded to `dtype`, in float32 tensors.
 
-    But for the sines of timesteps, which are computed in float32 in any precision. With `float32_norms` norms keep
-    float32 inside and in what they return.
+    With `float32_norms` norms keep float32 inside and in what they return.
     """
 
     def __init__(self, dtype: torch.dtype, float32_norms: bool):
@@ -72,16 +69,16 @@ class Rounded(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
-        norm = function in (functional.group_norm, functional.layer_norm)
-        if not (norm and self._float32_norms):
-            args, kwargs = tree_map_only(torch.Tensor, self.round, (args, kwargs))
-        if function is functional.group_norm and not self._float32_norms:
+        if function in (functional.group_norm, functional.layer_norm) and self._float32_norms:
+            return function(*args, **kwargs)
+        args = tuple(self.round(value) if isinstance(value, torch.nn.Parameter) else value for value in args)
+        if function is functional.group_norm:
             return self.round(self._group_norm(*args, **kwargs))
         result = function(*args, **kwargs)
-        if norm and self._float32_norms:
-            return result
-        if isinstance(result, torch.Tensor) and getattr(function, "__name__", "").endswith("_"):
-            return result.copy_(self.round(result)) if result.is_floating_point() else result  # in place
+        if isinstance(result, torch.Tensor):
+            rounded = self.round(result)
+            in_place = getattr(function, "__name__", "").endswith("_") and rounded is not result
+            return result.copy_(rounded) if in_place else rounded
         return tree_map_only(torch.Tensor, self.round, result)
 
     def _group_norm(self, x, groups, weight, bias, eps):  # type: ignore[no-untyped-def]
@@ -95,14 +92,16 @@ class Rounded(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def rounding(dtype: torch.dtype | None, float32_norms: bool) -> Iterator[None]:
-    """Inside, U-Nets without gradients compute in `dtype`; None: as the program has it."""
+def rounding(dtype: torch.dtype, float32_norms: bool) -> Iterator[None]:
+    """Inside, U-Nets without gradients compute in `dtype`, but for the sines of timesteps, as in any precision."""
     output, embed = consistency.unet_output, Timesteps.forward
 
     def unet_output(unet: Any, *given: Any, **options: Any) -> torch.Tensor:
-        if dtype is None or torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             return output(unet, *given, **options)
-        with torch.autocast("cpu", enabled=False), Rounded(dtype, float32_norms):
+        mode = Rounded(dtype, float32_norms)
+        given, options = tree_map_only(torch.Tensor, mode.round, (given, options))
+        with torch.autocast("cpu", enabled=False), mode:
             return output(unet, *given, **options | {"dtype": torch.float32})
 
     def in_float32(self: Timesteps, timesteps: torch.Tensor) -> torch.Tensor:
@@ -128,9 +127,9 @@ def distil(
         *(_LORA if program.startswith("lora") else _FULL),
         *("--lr_scheduler", "cosine", "--lr_warmup_steps", "20", "--loss_type", "huber", "--huber_c", "0.01"),
         *("--adam_weight_decay", "0", "--num_validation_images", "4", "--validation_steps", str(steps)),
-        *("--logging_steps", "1", "--report_to", "none", "--no-cast_teacher_unet", *flags),
+        *("--logging_steps", "1", "--report_to", "none", "--mixed_precision", "bf16", "--no-cast_teacher_unet", *flags),
     ]
-    layers = {} if variant == "as before" else lora.LAYERS
+    layers = {} if variant == "before" else lora.LAYERS
     with mock.patch.object(lora, "LAYERS", layers), rounding(dtype, "--float32_norms" in flags):
         importlib.import_module(f"train_lcm_distill_{program}_wds").main(argv)
     lines = [json.loads(line) for line in (output / "training.jsonl").read_text().splitlines()]
@@ -193,9 +192,7 @@ def main() -> None:
     for seed in args.seeds:  # a first seed of everything comes first
         for program in args.programs:
             for variant in args.variants:
-                if variant == "as before" and not program.startswith("lora"):
-                    continue
-                output = args.folder / f"{program}-{variant}-{seed}".replace(" ", "_").replace(",", "")
+                output = args.folder / f"{program}-{variant}-{seed}"
                 run = {"program": program, "variant": variant, "seed": seed}
                 run |= alone(distil, program, variant, seed, args.steps, args.batch, shards, output)
                 run |= alone(accuracies, program, str(output), args.count)

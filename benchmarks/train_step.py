@@ -55,7 +55,7 @@ from lcm_distill.distributed import compiling
 from lcm_distill.models import lora, unets
 from lcm_distill.objective import consistency
 from lcm_distill.objective.schedule import per_sample
-from lcm_distill.run import stopping
+from lcm_distill.run import run, stopping
 from lcm_distill.run.progress import Progress
 from toy.make_shards import make_shards
 
@@ -113,16 +113,32 @@ def sync_every_step(program: Any) -> Patch:
     return mock.patch.object(Progress, "step", waiting)
 
 
-def default_memory_format(program: Any) -> Patch:
-    return mock.patch.object(unets, "CHANNELS_LAST", ())
-
-
 def autocast_everywhere(program: Any) -> Patch:
     return mock.patch.object(program, "autocast_over", lambda accelerator, weights: accelerator.autocast())
 
 
 def peft_layers(program: Any) -> Patch:
     return mock.patch.object(lora, "LAYERS", {})
+
+
+def after_start(settle: Callable[[], None]) -> Patch:
+    """`settle` is called when the run has set PyTorch's switches."""
+    start = run.start_accelerator
+
+    def started(*given: Any, **options: Any) -> Accelerator:
+        accelerator = start(*given, **options)
+        settle()
+        return accelerator
+
+    return mock.patch.object(run, "start_accelerator", started)
+
+
+def no_search(program: Any) -> Patch:
+    return after_start(lambda: setattr(torch.backends.cudnn, "benchmark", False))
+
+
+def float32_products(program: Any) -> Patch:
+    return after_start(lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", False))
 
 
 def _in_half(args: Any) -> bool:
@@ -147,13 +163,14 @@ OPTIMISATIONS: dict[str, Optimisation] = {
     "low-precision norms": Optimisation(["--float32_norms"], _in_half),
     "half networks without autocast": Optimisation(autocast_everywhere, _in_half),
     "one teacher pass": Optimisation(two_teacher_passes),
-    "channels-last on GPUs": Optimisation(default_memory_format, _on_gpu),
+    "cuDNN's search": Optimisation(no_search, _on_gpu),
     "low-precision frozen U-Net": Optimisation(["--no-cast_teacher_unet"], _in_half),
     "fused optimizer": Optimisation(
         optimizer_not_fused, lambda args: args.launch.mixed_precision != "fp16" and not args.optimization.use_8bit_adam
     ),
     "fused EMA": Optimisation(ema_per_tensor, lambda args: args.student.ema_decay > 0),
     "no sync": Optimisation(sync_every_step, _on_gpu),
+    "TF32 for what is float32": Optimisation(float32_products, lambda args: _on_gpu(args) and _in_half(args)),
 }
 
 

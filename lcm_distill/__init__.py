@@ -8,6 +8,7 @@ import logging
 
 __version__ = "0.2.0"
 
-# Two libraries warn at import of things that no user of this project can or need fix.
+# Three libraries warn at import of things that no user of this project can or need fix.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional 4-bit CPU kernel
 logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)  # torchvision, which is not used
+logging.getLogger("xformers").setLevel(logging.ERROR)  # its CUDA kernels; Diffusers imports it wherever it is installed

@@ -211,8 +211,8 @@ def encode_shards(
             raise UsageError(f"IN contains encoded shards ({report.preparation.encoding}); give shards of pictures.")
         if captions:
             empty = _embeddings(family.encode_captions(frozen, [""]))
-            shapes = {name: array.shape[1:] for name, array in empty.items()}
-            first = {name: array[0] for name, array in empty.items()}
+            first = {name: tensor[0].cpu().numpy() for name, tensor in empty.items()}
+            shapes = {name: array.shape for name, array in first.items()}
             encoding = replace(encoding, embeddings=shapes, empty_caption=first)
         encoder = Encoder(encoding, preparation, frozen, family, batch_size, num_workers)
         with tqdm(desc="encoding", unit=" pictures", dynamic_ncols=True, position=rank) as bar:
@@ -270,6 +270,7 @@ def _encode_shard(
     dropped: dict[str, list[str]] = defaultdict(list)
     samples, last_key = 0, None
     batch: list[tuple[RawSample, Sample]] = []
+    encoded: deque[_EncodedBatch] = deque()  # a batch is written while a GPU encodes the next one
     for raw, sample_or_reason in _prepare_samples(shard, name, encoder, dropped):
         bar.update()
         if isinstance(sample_or_reason, str):
@@ -280,9 +281,14 @@ def _encode_shard(
             batch.append((raw, sample_or_reason))
             last_key = raw.key
         if len(batch) == encoder.batch_size:
-            samples += _write_batch(batch, shard, encoder, tar)
+            encoded.append(_encode_batch(batch, encoder))
             batch = []
-    samples += _write_batch(batch, shard, encoder, tar)
+        if len(encoded) > 1:
+            samples += _write_batch(encoded.popleft(), shard, encoder, tar)
+    if batch:
+        encoded.append(_encode_batch(batch, encoder))
+    while encoded:
+        samples += _write_batch(encoded.popleft(), shard, encoder, tar)
     if dropped:
         tar.add(DROPPED, json.dumps(dropped, indent=1, sort_keys=True).encode())
     return samples, dropped
@@ -325,17 +331,28 @@ def _prepare_samples(
             yield waiting.popleft().result()
 
 
+@dataclass(frozen=True)
+class _EncodedBatch:
+    """Samples and what they are encoded to, float16 in CPU memory; on a GPU only once `done` has happened."""
+
+    samples: list[tuple[RawSample, Sample]]
+    arrays: dict[str, torch.Tensor]  # a row for each sample
+    embeddings: dict[str, torch.Tensor]  # a row for each caption; none if captions are not encoded
+    captions: list[int]  # the number of captions of each sample
+    done: torch.cuda.Event | None
+
+
 @torch.no_grad()
-def _write_batch(samples: list[tuple[RawSample, Sample]], shard: str, encoder: Encoder, tar: TarWriter) -> int:
-    """Encodes samples and adds them to `tar`; returns their number."""
-    if not samples:
-        return 0
+def _encode_batch(samples: list[tuple[RawSample, Sample]], encoder: Encoder) -> _EncodedBatch:
+    """Encodes samples. A GPU is not waited for: copies in both directions are queued with the rest of its work."""
+    device = encoder.frozen.device
+    queued = device.type == "cuda"
     pixels = torch.from_numpy(np.stack([sample.arrays["pixels"] for _, sample in samples])).permute(0, 3, 1, 2)
+    pixels = (pixels.pin_memory() if queued else pixels).to(device, non_blocking=True)
     arrays = {"moments": _moments(pixels, encoder)}
     if encoder.preparation.random_flip:
         arrays["mirrored_moments"] = _moments(pixels.flip(-1), encoder)
     captions = [read_captions(raw, read_json(raw), encoder.preparation.caption_column)[0] for raw, _ in samples]
-    ends = np.cumsum([len(texts) for texts in captions])[:-1]
     embeddings = {}
     if encoder.encoding.text:
         flat = [caption for texts in captions for caption in texts]
@@ -343,8 +360,25 @@ def _write_batch(samples: list[tuple[RawSample, Sample]], shard: str, encoder: E
             _embeddings(encoder.family.encode_captions(encoder.frozen, flat[first : first + encoder.batch_size]))
             for first in range(0, len(flat), encoder.batch_size)
         ]
-        embeddings = {name: np.split(np.concatenate([part[name] for part in parts]), ends) for name in parts[0]}
-    for number, (raw, sample) in enumerate(samples):
+        embeddings = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    # PyTorch pins the memory that a copy from a GPU goes to if it is not waited for.
+    arrays = {name: tensor.to("cpu", non_blocking=queued) for name, tensor in arrays.items()}
+    embeddings = {name: tensor.to("cpu", non_blocking=queued) for name, tensor in embeddings.items()}
+    done = None
+    if queued:
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(device))
+    return _EncodedBatch(samples, arrays, embeddings, [len(texts) for texts in captions], done)
+
+
+def _write_batch(batch: _EncodedBatch, shard: str, encoder: Encoder, tar: TarWriter) -> int:
+    """Adds the samples of a batch to `tar`; returns their number."""
+    if batch.done:
+        batch.done.synchronize()
+    ends = np.cumsum(batch.captions)[:-1]
+    arrays = {name: tensor.numpy() for name, tensor in batch.arrays.items()}
+    embeddings = {name: np.split(tensor.numpy(), ends) for name, tensor in batch.embeddings.items()}
+    for number, (raw, sample) in enumerate(batch.samples):
         of_sample = {name: array[number] for name, array in (arrays | embeddings).items()}
         for name, array in of_sample.items():
             if not np.isfinite(array).all():
@@ -357,17 +391,17 @@ def _write_batch(samples: list[tuple[RawSample, Sample]], shard: str, encoder: E
         for extension, content in raw.files.items():
             if extension not in (*PICTURE_EXTENSIONS, LATENTS_EXTENSION):
                 tar.add(f"{raw.key}.{extension}", content)
-    return len(samples)
+    return len(batch.samples)
 
 
-def _moments(pixels: torch.Tensor, encoder: Encoder) -> np.ndarray:
-    return encode_moments(encoder.frozen.vae, pixels, encoder.batch_size).half().cpu().numpy()
+def _moments(pixels: torch.Tensor, encoder: Encoder) -> torch.Tensor:
+    return encode_moments(encoder.frozen.vae, pixels, encoder.batch_size).half()
 
 
-def _embeddings(conditioning: dict[str, Any]) -> dict[str, np.ndarray]:
+def _embeddings(conditioning: dict[str, Any]) -> dict[str, torch.Tensor]:
     tensors = {"encoder_hidden_states": conditioning["encoder_hidden_states"]}
     tensors |= conditioning.get("added_cond_kwargs", {})
-    return {name: tensor.half().cpu().numpy() for name, tensor in tensors.items()}
+    return {name: tensor.half() for name, tensor in tensors.items()}
 
 
 def _rank() -> tuple[int, int]:

@@ -223,7 +223,12 @@ class StreamingFlags:
         type=positive_int,
     )
     resampled_shards: bool = switch(False, "draw shards with replacement, instead of each once an epoch")
-    dataloader_num_workers: int = flag(0, "processes that load data; 0 loads in the main one", type=count)
+    dataloader_num_workers: int | None = flag(
+        None,
+        "processes per device that load data; 0 loads in the main one (default: as in the checkpoint that is resumed; "
+        "in a new run up to 4 on a CUDA GPU, as its share of the CPU cores allows, and 0 on other devices)",
+        type=count,
+    )
     train_batch_size: int = flag(16, "pictures per device and batch", type=positive_int)
 
 
@@ -376,6 +381,11 @@ class SpeedFlags:
     cast_teacher_unet: bool = switch(
         True, "keep the teacher's U-Net, which is also what is under a LoRA, in the mixed precision instead of float32"
     )
+    channels_last: bool = switch(
+        False,
+        "keep the U-Nets' convolutions in channels-last memory format, which --compile can profit from; without it "
+        "PyTorch's group norms on GPUs change the format back each time",
+    )
     float32_norms: bool = switch(
         False,
         "compute the U-Nets' group and layer norms in float32, as autocast does on GPUs, not in the mixed precision",
@@ -391,14 +401,16 @@ class SpeedFlags:
     )
     compile: str | None = flag(
         None,
-        "compile the U-Nets: their repeated blocks (regional, what --compile alone means), or each in one piece "
-        "(whole: slower to begin); the first steps take minutes, in later runs much less",
+        "compile the U-Nets and the VAE's encoder: their repeated blocks (regional, what --compile alone means), or "
+        "each in one piece (whole: slower to begin); the first steps take minutes, in later runs much less",
         nargs="?",
         const="regional",
         choices=list(COMPILE_MODES),
     )
     enable_xformers_memory_efficient_attention: bool = switch(
-        False, "xformers' attention where it works; PyTorch's own, as fast on today's GPUs, otherwise"
+        False,
+        "xformers' attention (pip install -e '.[xformers]') where it works; PyTorch's own, as fast on today's GPUs, "
+        "otherwise",
     )
     gradient_checkpointing: bool = switch(False, "recompute activations in the backward pass: less memory, slower")
 
@@ -417,7 +429,9 @@ class LaunchFlags:
         choices=["no", "fp16", "bf16"],
     )
     allow_tf32: bool = switch(
-        False, "TF32 matrix products and convolutions where float32 is asked for (Ampere or newer)"
+        False,
+        "TF32 matrix products and convolutions where float32 is asked for (Ampere or newer); in mixed precision that "
+        "is SDXL's float32 VAE alone, which has TF32 in any case",
     )
     gradient_accumulation_steps: int = flag(1, "batches per optimizer step", type=positive_int)
     local_rank: int = flag(-1, "this process's device, for launchers that do not set LOCAL_RANK", type=int)
@@ -557,6 +571,8 @@ def parse(
     parsed = parser.parse_args(argv)
     if parsed.w_min > parsed.w_max:
         parser.error(f"argument --w_min: {parsed.w_min:g} is above --w_max {parsed.w_max:g}; give w_min <= w_max")
+    if parsed.channels_last and parsed.use_8bit_adam:
+        parser.error("argument --channels_last: --use_8bit_adam makes weights contiguous; leave out one of the two")
     for name in ("validation_teacher_steps", "num_validation_images"):
         if parsed.keep_best and not vars(parsed)[name]:
             parser.error(

@@ -25,7 +25,7 @@ from benchmarks.architectures import UNETS
 from benchmarks.memory import Case, Tally, compute
 from lcm_distill.models import lora, unets
 from lcm_distill.objective import consistency
-from lcm_distill.run import stopping
+from lcm_distill.run import run, stopping
 from lcm_distill.run.progress import Progress
 from toy.make_shards import make_shards
 
@@ -106,9 +106,9 @@ def in_this_process(monkeypatch, *flags: str) -> int:
 def what_variants_change() -> list[object]:
     program, family = train_step.modules("lora_sd")
     owners = {
-        consistency: ("guided_prediction", "unet_output", "update_ema"), unets: ("CHANNELS_LAST", "apply_speed_flags"),
+        consistency: ("guided_prediction", "unet_output", "update_ema"), unets: ("apply_speed_flags",),
         program: ("build_optimizer", "autocast_over", "batch_latents"), family: ("batch_conditioning",),
-        lora: ("LAYERS",), Progress: ("step", "batches"), Accelerator: ("backward", "clip_grad_norm_"),
+        lora: ("LAYERS",), run: ("start_accelerator",), Progress: ("step", "batches"), Accelerator: ("backward", "clip_grad_norm_"),
         AcceleratedOptimizer: ("step",), stopping: ("SIGNALS",), torch.backends.cudnn: ("benchmark", "allow_tf32"),
         AcceleratorState: ("_shared_state",), logging.getLogger("lcm_distill"): ("level",),
     }  # fmt: skip

@@ -22,15 +22,16 @@ PROGRAMS = {
     "lora_sdxl": train_lcm_distill_lora_sdxl_wds,
 }
 
-# Name → (type, default), as public command lines expect them: first those of the SD program. Only --cast_teacher_unet
-# has another default than there: what is frozen is in the low precision unless told otherwise.
+# Name → (type, default), as public command lines expect them: first those of the SD program. Two have
+# another default than there: --cast_teacher_unet, since what is frozen is in the low precision, and
+# --dataloader_num_workers, since one process does not feed a GPU.
 SD_FLAGS = {
     "pretrained_vae_model_name_or_path": (str, None), "teacher_revision": (str, None), "revision": (str, None),
     "output_dir": (str, "lcm-xl-distilled"), "cache_dir": (str, None), "seed": (int, None),
     "logging_dir": (str, "logs"), "report_to": (str, "tensorboard"), "checkpointing_steps": (int, 500),
     "checkpoints_total_limit": (int, None), "resume_from_checkpoint": (str, None),
     "train_shards_path_or_url": (str, None), "resolution": (int, 512), "interpolation_type": (str, "bilinear"),
-    "center_crop": (bool, False), "random_flip": (bool, False), "dataloader_num_workers": (int, 0),
+    "center_crop": (bool, False), "random_flip": (bool, False), "dataloader_num_workers": (int, None),
     "train_batch_size": (int, 16), "num_train_epochs": (int, 100), "max_train_steps": (int, None),
     "max_train_samples": (int, None), "learning_rate": (float, 1e-4), "scale_lr": (bool, False),
     "lr_scheduler": (str, "constant"), "lr_warmup_steps": (int, 500), "gradient_accumulation_steps": (int, 1),
@@ -106,6 +107,12 @@ def test_every_public_flag_takes_its_type(program, name):
     assert parse(f"--{name}", text, *other, program=program).flat()[name] == kind(text)
 
 
+def test_channels_last_is_refused_where_bitsandbytes_undoes_it(capsys):
+    with pytest.raises(SystemExit):
+        parse("--channels_last", "--use_8bit_adam")
+    assert "leave out one of the two" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_teacher_is_required(program, capsys):
     with pytest.raises(SystemExit):
@@ -118,6 +125,26 @@ def test_public_command_line_parses(program):
     args = PROGRAMS[program].parse_args(shlex.split(PUBLIC_COMMANDS[program]))
     assert args.distillation.loss_type == "huber" and args.optimization.use_8bit_adam
     assert args.streaming.train_batch_size == 12 and args.launch.resume_from_checkpoint == "latest"
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """The arguments of each `accelerate launch train_….py` in a text."""
+    joined = re.sub(r"\s*\\\n\s*", " ", text)
+    return [shlex.split(found) for found in re.findall(r"accelerate launch (train_\w+\.py .*)", joined)]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_documented_commands_parse_and_recompute_nothing_needlessly(program):
+    """They passed --gradient_checkpointing on every card: the student's pass was computed twice for nothing."""
+    script = f"{PROGRAMS[program].PROGRAM}.py"
+    documented = commands_in(PROGRAMS[program].__doc__)
+    documented += [argv for argv in commands_in((ROOT / "README.md").read_text()) if argv[0] == script]
+    assert len(documented) == (2 if program == "sd" else 1)
+    for name, *argv in documented:
+        args = PROGRAMS[program].parse_args(argv)
+        assert name == script and args.launch.mixed_precision == "bf16"
+        assert not args.speed.gradient_checkpointing
+        assert args.streaming.train_batch_size * args.launch.gradient_accumulation_steps in (12, 16)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,13 @@ import torch
 from test_programs import PROGRAMS, captured_losses, check_channels_last, family
 
 from benchmarks.memory import Case, build, compute
+from lcm_distill import encode_shards
+from lcm_distill.data.preflight import inspect_shards
+from lcm_distill.data.preparation import Preparation
+from lcm_distill.data.shards import expand_shards
+from lcm_distill.data.stream import ShardStream
 from lcm_distill.distributed import compiling
-from lcm_distill.models import unets
+from lcm_distill.models.teacher import Teacher
 from lcm_distill.run.progress import Progress
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -74,16 +79,16 @@ def test_the_teacher_in_parts_is_the_teacher_at_once(program, command, run, monk
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_convolutions_have_channels_last_weights(program, command, run, monkeypatch):
-    check_channels_last(program, command(family=family(program), steps=1, mixed_precision="bf16"), run, monkeypatch)
+    options = {"family": family(program), "steps": 1, "mixed_precision": "bf16", "channels_last": True}
+    check_channels_last(program, command(**options), run, monkeypatch)
 
 
 @pytest.mark.parametrize("program", ["sd", "lora_sd"])
-def test_a_checkpoint_resumes_in_another_memory_format(program, command, run, monkeypatch, tmp_path):
+def test_a_checkpoint_resumes_in_another_memory_format(program, command, run, tmp_path):
     """Moments that are taken in the wrong order are off by about their own size, or crash the fused optimizer."""
     options = {"family": "sd", "learning_rate": 1e-3, "checkpointing_steps": 2, "mixed_precision": "no"}
     program = f"train_lcm_distill_{program}_wds"
-    run(program, command("last", steps=4, **options))
-    monkeypatch.setattr(unets, "CHANNELS_LAST", ())
+    run(program, command("last", steps=4, channels_last=True, **options))
     where = str(tmp_path / "last" / "checkpoint-2")
     run(program, command("other", steps=4, resume_from_checkpoint=where, **options))
     moments = []
@@ -135,3 +140,30 @@ def test_compiled_code_trains_as_eager_code(program, mode, command, run, monkeyp
     run(f"train_lcm_distill_{program}_wds", command("compiled", **options, compile=mode))
     assert len(losses) == 3 and [loss for _, loss in losses] == pytest.approx(eager, rel=0.05)
     assert any((tmp_path / "cache").iterdir())
+
+
+def test_encoding_waits_for_a_batch_only_to_write_it(shards, teacher, tmp_path, monkeypatch):
+    """And what is written then is what a CPU writes, to rounding."""
+    encode = encode_shards._encode_batch
+
+    def unwatched(*given):
+        encode(*given)  # what is loaded at the first use does wait
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return encode(*given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(encode_shards, "_encode_batch", unwatched)
+    found = {}
+    preparation = Preparation(resolution=64, random_flip=True)
+    for device in ("cuda", "cpu"):
+        out = tmp_path / device
+        given = dict(teacher=Teacher(teacher), preparation=preparation, captions=True, device=device, batch_size=5)
+        encode_shards.encode_shards(expand_shards(shards), out, **given)
+        written = expand_shards(str(out))
+        known = inspect_shards(written, preparation).preparation
+        found[device] = next(iter(ShardStream(shards=written, preparation=known, batch_size=24, seed=0)))
+    for name in ("moments", "encoder_hidden_states"):
+        torch.testing.assert_close(found["cuda"][name], found["cpu"][name], rtol=0.05, atol=0.05)

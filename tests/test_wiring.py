@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import Encoder
 from test_programs import FULL_PROGRAMS, LORA_PROGRAMS, ONE_OF_EACH, PROGRAMS, SDXL_PROGRAMS, family
 
-from lcm_distill.models import lora, teacher, unets
+from lcm_distill.models import frozen, lora, teacher, unets
 from lcm_distill.models.norms import Norm
 from lcm_distill.objective import consistency
 from lcm_distill.run import accelerator as accelerator_module
@@ -40,8 +41,9 @@ VALUES: dict[str, Any] = {
     "adam_beta1": 0.8, "adam_beta2": 0.97, "adam_weight_decay": 0.03, "adam_epsilon": 2e-7, "max_grad_norm": 0.7,
     "w_min": 2.0, "w_max": 4.0, "num_ddim_timesteps": 40, "loss_type": "huber", "huber_c": 0.02,
     "timestep_scaling_factor": 8.0,
-    "cast_teacher_unet": False, "float32_norms": True, "teacher_batch_size": 3, "vae_encode_batch_size": 6,
-    "compile": "whole", "enable_xformers_memory_efficient_attention": True, "gradient_checkpointing": True,
+    "cast_teacher_unet": False, "channels_last": True, "float32_norms": True, "teacher_batch_size": 3,
+    "vae_encode_batch_size": 6, "compile": "whole",
+    "enable_xformers_memory_efficient_attention": True, "gradient_checkpointing": True,
     "seed": 99, "mixed_precision": "bf16", "allow_tf32": True, "gradient_accumulation_steps": 2, "local_rank": 4,
     "dry_run": False, "output_dir": "OUT", "logging_dir": "the-logs", "report_to": "wandb,tensorboard",
     "tracker_project_name": "the-project", "logging_steps": 1, "checkpointing_steps": 2, "checkpoints_total_limit": 5,
@@ -93,19 +95,6 @@ def argv_of(program: str, values: dict[str, Any]) -> list[str]:
     return argv
 
 
-class FakeTorch:
-    """torch as a machine with a GPU has it, for the settings of TF32 alone."""
-
-    def __init__(self) -> None:
-        self.backends = SimpleNamespace(
-            cuda=SimpleNamespace(matmul=SimpleNamespace(allow_tf32=None)), cudnn=SimpleNamespace(allow_tf32=None)
-        )
-        self.cuda = SimpleNamespace(is_available=lambda: True)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
 def run_with_spies(program: str, values: dict[str, Any], call: Any, patch: pytest.MonkeyPatch, kind: str) -> Seen:
     """Runs `program` with these flags on the toy teacher of the family `kind`, whatever teacher they name."""
     seen, module = Seen(), importlib.import_module(program)
@@ -117,8 +106,6 @@ def run_with_spies(program: str, values: dict[str, Any], call: Any, patch: pytes
 
     from_flags = teacher.Teacher.from_flags
     patch.setattr(teacher.Teacher, "from_flags", toy_teacher)
-    seen["torch"].append(((fake := FakeTorch(),), {}))
-    patch.setattr(accelerator_module, "torch", fake)
     environment = dict(os.environ)  # in which LOCAL_RANK reaches no library: there is one process
     seen["environ"].append(((environment,), {}))
     patch.setattr(accelerator_module, "os", SimpleNamespace(environ=environment))
@@ -130,7 +117,7 @@ def run_with_spies(program: str, values: dict[str, Any], call: Any, patch: pytes
     stream = importlib.import_module("lcm_distill.data.stream")
     spy(patch, seen, stream.ShardStream, "__init__", "stream")
     spy(patch, seen, stream.ShardLoader, "__init__", "loader")
-    spy(patch, seen, importlib.import_module("lcm_distill.models.frozen"), "encode_pixels", "encode_pixels")
+    spy(patch, seen, frozen, "encode_pixels", "encode_pixels")
     # the objective, under the names by which the programs call it
     for name in ("guided_prediction", "consistency_loss", "update_ema", "draw_guidance", "guidance_embedding"):
         spy(patch, seen, consistency, name, name)
@@ -141,12 +128,14 @@ def run_with_spies(program: str, values: dict[str, Any], call: Any, patch: pytes
     spy(patch, seen, module.family, "load_frozen", "load_frozen")
     spy(patch, seen, unets, "student_from_teacher", "student")
     spy(patch, seen, unets, "compile_networks", "compile", instead=lambda mode, *networks: None)
+    spy(patch, seen, frozen, "compile_networks", "compile_vae", instead=lambda mode, *networks: None)
     spy(patch, seen, unets, "enable_xformers", "xformers", instead=lambda *unets: None)
     spy(patch, seen, lora, "LoraConfig", "lora")
     spy(patch, seen, checkpoint.Checkpoints, "__init__", "checkpoints")
     spy(patch, seen, checkpoint.Checkpoints, "save", "save")
     spy(patch, seen, checkpoint.Checkpoints, "keep_if_best", "keep_if_best")
     spy(patch, seen, run, "find_run", "find_run")
+    spy(patch, seen, run, "start_accelerator", "start_accelerator")
     spy(patch, seen, run, "open_hub", "hub", instead=lambda *_: None)
     spy(patch, seen, run.BatchGenerators, "__init__", "generators")
     spy(patch, seen, progress.Progress, "log", "log")
@@ -275,6 +264,13 @@ FOLLOWED: dict[str, tuple[Any, Any]] = {
         (8.0, 8.0),
     ),
     "cast_teacher_unet": (lambda seen, *_: set(seen.all("guided_prediction", "dtype")), {torch.float32}),
+    "channels_last": (
+        lambda seen, *_: {
+            unet.down_blocks[0].resnets[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+            for unet in seen["compile"][-1][0][1:]
+        },
+        {True},
+    ),
     "float32_norms": (
         lambda seen, *_: {
             m.low_precision for u in seen["compile"][-1][0][1:] for m in u.modules() if isinstance(m, Norm)
@@ -283,7 +279,10 @@ FOLLOWED: dict[str, tuple[Any, Any]] = {
     ),
     "teacher_batch_size": (lambda seen, *_: set(seen.all("guided_prediction", "batch_size")), {3}),
     "vae_encode_batch_size": (lambda seen, *_: set(seen.all("encode_pixels", 2)), {6}),
-    "compile": (lambda seen, *_: seen.last("compile", 0), "whole"),
+    "compile": (
+        lambda seen, *_: (seen.last("compile", 0), seen.last("compile_vae", 0), type(seen.last("compile_vae", 1))),
+        ("whole", "whole", Encoder),
+    ),
     "enable_xformers_memory_efficient_attention": (lambda seen, *_: len(seen["xformers"]), 1),
     "gradient_checkpointing": (lambda seen, *_: seen["compile"][-1][0][1].is_gradient_checkpointing, True),
     "seed": (
@@ -296,7 +295,7 @@ FOLLOWED: dict[str, tuple[Any, Any]] = {
         (99, 99, 99, [99, 100]),
     ),
     "mixed_precision": (lambda seen, *_: seen.last("accelerator", "mixed_precision"), "bf16"),
-    "allow_tf32": (lambda seen, *_: seen.last("torch", 0).backends.cuda.matmul.allow_tf32, True),
+    "allow_tf32": (lambda seen, *_: seen.last("start_accelerator", 0).allow_tf32, True),  # bf16 has TF32 in any case
     "gradient_accumulation_steps": (
         lambda seen, *_: (seen.last("accelerator", "gradient_accumulation_steps"), len(seen["encode_pixels"])),
         (2, 6),

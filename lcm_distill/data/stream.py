@@ -458,7 +458,8 @@ def _find_states(state: object) -> Iterator[dict]:
 def open_loader(
     flags: StreamingFlags, shards: list[str], preparation: Preparation, seed: int, accelerator: Accelerator
 ) -> ShardLoader:
-    """A loader over this process's share of the `ShardStream` that the flags describe."""
+    """A loader over this process's share of the `ShardStream` that the flags describe, its workers' number included."""
+    assert flags.dataloader_num_workers is not None  # `Run` chooses it
     stream = ShardStream(
         shards=shards,
         preparation=preparation,

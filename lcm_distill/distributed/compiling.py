@@ -13,7 +13,7 @@ import torch
 from lcm_distill.errors import UsageError
 
 BACKEND = "inductor"
-BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # the repeated blocks of U-Nets, by class
+BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # the repeated blocks of U-Nets and VAEs, by class
 
 
 def compile_networks(mode: str | None, *networks: torch.nn.Module) -> None:
@@ -32,7 +32,7 @@ def compile_networks(mode: str | None, *networks: torch.nn.Module) -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lcm_distill" / "inductor"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     # By default PyTorch falls back to uncompiled code after eight versions of a block. SDXL's residual blocks need 15,
-    # for each of student, teacher and target.
+    # for each of student, teacher and target; its VAE's encoder adds eight per batch size.
     torch._dynamo.config.recompile_limit = 128
     torch._dynamo.config.accumulated_recompile_limit = 1024
     for network in networks:

@@ -10,10 +10,10 @@ from diffusers import AutoencoderKL
 
 from lcm_distill.data.encoded import Encoding
 from lcm_distill.data.raw import printable
+from lcm_distill.distributed.compiling import compile_networks
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import SHARDS_FLAG, VAE_FLAG
 from lcm_distill.models.teacher import Teacher
-from lcm_distill.models.unets import to_channels_last
 from lcm_distill.models.vae import encode_pixels, sample_moments, scale_and_shift
 
 
@@ -54,7 +54,6 @@ class FrozenParts:
         parts = self._teacher.load(kinds, {name: self.dtypes[name] for name in kinds if name in self.dtypes})
         self.__dict__.update(parts)
         self._move(parts, self.device)
-        to_channels_last(*(part for part in parts.values() if isinstance(part, AutoencoderKL)))
 
     def _move(self, names: Iterable[str], device: torch.device | str) -> None:
         for name in names:
@@ -64,6 +63,11 @@ class FrozenParts:
     def load_for_training(self) -> None:
         """Loads all parts that a training step needs."""
         self._load(name for name in self._kinds if name not in self._unused_in_training)
+
+    def compile_encoder(self, mode: str | None) -> None:
+        """Compiles the VAE's encoder, as `compile_networks` does, if training encodes pictures; never its decoder."""
+        if "vae" not in self._unused_in_training:
+            compile_networks(mode, self.vae.encoder)
 
     @contextlib.contextmanager
     def all_on_device(self) -> Iterator[None]:

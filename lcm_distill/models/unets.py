@@ -13,6 +13,7 @@ from diffusers.utils import is_xformers_available
 
 from lcm_distill.distributed.compiling import compile_networks
 from lcm_distill.distributed.fsdp import load_network, save_network
+from lcm_distill.errors import brief
 from lcm_distill.flags import FullStudentFlags, SpeedFlags
 from lcm_distill.models.norms import float32_norms, low_precision_norms
 
@@ -48,18 +49,13 @@ def cast(network: torch.nn.Module, dtype: torch.dtype) -> None:
     torch.nn.Module.to(network, dtype=dtype)
 
 
-# The device types whose half-precision convolutions are faster with it; on a CPU it makes no difference.
-CHANNELS_LAST: tuple[str, ...] = ("cuda",)
-
-
 def to_channels_last(*networks: torch.nn.Module) -> None:
-    """Puts convolutions' weights in channels-last memory format, in place, on devices that are faster with it.
+    """Puts convolutions' weights in channels-last memory format, in place.
 
     A convolution then returns its output in that format, and accepts either. Results are equal up to rounding.
     """
     for network in networks:
-        if next(network.parameters()).device.type in CHANNELS_LAST:
-            torch.nn.Module.to(network, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        torch.nn.Module.to(network, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class UNetPart:
@@ -85,7 +81,9 @@ def architecture(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def apply_speed_flags(flags: SpeedFlags, trained: UNet2DConditionModel, *others: UNet2DConditionModel) -> None:
-    """Sets norms, attention, gradient checkpointing (of `trained` only) and compilation by the flags, in place."""
+    """Sets memory format, norms, attention, gradient checkpointing (of `trained` only), compilation; in place."""
+    if flags.channels_last:
+        to_channels_last(trained, *others)
     norms = float32_norms if flags.float32_norms else low_precision_norms
     norms(trained, *others)
     if flags.enable_xformers_memory_efficient_attention:
@@ -101,13 +99,13 @@ def enable_xformers(*unets: UNet2DConditionModel) -> None:
     if not torch.cuda.is_available():
         reason = "it needs a CUDA GPU"
     elif not is_xformers_available():
-        reason = "the package xformers is not installed"
+        reason = 'the package xformers is not installed: pip install -e ".[xformers]"'
     else:
         try:
             for unet in unets:
                 unet.enable_xformers_memory_efficient_attention()
         except Exception as error:  # xformers fails in many ways when built for another PyTorch or GPU
-            reason = str(error)
+            reason = f"{brief(error).rstrip(':')}; `python -m xformers.info` lists what it can run here"
             for unet in unets:
                 unet.disable_xformers_memory_efficient_attention()
     if reason:

@@ -95,11 +95,12 @@ def log_plan(
         plan.learning_rate,
     )
     logger.info(
-        "training %.1f M parameters; seed %d; precision %s; device %s",
+        "training %.1f M parameters; seed %d; precision %s; device %s; data workers %d",
         sum(p.numel() for p in trained.parameters() if p.requires_grad) / 1e6,
         run["seed"],
         accelerator.mixed_precision,
         accelerator.device,
+        run["flags"]["dataloader_num_workers"],
     )
     if first >= plan.steps:
         logger.info(

@@ -50,6 +50,8 @@ class Progress:
         )
         self._dropped = DropCounter()
         self._warned_at = 0
+        self._intervals = 0
+        self._warned_of_waiting = False
         self._loader: ShardLoader | None = None
         self._loss = torch.zeros((), device=accelerator.device)
         self._grad_norm = torch.zeros((), device=accelerator.device)
@@ -65,6 +67,7 @@ class Progress:
     def batches(self, loader: ShardLoader) -> Iterator[dict[str, Any]]:
         """The batches of `loader`, without end; the time spent waiting for each counts as waiting for data.
 
+        It does not count if a GPU still had work when the batch came: then only the host, which runs ahead, waited.
         The loader's workers stop when the iterator ends, or with `close`.
         """
         self._loader = loader
@@ -73,7 +76,8 @@ class Progress:
             while True:
                 start = time.perf_counter()
                 batch = next(data)
-                self._waited += time.perf_counter() - start
+                if _is_idle(self._accelerator.device):
+                    self._waited += time.perf_counter() - start
                 self._dropped.update(batch)
                 yield batch
         finally:
@@ -126,11 +130,25 @@ class Progress:
         )
         log_values(self._accelerator, values, global_step)
         self._journal.log(values, global_step)
+        self._warn_of_waiting(values["data_wait"])
         dropped = sum(self._dropped.total().values())
         if dropped and dropped >= 2 * self._warned_at:  # each time twice as many
             self._warned_at = dropped
             logger.warning("samples dropped so far%s: %d (%s)", self._of_ranks(), dropped, self._dropped)
         return values
+
+    def _warn_of_waiting(self, data_wait: float) -> None:
+        """Warns once if most of an interval was spent waiting for data, unless it is the first, when workers start."""
+        self._intervals += 1
+        if data_wait <= 0.5 or self._intervals == 1 or self._warned_of_waiting or self._loader is None:
+            return
+        self._warned_of_waiting = True
+        logger.warning(
+            "%.0f%% of the time is spent waiting for data: raise --dataloader_num_workers (now %d) if CPU cores are "
+            "idle, or, if the shards hold pictures, encode them once with python -m lcm_distill.encode_shards",
+            100 * data_wait,
+            self._loader.num_workers,
+        )
 
     def record(self, values: Mapping[str, float], global_step: int) -> None:
         """Logs the `values` that validation measured, and writes the report, which shows its pictures."""
@@ -177,6 +195,11 @@ class Progress:
             logger.warning("samples dropped: %d (%s)", total.total(), reasons)
         if global_step < self._total:
             logger.info("%s: stopped after step %d; resume with --resume_from_checkpoint latest", reason, global_step)
+
+
+def _is_idle(device: torch.device) -> bool:
+    """Whether the device has done all that was queued on it; does not wait for it."""
+    return device.type != "cuda" or torch.cuda.current_stream(device).query()
 
 
 def start_progress(

@@ -1,6 +1,6 @@
 """One launch of a training program, and everything around its loop: `Run`.
 
-    run = Run(PROGRAM, args.launch, architecture, args.flat(), argv=argv)
+    run = Run(PROGRAM, args.launch, args.streaming, architecture, args.flat(), argv=argv)
     preflight = run.inspect(shards, preparation)              # a first look into the shards
     plan = run.plan(...)                                      # length and learning rate
     run.connect()                                             # Hub and trackers
@@ -33,9 +33,9 @@ from lcm_distill.data.preflight import ShardReport, inspect_shards
 from lcm_distill.data.preparation import Preparation
 from lcm_distill.data.stream import ShardLoader
 from lcm_distill.export.hub import HubUpload, open_hub
-from lcm_distill.flags import LaunchFlags, LengthFlags, OptimizationFlags
+from lcm_distill.flags import LaunchFlags, LengthFlags, OptimizationFlags, StreamingFlags
 from lcm_distill.redaction import hide_in_command_line, public_flags
-from lcm_distill.run.accelerator import choose_seed, start_accelerator
+from lcm_distill.run.accelerator import choose_seed, choose_workers, start_accelerator
 from lcm_distill.run.checkpoint import CheckpointPart, Checkpoints, find_run
 from lcm_distill.run.optim import keeping_hyperparameters
 from lcm_distill.run.plan import TrainingPlan, log_plan, plan_training
@@ -62,6 +62,7 @@ class Run:
 
     Args:
         launch: the flags of the launch itself.
+        streaming: those of the data.
         architecture: what must be equal in a checkpoint for its weights to fit.
         flags: all flags by name, to be recorded.
         argv: the arguments of the program's `main` (None: the shell's command line).
@@ -70,7 +71,8 @@ class Run:
     Attributes:
         accelerator: Accelerate's.
         seed: that of the checkpoint if one is resumed.
-        public_flags: all flags without secrets, as they may be written to files.
+        streaming: the flags of the data, with the number of workers that --dataloader_num_workers leaves open.
+        public_flags: all flags without secrets, as they may be written to files, with that number.
         global_step: optimizer steps done.
         output_dir: None in a dry run, which writes nothing.
         hub: the upload of the result; None without --push_to_hub and on other ranks than the main one.
@@ -84,6 +86,7 @@ class Run:
         self,
         program: str,
         launch: LaunchFlags,
+        streaming: StreamingFlags,
         architecture: Mapping[str, Any],
         flags: Mapping[str, Any],
         *,
@@ -103,7 +106,9 @@ class Run:
         )
         self.accelerator = start_accelerator(launch, trackers, can_split=can_split)
         self.seed = choose_seed(self._resumed.get("seed", launch.seed))
-        self.public_flags = public_flags(flags)
+        workers = choose_workers(streaming.dataloader_num_workers, self.accelerator, self._resumed)
+        self.streaming = dataclasses.replace(streaming, dataloader_num_workers=workers)
+        self.public_flags = public_flags({**flags, "dataloader_num_workers": workers})
         self.output_dir = None if launch.dry_run else launch.output_dir
         self.global_step: int = self._resumed.get("global_step", 0)
         self._batches_done: int = self._resumed.get("batches", 0)

@@ -272,6 +272,28 @@ def test_the_same_bytes_by_several_processes_and_after_a_kill(pictures, latents,
     assert run(out, "--batch_size", "3") == expected
 
 
+def test_a_batch_is_written_after_the_next_one_was_begun(pictures, teacher, tmp_path, monkeypatch):
+    """A GPU had nothing to do while the batch before was written."""
+    calls = []
+    encode, write = module._encode_batch, module._write_batch
+
+    def noting_encode(samples, *rest):
+        calls.append(("encode", samples[0][0].key))
+        return encode(samples, *rest)
+
+    def noting_write(batch, *rest):
+        calls.append(("write", batch.samples[0][0].key))
+        return write(batch, *rest)
+
+    monkeypatch.setattr(module, "_encode_batch", noting_encode)
+    monkeypatch.setattr(module, "_write_batch", noting_write)
+    (shard, _) = encoded(pictures, tmp_path / "out", teacher, batch_size=2)
+    first = [kind + key.rpartition("/")[2] for kind, key in calls if "/0_" in key]
+    assert first == ["encode0_0", "encode0_2", "write0_0", "encode0_4", "write0_2", "write0_4"]
+    samples = list(read_shard(shard))
+    assert [sample.key for sample in samples] == [f"deep/0_{number}" for number in range(5)]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -4,6 +4,8 @@ PyTorch's "eager" backend replaces the code generator: it runs the captured grap
 equality is bit for bit; and only one kind of block is compiled, so that it is fast. tests/test_gpu.py has the real one.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_programs import family, result, same
@@ -12,6 +14,9 @@ from torch._dynamo.utils import counters
 from lcm_distill.distributed import compiling
 from lcm_distill.distributed.compiling import compile_networks
 from lcm_distill.errors import UsageError
+from lcm_distill.models.sd import load_frozen
+from lcm_distill.models.teacher import Teacher
+from lcm_distill.models.vae import decode_latents, encode_moments
 from lcm_distill.run.progress import Progress
 
 
@@ -78,6 +83,33 @@ def test_compiled_networks_keep_their_names_gradients_and_values(mode):
     for new, old in zip(torch.autograd.grad(compiled.sum(), list(network.parameters())), gradients, strict=True):
         assert torch.equal(new, old)
     assert torch._dynamo.config.recompile_limit >= 100
+
+
+@pytest.mark.parametrize("mode, least", [("regional", 3), ("whole", 1)])
+def test_the_vae_s_encoder_is_compiled_and_its_decoder_is_not(mode, least, teacher, monkeypatch):
+    monkeypatch.setattr(compiling, "BLOCKS", ("ResnetBlock2D",))
+    frozen = load_frozen(Teacher(teacher), device="cpu", dtype=torch.float32)
+    names = list(frozen.vae.state_dict())
+    pixels = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    expected = encode_moments(frozen.vae, pixels, 2)
+    frozen.compile_encoder(mode)
+    assert torch.equal(encode_moments(frozen.vae, pixels, 2), expected)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs >= least
+    with frozen.all_on_device():
+        decode_latents(frozen.vae, expected[:, :4], 2)
+    assert torch.equal(encode_moments(frozen.vae, pixels, 2), expected)
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert list(frozen.vae.state_dict()) == names
+
+
+def test_a_vae_that_training_does_not_use_is_neither_loaded_nor_compiled(teacher, monkeypatch):
+    """With encoded shards it is loaded for the first validation picture, and decodes alone."""
+    compiled = []
+    monkeypatch.setattr("lcm_distill.models.frozen.compile_networks", lambda *given: compiled.append(given))
+    frozen = load_frozen(Teacher(teacher), device="cpu", dtype=torch.float32, encoding=SimpleNamespace(text=None))
+    frozen.compile_encoder("whole")
+    assert not compiled and "vae" not in vars(frozen)
 
 
 def test_no_mode_compiles_nothing():

@@ -1,15 +1,22 @@
 """The student starts as its teacher; architectures are compared before any weights are read."""
 
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from lcm_distill.errors import UsageError
+from lcm_distill.models import unets
 from lcm_distill.models.teacher import check_teacher_config
 from lcm_distill.models.unets import architecture, enable_xformers, student_from_teacher, target_from_student
 from lcm_distill.objective.consistency import guidance_embedding
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +91,46 @@ def test_xformers_that_cannot_work_gives_one_warning(toy_unet, caplog):
         enable_xformers(toy_unet, toy_unet)
     (record,) = caplog.records
     assert record.message.startswith("xformers' attention is not used (it needs a CUDA GPU)")
+
+
+def test_a_missing_xformers_is_named_with_its_installation(toy_unet, caplog, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(unets, "is_xformers_available", lambda: False)
+    enable_xformers(toy_unet)
+    (record,) = caplog.records
+    assert 'not installed: pip install -e ".[xformers]")' in record.message
+
+
+def test_xformers_that_fails_gives_its_reason_in_one_line(toy_unet, caplog, monkeypatch):
+    """It printed all thirty lines of why each kernel does not fit."""
+
+    def fail(*_):
+        raise NotImplementedError("no kernel fits:\n  one is for another GPU\n  one for another PyTorch")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(unets, "is_xformers_available", lambda: True)
+    monkeypatch.setattr(UNet2DConditionModel, "enable_xformers_memory_efficient_attention", fail)
+    before = toy_unet.attn_processors
+    enable_xformers(toy_unet)
+    (record,) = caplog.records
+    assert "(NotImplementedError: no kernel fits; `python -m xformers.info`" in record.message
+    assert "\n" not in record.message
+    assert {name: type(kind) for name, kind in toy_unet.attn_processors.items()} == {
+        name: type(kind) for name, kind in before.items()
+    }
+
+
+def test_an_installed_xformers_says_nothing_when_diffusers_imports_it(tmp_path):
+    """Diffusers imports it whether or not it is used; without CUDA, xformers then warns that it has no kernels."""
+    package = tmp_path / "xformers"
+    package.mkdir()
+    warning = "import logging\nlogging.getLogger('xformers').warning('no kernels')\n"
+    (package / "__init__.py").write_text(warning)
+    (package / "ops.py").write_text(warning)
+    metadata = tmp_path / "xformers-0.0.35.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: xformers\nVersion: 0.0.35\n")
+    code = "import sys; from lcm_distill.models import unets; print('xformers' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "True\n" and "no kernels" not in done.stderr, done.stderr

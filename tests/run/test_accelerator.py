@@ -1,15 +1,22 @@
 """How Accelerate is started."""
 
 import os
+import socket
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import InitProcessGroupKwargs
 
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import LaunchFlags
-from lcm_distill.run.accelerator import start_accelerator
+from lcm_distill.run.accelerator import choose_workers, start_accelerator
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -43,6 +50,26 @@ def test_the_flags_reach_accelerate(given):
     assert (given[0]["project_config"].project_dir, given[0]["project_config"].logging_dir) == ("x", "x/y")
 
 
+@pytest.mark.parametrize("precision, flag, tf32", [("no", False, False), ("no", True, True), ("bf16", False, True)])
+def test_settings_of_cuda(precision, flag, tf32, monkeypatch):
+    """TF32 is for SDXL's float32 VAE in mixed precision; full precision is full unless the flag says otherwise."""
+    chosen = SimpleNamespace(
+        cuda=SimpleNamespace(is_available=lambda: True),
+        backends=SimpleNamespace(
+            cuda=SimpleNamespace(matmul=SimpleNamespace(allow_tf32=not tf32)),
+            cudnn=SimpleNamespace(allow_tf32=not tf32, benchmark=False),
+        ),
+    )
+    stand_in = SimpleNamespace(
+        is_main_process=False, mixed_precision=precision, distributed_type="NO", device=torch.device("cuda")
+    )
+    monkeypatch.setattr("lcm_distill.run.accelerator.Accelerator", lambda **options: stand_in)
+    monkeypatch.setattr("lcm_distill.run.accelerator.torch", chosen)
+    start_accelerator(LaunchFlags(output_dir="x", mixed_precision=precision, allow_tf32=flag), [])
+    assert chosen.backends.cuda.matmul.allow_tf32 == chosen.backends.cudnn.allow_tf32 == tf32
+    assert chosen.backends.cudnn.benchmark
+
+
 def test_local_rank_reaches_the_launcher_s_variable(given, monkeypatch):
     for before, expected in ((None, "3"), ("1", "1")):
         monkeypatch.setattr("os.environ", {"LOCAL_RANK": before} if before else {})
@@ -53,5 +80,90 @@ def test_local_rank_reaches_the_launcher_s_variable(given, monkeypatch):
 def test_ranks_wait_while_the_main_process_generates_and_writes(given):
     """NCCL aborted the run after ten minutes: fifty steps of an SDXL teacher for dozens of prompts take longer."""
     start_accelerator(LaunchFlags(output_dir="x"), [])
-    (handler,) = given[0]["kwargs_handlers"]
+    (handler,) = [one for one in given[0]["kwargs_handlers"] if isinstance(one, InitProcessGroupKwargs)]
     assert handler.to_kwargs() == {"timeout": timedelta(hours=1)}
+
+
+TWO_RANKS = """
+import copy, os, sys
+import torch
+from lcm_distill.flags import LaunchFlags
+from lcm_distill.run.accelerator import choose_workers, start_accelerator
+
+def loss(network, rank, step, part):
+    generator = torch.Generator().manual_seed(100 * rank + 10 * step + part)
+    return network(torch.randn(3, 2, 4, 4, generator=generator)).square().mean()
+
+accelerator = start_accelerator(LaunchFlags(output_dir=sys.argv[1], gradient_accumulation_steps=2), [])
+rank = accelerator.process_index
+torch.manual_seed(0)
+network = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.Flatten(), torch.nn.Linear(12, 2))
+network.to(memory_format=torch.channels_last)
+alone = copy.deepcopy(network)
+expected = torch.optim.SGD(alone.parameters(), lr=1.0)
+ddp, optimizer = accelerator.prepare(network, torch.optim.SGD(network.parameters(), lr=1.0))
+for step in range(3):
+    for part in range(2):
+        with accelerator.accumulate(ddp):
+            accelerator.backward(loss(ddp, rank, step, part))
+            if accelerator.sync_gradients:
+                storages = {p.grad.untyped_storage().data_ptr() for p in network.parameters()}
+                assert len(storages) == 1, "the gradients are copies of DDP's bucket"
+                accelerator.clip_grad_norm_(ddp.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(p.grad is None for p in network.parameters())
+    sum(loss(alone, r, step, part) / 4 for r in range(2) for part in range(2)).backward()
+    assert torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.1) > 0.1  # or nothing would be clipped
+    expected.step()
+    expected.zero_grad()
+for ours, theirs in zip(network.parameters(), alone.parameters(), strict=True):
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+open(os.path.join(sys.argv[1], f"done-{rank}"), "w").close()
+"""
+
+
+def test_ddp_s_buckets_are_the_gradients(tmp_path):
+    """It held a second set of them: 10.3 GB with SDXL. Accumulation and clipping give what one process computes."""
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    more = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*launcher, str(script), str(tmp_path)], env=os.environ | more, capture_output=True, text=True, timeout=240
+    )
+    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    "flag, device, cores, ranks, resumed, expected",
+    [
+        (0, "cuda", 16, 1, {}, 0),
+        (7, "cpu", 1, 1, {}, 7),
+        (None, "cuda", 16, 1, {}, 4),
+        (None, "cuda", 16, 8, {}, 2),
+        (None, "cuda", 4, 8, {}, 0),
+        (None, "cpu", 16, 1, {}, 0),
+        (None, "cuda", 16, 1, {"processes": 2, "flags": {"dataloader_num_workers": 0}}, 0),
+        (None, "cpu", 16, 1, {"processes": 2, "flags": {"dataloader_num_workers": 3}}, 3),
+        (3, "cuda", 16, 1, {"processes": 2, "flags": {"dataloader_num_workers": 5}}, 3),
+        (None, "cuda", 16, 1, {"processes": 1, "flags": {"dataloader_num_workers": 7}}, 4),  # of other ranks
+    ],
+)
+def test_workers_go_by_the_flag_then_the_checkpoint_then_the_machine(
+    flag, device, cores, ranks, resumed, expected, monkeypatch
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    accelerator = SimpleNamespace(device=torch.device(device), num_processes=2)
+    assert choose_workers(flag, accelerator, resumed) == expected
+
+
+def test_every_rank_has_the_main_process_s_number_of_workers(monkeypatch):
+    """The stream deals to ranks x workers: machines with different numbers of cores would read samples twice."""
+    monkeypatch.setattr("lcm_distill.run.accelerator.broadcast_object_list", lambda own: [own[0] + 1])
+    accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=2)
+    assert choose_workers(2, accelerator, {}) == 3

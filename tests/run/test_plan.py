@@ -40,10 +40,11 @@ def test_scale_lr_reaches_the_learning_rate():
 
 def test_a_finished_run_and_changed_flags_are_logged(caplog):
     accelerator = SimpleNamespace(mixed_precision="no", device="cpu")
-    run = {"seed": 1, "flags": {"lr": 2, "output_dir": "o"}}
+    run = {"seed": 1, "flags": {"lr": 2, "output_dir": "o", "dataloader_num_workers": 3}}
     with caplog.at_level(logging.INFO):
         log_plan(
             plan(max_train_steps=5), accelerator, torch.nn.Linear(2, 2), run,
             checkpoint="c", resumed={"global_step": 5, "flags": {"lr": 1}},
         )  # fmt: skip
     assert "finished" in caplog.text and "--lr: 1 → 2" in caplog.text
+    assert "data workers 3" in caplog.text

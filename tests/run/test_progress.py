@@ -1,5 +1,6 @@
 """What a run measures while it trains."""
 
+import itertools
 import time
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from lcm_distill.run.progress import Progress
 
 
 def test_gradients_that_never_become_finite_end_the_run(tmp_path):
-    accelerator = SimpleNamespace(device="cpu", is_main_process=False, num_processes=1)
+    accelerator = SimpleNamespace(device=torch.device("cpu"), is_main_process=False, num_processes=1)
     journal = Journal(tmp_path, {}, enabled=False)
     progress = Progress(accelerator, journal, total=5, initial=0, output_dir=str(tmp_path))
     progress.add(torch.tensor(1.0), 2)
@@ -28,7 +29,7 @@ def test_gradients_that_never_become_finite_end_the_run(tmp_path):
 def test_gradients_that_are_not_finite_are_not_checkpointed(tmp_path):
     """With a finite loss a gradient can still be NaN, and then the weights are."""
     accelerator = SimpleNamespace(
-        device="cpu", is_main_process=False, num_processes=1, reduce=lambda value, reduction: value
+        device=torch.device("cpu"), is_main_process=False, num_processes=1, reduce=lambda value, reduction: value
     )
     journal = Journal(tmp_path, {}, enabled=False)
     progress = Progress(accelerator, journal, total=5, initial=0, output_dir=str(tmp_path))
@@ -48,7 +49,7 @@ def test_speed_counts_the_steps_that_the_device_has_yet_to_do(tmp_path):
             return 1.0
 
     accelerator = SimpleNamespace(
-        device="cpu", is_main_process=False, num_processes=1, reduce=lambda value, reduction: Queued(),
+        device=torch.device("cpu"), is_main_process=False, num_processes=1, reduce=lambda value, reduction: Queued(),
         log=lambda *given, **more: None, trackers=[],
     )  # fmt: skip
     progress = Progress(accelerator, Journal(tmp_path, {}, enabled=False), total=5, initial=0, output_dir="")
@@ -63,3 +64,49 @@ def test_speed_counts_the_steps_that_the_device_has_yet_to_do(tmp_path):
         assert time.perf_counter() - start >= 0.3  # what was queued is no pause
     progress._loss = torch.tensor(1.0)
     assert progress.log(2, SimpleNamespace(get_last_lr=lambda: [1.0]))["samples_per_second"] <= 3 / 0.6
+
+
+class SlowLoader:
+    """A batch after each of so many seconds."""
+
+    num_workers = 3
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def __iter__(self):
+        for seconds in itertools.chain(self.seconds, itertools.repeat(0)):
+            time.sleep(seconds)
+            yield {"worker": 0, "dropped": {}}
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    "seconds, idle, warned_at",
+    [
+        ([0.4, 0, 0.4, 0.4], True, [3]),
+        ([0.4, 0, 0, 0], True, []),  # the first interval, in which workers start
+        ([0, 0.02, 0.02, 0.02], True, []),
+        ([0, 0.4, 0.4, 0.4], False, []),  # a GPU that is busy all the time
+    ],
+)
+def test_a_run_that_waits_for_data_is_warned_once(seconds, idle, warned_at, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("lcm_distill.run.progress._is_idle", lambda device: idle)
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), is_main_process=True, num_processes=1, reduce=lambda value, reduction: value,
+        log=lambda *given, **more: None, trackers=[],
+    )  # fmt: skip
+    progress = Progress(accelerator, Journal(tmp_path, {}, enabled=False), total=9, initial=0, output_dir="")
+    warnings = []
+    for step, _ in zip(range(1, 5), progress.batches(SlowLoader(seconds)), strict=False):
+        time.sleep(0.1)  # the step itself
+        progress.add(torch.tensor(1.0), 2)
+        progress.step(torch.tensor(1.0))
+        progress.log(step, SimpleNamespace(get_last_lr=lambda: [1.0]))
+        warnings += [(step, record.message) for record in caplog.records]
+        caplog.clear()
+    assert [step for step, _ in warnings] == warned_at
+    for _, message in warnings:
+        assert "--dataloader_num_workers (now 3)" in message and "lcm_distill.encode_shards" in message
