@@ -104,7 +104,7 @@ def measure(folder: Path, kind: str, argv: list[str], shards: Path, plan: "Plan"
             process.wait()
         print(said.read_text(), file=sys.stderr)
     if not result.exists():
-        errors = re.findall(r"^[\w.]*(?:Error|Exception|error): .*", said.read_text(), re.MULTILINE) or ["no message"]
+        errors = re.findall(r"^[\w.]*(?:Error|Exception|: error): .*", said.read_text(), re.MULTILINE) or ["no message"]
         reason = f"the public program ended with status {status} before its steps were taken: {errors[-1]}"
         raise RuntimeError(reason)
     return json.loads(result.read_text())

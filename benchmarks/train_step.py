@@ -771,6 +771,8 @@ class Session:
         log, plan = self._folder / "program.log", self._plan
         out = ["--output_dir", str(self._folder / f"out-{time.monotonic_ns()}")]  # a new run's, each time
         counts = self._flops is None and not self._args.no_flops
+        if torch.cuda.is_available() and (held := torch.cuda.memory_allocated()) > 2e8:
+            say(f"{held / 1e9:.2f} GB of the GPU are still held: they count in the next peak")
         rate = matrix_rate(self._dtype)
         try:
             with quiet(log):

@@ -108,7 +108,8 @@ def what_variants_change() -> list[object]:
     owners = {
         consistency: ("guided_prediction", "unet_output", "update_ema"), unets: ("apply_speed_flags",),
         program: ("build_optimizer", "autocast_over", "batch_latents"), family: ("batch_conditioning",),
-        lora: ("LAYERS",), run: ("start_accelerator",), Progress: ("step", "batches"), Accelerator: ("backward", "clip_grad_norm_"),
+        lora: ("LAYERS",), run: ("start_accelerator",), Progress: ("step", "batches"),
+        Accelerator: ("backward", "clip_grad_norm_"),
         AcceleratedOptimizer: ("step",), stopping: ("SIGNALS",), torch.backends.cudnn: ("benchmark", "allow_tf32"),
         AcceleratorState: ("_shared_state",), logging.getLogger("lcm_distill"): ("level",),
     }  # fmt: skip
@@ -214,7 +215,7 @@ def test_a_public_program_is_clocked_from_outside(tmp_path, monkeypatch):
     argv += "--dataloader_num_workers=1 --seed=0 --learning_rate=1e-6 --train_batch_size".split()
     plan = train_step.Plan(1, 2, 1)
     taken = public.measure(tmp_path, "sd", [*argv, "2"], tmp_path / "shards", plan)
-    assert 100 <= taken["step_ms"] < 200 and taken["first_step_s"] > 0.1 and taken["peak_memory_bytes"] > 1e7
+    assert 100 <= taken["step_ms"] < 1000 and taken["first_step_s"] > 0.1 and taken["peak_memory_bytes"] > 1e7
     with pytest.raises(RuntimeError, match="ended with status 2 .*unrecognized arguments: --no_such_flag"):
         public.measure(tmp_path, "sd", [*argv, "2", "--no_such_flag"], tmp_path / "shards", plan)
     monkeypatch.setattr(public, "_LIMIT", 1)
