@@ -243,7 +243,8 @@ class Watch:
         batches = Progress.batches
 
         def watched(progress: Progress, loader: Any) -> Iterator[Any]:
-            stack.callback(loader.close)  # a program that is left in the middle leaves its workers
+            # An error's traceback may hold the loader's iterator: then ending it would take five seconds per worker.
+            stack.callback(loader.close)
             data = batches(progress, loader)
             while True:
                 with self.part("data"):

@@ -126,6 +126,7 @@ def test_variants_leave_the_process_as_it_was_also_those_that_fail(tmp_path, mon
 
         def exhausted(self, grad_norm):
             step(self, grad_norm)
+            os.environ["SET_BY_A_RUN"] = "1"
             raise torch.OutOfMemoryError("CUDA out of memory\nand so on")
 
         return mock.patch.object(Progress, "step", exhausted)
