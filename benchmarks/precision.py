@@ -4,10 +4,11 @@
     python -m benchmarks.precision --programs lora_sd --variants bf16 fp16 --seeds 0
 
 Each variant distils a toy teacher with the program's own `main` for `--steps` steps, seed by seed, then generates
-pictures. Teacher and target compute in the precision that the variant names, the student in bf16; "before" is bf16 with
-norms in float32 and PEFT's own LoRA layers. Since a CPU lacks half of these precisions, passes without gradients are
-emulated: weights, and what every operation of PyTorch returns, are rounded, the arithmetic inside is float32, as it is
-in a GPU's kernels; group norms also round their statistics, as CUDA's do. The student runs under the CPU's own bf16
+pictures. Teacher and target compute in the precision that the variant names, the student in bf16. "before" is bf16 with
+the norms of student and target in float32, as autocast has them on GPUs, and PEFT's own LoRA layers; in "rounded
+statistics" group norms round mean and deviation to bf16, as CUDA's did before PyTorch 2.13. Since a CPU lacks half of
+these precisions, passes without gradients are emulated: weights, and what every operation of PyTorch returns, are
+rounded, the arithmetic inside is float32, as it is in a GPU's kernels. The student runs under the CPU's own bf16
 autocast.
 
 For each run: the mean loss of the last fifty steps, the distance to the teacher's pictures in latents that validation
@@ -44,24 +45,26 @@ from toy.demo import _FULL, _LORA
 from toy.make_shards import make_shards
 from toy.score import RESOLUTION, real_pictures
 
-# Flags of the program, and the precision that is emulated in passes without gradients.
-VARIANTS: dict[str, tuple[list[str], torch.dtype]] = {
-    "before": (["--float32_norms"], torch.bfloat16),
-    "bf16": ([], torch.bfloat16),
-    "fp16": ([], torch.float16),
-    "float32": ([], torch.float32),
+# The precision that is emulated in passes without gradients, and what is special.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "before": {"dtype": torch.bfloat16, "before": True},
+    "bf16": {"dtype": torch.bfloat16},
+    "rounded statistics": {"dtype": torch.bfloat16, "rounded_statistics": True},
+    "fp16": {"dtype": torch.float16},
+    "float32": {"dtype": torch.float32},
 }
 
 
 class Rounded(TorchFunctionMode):
     """Inside, PyTorch's functions take weights, and return values, rounded to `dtype`, in float32 tensors.
 
-    With `float32_norms` norms keep float32 inside and in what they return.
+    With `float32_norms` norms keep float32 inside and in what they return; with `rounded_statistics` group norms round
+    mean and deviation.
     """
 
-    def __init__(self, dtype: torch.dtype, float32_norms: bool):
+    def __init__(self, dtype: torch.dtype, *, float32_norms: bool, rounded_statistics: bool):
         super().__init__()
-        self._dtype, self._float32_norms = dtype, float32_norms
+        self._dtype, self._float32_norms, self._rounded_statistics = dtype, float32_norms, rounded_statistics
 
     def round(self, tensor: torch.Tensor) -> torch.Tensor:
         with torch._C.DisableTorchFunction():
@@ -72,7 +75,7 @@ class Rounded(TorchFunctionMode):
         if function in (functional.group_norm, functional.layer_norm) and self._float32_norms:
             return function(*args, **kwargs)
         args = tuple(self.round(value) if isinstance(value, torch.nn.Parameter) else value for value in args)
-        if function is functional.group_norm:
+        if function is functional.group_norm and self._rounded_statistics:
             return self.round(self._group_norm(*args, **kwargs))
         result = function(*args, **kwargs)
         if isinstance(result, torch.Tensor):
@@ -92,14 +95,22 @@ class Rounded(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def rounding(dtype: torch.dtype, float32_norms: bool) -> Iterator[None]:
+def rounding(dtype: torch.dtype, *, before: bool = False, rounded_statistics: bool = False) -> Iterator[None]:
     """Inside, U-Nets without gradients compute in `dtype`, but for the sines of timesteps, as in any precision."""
-    output, embed = consistency.unet_output, Timesteps.forward
+    output, guided, embed = consistency.unet_output, consistency.guided_prediction, Timesteps.forward
+    in_teacher: list[bool] = []  # the teacher, in half precision without autocast, always had its norms there too
+
+    def guided_prediction(*given: Any, **options: Any) -> Any:
+        in_teacher.append(True)
+        try:
+            return guided(*given, **options)
+        finally:
+            in_teacher.pop()
 
     def unet_output(unet: Any, *given: Any, **options: Any) -> torch.Tensor:
         if torch.is_grad_enabled():
             return output(unet, *given, **options)
-        mode = Rounded(dtype, float32_norms)
+        mode = Rounded(dtype, float32_norms=before and not in_teacher, rounded_statistics=rounded_statistics)
         given, options = tree_map_only(torch.Tensor, mode.round, (given, options))
         with torch.autocast("cpu", enabled=False), mode:
             return output(unet, *given, **options | {"dtype": torch.float32})
@@ -110,6 +121,7 @@ def rounding(dtype: torch.dtype, float32_norms: bool) -> Iterator[None]:
 
     with (
         mock.patch.object(consistency, "unet_output", unet_output),
+        mock.patch.object(consistency, "guided_prediction", guided_prediction),
         mock.patch.object(Timesteps, "forward", in_float32),
     ):
         yield
@@ -119,7 +131,8 @@ def distil(
     program: str, variant: str, seed: int, steps: int, batch: int, shards: Path, output: Path
 ) -> dict[str, float]:
     """One run; its loss at the end, and the distance of its pictures to the teacher's."""
-    flags, dtype = VARIANTS[variant]
+    options = VARIANTS[variant]
+    before = options.get("before", False)
     argv = [
         *("--pretrained_teacher_model", str(TEACHERS["sdxl" if "sdxl" in program else "sd"])),
         *("--train_shards_path_or_url", str(shards), "--output_dir", str(output), "--resolution", str(RESOLUTION)),
@@ -127,10 +140,10 @@ def distil(
         *(_LORA if program.startswith("lora") else _FULL),
         *("--lr_scheduler", "cosine", "--lr_warmup_steps", "20", "--loss_type", "huber", "--huber_c", "0.01"),
         *("--adam_weight_decay", "0", "--num_validation_images", "4", "--validation_steps", str(steps)),
-        *("--logging_steps", "1", "--report_to", "none", "--mixed_precision", "bf16", "--no-cast_teacher_unet", *flags),
+        *("--logging_steps", "1", "--report_to", "none", "--mixed_precision", "bf16", "--no-cast_teacher_unet"),
+        *(["--float32_norms"] if before else []),
     ]
-    layers = {} if variant == "before" else lora.LAYERS
-    with mock.patch.object(lora, "LAYERS", layers), rounding(dtype, "--float32_norms" in flags):
+    with mock.patch.object(lora, "LAYERS", {} if before else lora.LAYERS), rounding(**options):
         importlib.import_module(f"train_lcm_distill_{program}_wds").main(argv)
     lines = [json.loads(line) for line in (output / "training.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -192,7 +205,7 @@ def main() -> None:
     for seed in args.seeds:  # a first seed of everything comes first
         for program in args.programs:
             for variant in args.variants:
-                output = args.folder / f"{program}-{variant}-{seed}"
+                output = args.folder / f"{program}-{variant}-{seed}".replace(" ", "_")
                 run = {"program": program, "variant": variant, "seed": seed}
                 run |= alone(distil, program, variant, seed, args.steps, args.batch, shards, output)
                 run |= alone(accuracies, program, str(output), args.count)
