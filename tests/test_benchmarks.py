@@ -1,31 +1,45 @@
 """What measures the training step: it runs the programs' own step, and its numbers are those of closed forms."""
 
 import contextlib
+import gc
 import json
+import logging
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import UNet2DConditionModel
 
-from benchmarks import fake_step, memory, train_step
+from benchmarks import ceilings, fake_step, measuring, memory, public, train_step
 from benchmarks.architectures import UNETS, build_vae
 from benchmarks.fake_step import Case, build
 from benchmarks.memory import Tally, compute
+from lcm_distill.models import lora, unets
+from lcm_distill.objective import consistency
+from lcm_distill.run import run, stopping
+from lcm_distill.run.progress import Progress
+from toy.make_shards import make_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 _CONFIG = UNet2DConditionModel.load_config(ROOT / "toy/teachers/sd/unet")
 TINY = {name: value for name, value in _CONFIG.items() if name[0] != "_" and name != "time_cond_proj_dim"}
 
+SHORT = ("--rounds", "1", "--steps", "1", "--part_steps", "1", "--warmup", "1", "--train_batch_size", "2")
+
 
 def test_a_step_is_timed_part_by_part_beside_the_plain_one(tmp_path):
     output = tmp_path / "result.json"
-    command = [sys.executable, "-m", "benchmarks.train_step", "--program", "sd", "--straightforward"]
-    command += ["--rounds", "1", "--steps", "1", "--part_steps", "1", "--warmup", "1", "--train_batch_size", "2"]
+    command = [sys.executable, "-m", "benchmarks.train_step", *SHORT, "--program", "sd", "--straightforward"]
     command += ["--output", str(output), "--gradient_checkpointing", "--mixed_precision", "no"]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
@@ -45,30 +59,217 @@ def test_a_step_is_timed_part_by_part_beside_the_plain_one(tmp_path):
     assert result["floor_ms"] > 0 and result["matrix_tflops"] > 0
 
 
-def test_what_was_measured_outlives_a_variant_that_fails_and_a_kill(tmp_path, monkeypatch, capsys):
-    """A command that ran into its time limit, or whose first variant failed, left no result at all."""
-    output, rounds = tmp_path / "result.json", []
-
-    def measured(function, *given):
-        if function is not train_step.measure:
-            return {"student": 1e9}
-        if given[1].name != "all on":
-            raise RuntimeError("no memory\nand so on")
-        rounds.append(json.loads(output.read_text()) if output.exists() else None)
-        if len(rounds) == 3:
-            raise KeyboardInterrupt
-        times = {"first_step_s": 1.0, "step_ms": 10.0 * len(rounds), "step_in_parts_ms": 30.0, "matrix_rate": 1e12}
-        return times | {"parts_ms": {"student": 5.0}, "peak_memory_bytes": 1e9}
-
-    monkeypatch.setattr(train_step, "alone", measured)
-    monkeypatch.setattr(sys, "argv", ["train_step", "--straightforward", "--output", str(output)])
-    with pytest.raises(KeyboardInterrupt):
-        train_step.main()
+def test_what_was_measured_outlives_a_kill(tmp_path):
+    """A command that ran into its time limit left no result at all."""
+    output = tmp_path / "result.json"
+    command = [sys.executable, "-m", "benchmarks.train_step", *SHORT, "--straightforward", "--output", str(output)]
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=said, stderr=said
+        )
+        deadline = time.monotonic() + 240
+        while not (output.exists() and next(iter(json.loads(output.read_text()).values()))["variants"]):
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "said").read_text()
+            time.sleep(0.05)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
     ((_, result),) = json.loads(output.read_text()).items()
-    assert result["variants"]["all on"]["step_ms_of_each_round"] == [10, 20] and result["floor_ms"] == 4
-    assert result["failed"] == {"straightforward": "no memory"}
-    assert "Failed: straightforward: no memory" in output.with_suffix(".md").read_text()
-    assert rounds[0] is None and len(rounds[1]["sd, toy at 64, batch 4, no"]["variants"]) == 1
+    assert list(result["variants"]) == ["all on"] and result["variants"]["all on"]["step_ms"] > 0
+    assert result["floor_ms"] > 0 and result["unfinished"] in (None, "straightforward, round 1")
+    assert "| all on |" in output.with_suffix(".md").read_text()
+    assert " times the step of all on" in (tmp_path / "said").read_text()
+
+
+def test_a_file_of_results_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "result.json"
+    measuring.keep(file, {"a": 1}, str)
+
+    def killed(self, text):
+        with self.open("w") as unfinished:
+            unfinished.write(text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        measuring.keep(file, {"b": 2}, str)
+    monkeypatch.undo()
+    measuring.keep(file, {"b": 2}, str)
+    assert json.loads(file.read_text()) == {"a": 1, "b": 2}
+
+
+def in_this_process(monkeypatch, *flags: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["train_step", *SHORT, *flags])
+    with pytest.raises(SystemExit) as ended:
+        train_step.main()
+    return ended.value.code
+
+
+def what_variants_change() -> list[object]:
+    program, family = train_step.modules("lora_sd")
+    owners = {
+        consistency: ("guided_prediction", "unet_output", "update_ema"), unets: ("apply_speed_flags",),
+        program: ("build_optimizer", "autocast_over", "batch_latents"), family: ("batch_conditioning",),
+        lora: ("LAYERS",), run: ("start_accelerator",), Progress: ("step", "batches"),
+        Accelerator: ("backward", "clip_grad_norm_"),
+        AcceleratedOptimizer: ("step",), stopping: ("SIGNALS",), torch.backends.cudnn: ("benchmark", "allow_tf32"),
+        AcceleratorState: ("_shared_state",), logging.getLogger("lcm_distill"): ("level",),
+    }  # fmt: skip
+    values = [getattr(owner, name) for owner, names in owners.items() for name in names]
+    values += [signal.getsignal(number) for number in stopping.SIGNALS]
+    return [*values, dict(os.environ), [child.pid for child in psutil.Process().children()]]
+
+
+def test_variants_leave_the_process_as_it_was_also_those_that_fail(tmp_path, monkeypatch, capsys):
+    """All run in one process: what one of them changed, or the memory that it kept, would falsify the next."""
+
+    def without_memory(program):
+        step = Progress.step
+
+        def exhausted(self, grad_norm):
+            step(self, grad_norm)
+            os.environ["SET_BY_A_RUN"] = "1"
+            raise torch.OutOfMemoryError("CUDA out of memory\nand so on")
+
+        return mock.patch.object(Progress, "step", exhausted)
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    monkeypatch.setitem(train_step.OPTIMISATIONS, "memory", train_step.Optimisation(without_memory))
+    before, networks = what_variants_change(), alive(UNet2DConditionModel)
+    output = tmp_path / "result.json"
+    code = in_this_process(
+        monkeypatch,
+        *("--program", "lora_sd", "--variant", "broken=--no_such_flag", "--each", "memory", "fused LoRA layers"),
+        *("--dataloader_num_workers", "1", "--output", str(output)),
+    )
+    assert code == 1
+    assert what_variants_change() == before and alive(UNet2DConditionModel) <= networks
+    ((_, result),) = json.loads(output.read_text()).items()
+    assert list(result["variants"]) == ["all on", "without fused LoRA layers"] and result["unfinished"] is None
+    assert result["failed"].keys() == {"broken", "without memory"}
+    assert result["failed"]["without memory"] == "OutOfMemoryError: CUDA out of memory"
+    assert "--no_such_flag" in capsys.readouterr().err
+    assert "Failed: without memory: OutOfMemoryError" in output.with_suffix(".md").read_text()
+
+
+def alive(kind: type) -> int:
+    gc.collect()
+    return sum(isinstance(thing, kind) for thing in gc.get_objects())
+
+
+def test_a_variant_that_would_end_too_late_is_left_out(tmp_path, monkeypatch):
+    times = {"first_step_s": 1.0, "step_ms": 10.0, "step_in_parts_ms": 30.0, "parts_ms": {}, "peak_memory_bytes": 1e9}
+    clock = [0.0]
+
+    def measured(kind, variant, argv, plan, flops):
+        clock[0] += 40.0
+        return times | ({"flops": {"student": 1e9}} if flops else {})
+
+    monkeypatch.setattr(train_step, "measure", measured)
+    monkeypatch.setattr(train_step, "elapsed", lambda: clock[0])
+    monkeypatch.setattr(train_step, "matrix_rate", lambda dtype: 1e12)
+    monkeypatch.setattr(train_step.time, "monotonic", lambda: clock[0])
+    output = tmp_path / "result.json"
+    assert in_this_process(monkeypatch, "--straightforward", "--each", "--seconds", "100", "--output", str(output)) == 0
+    ((_, result),) = json.loads(output.read_text()).items()
+    assert list(result["variants"]) == ["all on", "straightforward"] and result["floor_ms"] == 2
+    assert result["left_out"]["without one teacher pass"] == "no time was left"
+
+
+STAND_IN = """
+import argparse, time, torch
+from accelerate import Accelerator
+parser = argparse.ArgumentParser()
+for name in ("pretrained_teacher_model", "train_shards_path_or_url", "mixed_precision", "output_dir"):
+    parser.add_argument(f"--{name}", required=True)
+for name in ("resolution", "train_batch_size", "max_train_steps", "max_train_samples", "validation_steps",
+             "checkpointing_steps", "dataloader_num_workers", "seed"):
+    parser.add_argument(f"--{name}", type=int, required=True)
+parser.add_argument("--learning_rate", type=float)
+parser.add_argument("--cast_teacher_unet", action="store_true")
+args = parser.parse_args()
+assert args.max_train_samples > 1000 and args.dataloader_num_workers > 0, "the public program divides by both"
+import tarfile
+assert len(tarfile.open(args.train_shards_path_or_url).getnames()) > 3 * 2 * args.train_batch_size * 3
+accelerator = Accelerator(gradient_accumulation_steps=2)
+network = torch.nn.Linear(2, 2)
+optimizer = torch.optim.AdamW(network.parameters())
+network, optimizer = accelerator.prepare(network, optimizer)
+for step in range(args.max_train_steps):
+    with accelerator.accumulate(network):
+        time.sleep(0.05 if args.train_batch_size == 2 else 60)
+        accelerator.backward(network(torch.ones(1, 2)).sum())
+        optimizer.step()
+        optimizer.zero_grad()
+"""
+
+
+def test_a_public_program_is_clocked_from_outside(tmp_path, monkeypatch):
+    """By a script with its interface: the public ones need packages and teachers that the tests have not."""
+    make_shards(tmp_path / "shards", shards=1, samples_per_shard=4)
+    assert "has no train_lcm_distill_sd_wds.py" in public.obstacle(tmp_path, "sd")
+    (tmp_path / "train_lcm_distill_sd_wds.py").write_text(STAND_IN)
+    monkeypatch.setattr(public, "NEEDED", ("torch", "no_such_package"))
+    assert public.obstacle(tmp_path, "sd") == "it needs no_such_package, not installed here"
+    argv = (
+        "--pretrained_teacher_model=x --mixed_precision=no --output_dir=out --resolution=64 --cast_teacher_unet".split()
+    )
+    argv += "--dataloader_num_workers=1 --seed=0 --learning_rate=1e-6 --train_batch_size".split()
+    plan = train_step.Plan(1, 2, 1)
+    taken = public.measure(tmp_path, "sd", [*argv, "2"], tmp_path / "shards", plan)
+    assert 100 <= taken["step_ms"] < 1000 and taken["first_step_s"] > 0.1 and taken["peak_memory_bytes"] > 1e7
+    with pytest.raises(RuntimeError, match="ended with status 2 .*unrecognized arguments: --no_such_flag"):
+        public.measure(tmp_path, "sd", [*argv, "2", "--no_such_flag"], tmp_path / "shards", plan)
+    monkeypatch.setattr(public, "_LIMIT", 1)
+    with pytest.raises(RuntimeError, match="took more than 1 s"):
+        public.measure(tmp_path, "sd", [*argv, "1"], tmp_path / "shards", plan)
+    assert not psutil.Process().children()
+
+
+def test_what_is_measured_comes_in_this_order(tmp_path, monkeypatch):
+    (tmp_path / "train_lcm_distill_lora_sd_wds.py").write_text("")
+    monkeypatch.setattr(public, "NEEDED", ())
+    words = ["--program", "lora_sd", "--mixed_precision", "bf16", "--straightforward", "--each"]
+    words += ["--public", str(tmp_path), "--variant", "compiled=--compile", "--again"]
+    args, _ = train_step.parse(words)
+    program, _ = train_step.modules("lora_sd")
+    needed = ["--pretrained_teacher_model=x", "--train_shards_path_or_url=x", "--mixed_precision=bf16"]
+    names = [variant.name for variant in train_step.list_variants(args, program.parse_args(needed))[0]]
+    first = ["all on", "straightforward", "public program", "compiled", "compiled, again", "without fused LoRA layers"]
+    assert names[:6] == first and "without fused EMA" not in names and "without low-precision norms" in names
+    flags = program.parse_args([*needed, "--ema_decay=0.9", "--mixed_precision=no"])
+    names = [variant.name for variant in train_step.list_variants(args, flags)[0]]
+    assert "without fused EMA" in names and "without low-precision norms" not in names
+
+
+def test_products_that_are_added_in_place_are_counted():
+    """The LoRA layers' own: PyTorch's counter knows addmm, but not addmm_."""
+    with train_step.flop_counter() as counter:
+        torch.zeros(3, 5).addmm_(torch.ones(3, 7), torch.ones(7, 5), alpha=2)
+        assert counter.get_total_flops() == 2 * 3 * 7 * 5
+        torch.zeros(2, 3, 5).baddbmm_(torch.ones(2, 3, 7), torch.ones(2, 7, 5))
+        assert counter.get_total_flops() == 3 * 2 * 3 * 7 * 5
+
+
+def test_ceilings_divide_by_the_work_that_is_done(tmp_path, monkeypatch):
+    """A function that would take a second for each TFLOP is measured at 1 TFLOP/s."""
+
+    def seconds(function, enough):
+        with train_step.flop_counter() as counter:
+            function()
+        return counter.get_total_flops() / 1e12
+
+    monkeypatch.setattr(ceilings, "seconds", seconds)
+    one = ceilings.Ceilings(tiny=True, output=tmp_path / "ceilings.json")
+    one.convolutions()
+    one.attention()
+    ((_, result),) = json.loads((tmp_path / "ceilings.json").read_text()).items()
+    assert len(result["rates"]) == 4 * 2 + 6 * 2 and all(row["rate"] == 1 for row in result["rates"])
+    assert all("kernel" in row for row in result["rates"][8:])
+    monkeypatch.setattr(ceilings, "seconds", lambda function, enough: function() is None or 2.0)
+    one.memory()
+    assert one.result["rates"][-1]["rate"] == round(2**24 / 1e12, 3)
+    assert "| memory, copy |" in (tmp_path / "ceilings.md").read_text()
 
 
 def test_ratios_are_of_the_same_round():
@@ -79,7 +280,16 @@ def test_ratios_are_of_the_same_round():
     assert train_step.against({"step_ms_of_each_round": [15]}, None) == ""
 
 
-def test_every_command_for_the_gpu_is_one(tmp_path):
+@pytest.mark.parametrize(
+    "call, modules",
+    [
+        ("", ["ceilings", "train_step", "train_step", "pytest"]),
+        ("second", ["pytest", "train_step"]),
+        ("program sdxl", ["real_size_run", "train_step"]),
+        ("--smoke", ["ceilings", "train_step", "train_step", "pytest", "pytest", "train_step"]),
+    ],
+)
+def test_every_command_for_the_gpu_is_one(call, modules, tmp_path):
     """None of them can run here: at least their flags are those that the commands and the programs have."""
     fake = tmp_path / "python"
     fake.write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\0" "$word"; done >> "$SAID"\necho >> "$SAID"\n')
@@ -88,19 +298,21 @@ def test_every_command_for_the_gpu_is_one(tmp_path):
     for script in (fake, smi):
         script.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(fake), "SAID": str(tmp_path / "said")}
-    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh")]
-    subprocess.run(command, env=environment | {"RESULTS": str(tmp_path)}, check=True, capture_output=True, timeout=60)
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), *call.split()]
+    environment |= {"RESULTS": str(tmp_path), "PUBLIC": "/public"}
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60)
     lines = (tmp_path / "said").read_text().splitlines()
     calls = [line.split("\0")[1:-1] for line in lines]
-    assert [words[0] for words in calls] == [
-        *["benchmarks.train_step"] * 2, "pytest", "benchmarks.real_size_run", *["benchmarks.train_step"] * 2
-    ]  # fmt: skip
+    assert [words[0].removeprefix("benchmarks.") for words in calls] == modules
     for module, *words in calls:
         if module == "benchmarks.train_step":
             args, more = train_step.parse(words)
             program, _ = train_step.modules(args.program)
             variants = [flag for text in args.variant for flag in text.partition("=")[2].split()]
             program.parse_args(["--pretrained_teacher_model=x", "--train_shards_path_or_url=x", *more, *variants])
+            assert call == "--smoke" or args.seconds <= 280
+        elif module == "pytest" and "-k" in words:
+            assert f"_{words[words.index('-k') + 1]}(" in (ROOT / words[words.index("-k") - 1]).read_text()
 
 
 def test_a_command_for_the_gpu_that_takes_too_long_is_killed_with_its_children(tmp_path):
@@ -119,6 +331,24 @@ def test_a_command_for_the_gpu_that_takes_too_long_is_killed_with_its_children(t
     with contextlib.suppress(psutil.NoSuchProcess):
         assert psutil.Process(child).status() == psutil.STATUS_ZOMBIE
     assert not list(tmp_path.glob("tmp.*"))
+
+
+def test_a_call_for_the_gpu_that_is_ended_leaves_nothing_behind(tmp_path):
+    """Its measurement went on, alone with the GPU, after the script had gone."""
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/bash\necho $$ > {tmp_path}/pid.new; mv {tmp_path}/pid.new {tmp_path}/pid; sleep 60\n")
+    fake.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(fake), "RESULTS": str(tmp_path), "TMPDIR": str(tmp_path)}
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "tests"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "pid").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    child = psutil.Process(int((tmp_path / "pid").read_text()))
+    process.terminate()
+    assert process.wait(timeout=20) == 130
+    gone, running = psutil.wait_procs([child], timeout=10)
+    assert gone and not running and not list(tmp_path.glob("tmp.*"))
 
 
 def test_memory_is_counted_from_when_a_tensor_is_made_until_it_is_gone():
