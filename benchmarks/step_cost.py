@@ -27,7 +27,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -36,8 +35,8 @@ from benchmarks import fake_step
 from benchmarks.architectures import RESOLUTIONS
 from benchmarks.fake_step import Case, build, fake_networks
 from benchmarks.provenance import ROOT, provenance
-from benchmarks.train_step import alone, flop_counter
-from lcm_distill.models import lora, unets
+from benchmarks.train_step import alone, autocast_everywhere, flop_counter, optimizer_not_fused, peft_layers
+from lcm_distill.models import unets
 
 # An H100 SXM, per second. Peaks by its data sheet: 989 TFLOP in 16 bit, 494 in TF32, 67 in float32, 3.35 TB.
 PEAK_MATRIX = 790e12  # a product of 8192² in bf16, measured on an H200, which is the same processor: the floor's rate
@@ -391,14 +390,6 @@ def gpu_behaviour() -> Iterator[None]:
 # Ways to run the step.
 
 
-def peft_layers() -> AbstractContextManager[Any]:
-    """PEFT's own layers, but for their cast of the input to float32: each would keep that for the backward pass."""
-    stack = ExitStack()
-    stack.enter_context(mock.patch.object(lora, "LAYERS", {}))
-    stack.enter_context(mock.patch.object(LoraLayer, "_cast_input_dtype", lambda self, x, dtype: x))
-    return stack
-
-
 def earlier_formats() -> AbstractContextManager[Any]:
     """Channels-last as it was: the VAE too, but not the adapters, which were made after it."""
     convert, build_vae = unets.to_channels_last, fake_step.build_vae
@@ -417,21 +408,13 @@ def earlier_formats() -> AbstractContextManager[Any]:
     return stack
 
 
-def optimizer_not_fused() -> AbstractContextManager[Any]:
-    return mock.patch.object(fake_step, "build_optimizer", functools.partial(build_optimizer, fused=False))
-
-
-def autocast_everywhere() -> AbstractContextManager[Any]:
-    return mock.patch.object(fake_step, "autocast_over", lambda accelerator, weights: accelerator.autocast())
-
-
-# Each by what it turns off, named as in `benchmarks.train_step`: a patch, or flags.
+# Each by what it turns off, as in `benchmarks.train_step`: a patch of the step, or changes of the case.
 OPTIMISATIONS: dict[str, Callable[[], AbstractContextManager[Any]] | dict[str, Any]] = {
-    "own LoRA layers": peft_layers,
+    "fused LoRA layers": functools.partial(peft_layers, fake_step),
     "low-precision norms": {"float32_norms": True},
-    "half networks without autocast": autocast_everywhere,
+    "half networks without autocast": functools.partial(autocast_everywhere, fake_step),
     "low-precision frozen U-Net": {"cast_teacher_unet": False},
-    "fused optimizer": optimizer_not_fused,
+    "fused optimizer": functools.partial(optimizer_not_fused, fake_step),
 }
 
 
@@ -459,7 +442,7 @@ ALL_ON = Variant("all on")
 LAST = (("channels_last", True),)
 CHANNELS_LAST = Variant("--channels_last", changes=LAST)
 # What they were before the optimisations that this command was written for. A LoRA of SDXL was checkpointed.
-BEFORE = Variant("before", ("own LoRA layers", "low-precision norms"), LAST, (earlier_formats,))
+BEFORE = Variant("before", ("fused LoRA layers", "low-precision norms"), LAST, (earlier_formats,))
 SPARING = (("gradient_checkpointing", True),)
 BEFORE_SPARING = replace(BEFORE, name="before, --gradient_checkpointing", changes=LAST + SPARING)
 _CASE = Case("lora_sdxl", "sdxl", train_batch_size=4, vae_encode_batch_size=8)

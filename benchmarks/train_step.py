@@ -45,6 +45,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from peft.tuners.lora import LoraLayer
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import public
@@ -117,8 +118,14 @@ def autocast_everywhere(program: Any) -> Patch:
     return mock.patch.object(program, "autocast_over", lambda accelerator, weights: accelerator.autocast())
 
 
-def peft_layers(program: Any) -> Patch:
-    return mock.patch.object(lora, "LAYERS", {})
+@contextlib.contextmanager
+def peft_layers(program: Any) -> Iterator[None]:
+    """PEFT's own layers, but for their cast of the input to float32: each would keep that for the backward pass."""
+    with (
+        mock.patch.object(lora, "LAYERS", {}),
+        mock.patch.object(LoraLayer, "_cast_input_dtype", lambda self, x, dtype: x),
+    ):
+        yield
 
 
 def after_start(settle: Callable[[], None]) -> Patch:

@@ -198,7 +198,7 @@ def tiny(monkeypatch):
 
 
 def test_each_optimisation_of_a_lora_spares_what_it_is_for(tiny):
-    on, peft = compute(tiny), compute(tiny, Variant("", ("own LoRA layers", "low-precision norms")))
+    on, peft = compute(tiny), compute(tiny, Variant("", ("fused LoRA layers", "low-precision norms")))
     before = compute(tiny, step_cost.BEFORE)
     last = compute(tiny, replace(step_cost.BEFORE, patches=()))
     again = compute(replace(tiny, gradient_checkpointing=True))
