@@ -20,7 +20,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import UNet2DConditionModel
 
-from benchmarks import ceilings, fake_step, measuring, memory, public, train_step
+from benchmarks import ceilings, fake_step, measuring, memory, precision, public, train_step
 from benchmarks.architectures import UNETS, build_vae
 from benchmarks.fake_step import Case, build
 from benchmarks.memory import Tally, compute
@@ -386,3 +386,25 @@ def test_memory_of_a_step_is_that_of_its_weights_and_of_what_the_flags_say(monke
         build(case, tally.begin)()
     for part, size in plain["parts"].items():
         assert tally.peaks[part] == pytest.approx(size, rel=0.02), part
+
+
+@pytest.mark.parametrize("layers", [lora.LAYERS, {}], ids=["fused", "PEFT's"])
+def test_an_emulated_precision_is_off_by_its_rounding(layers, monkeypatch):
+    """Layers that add to a view in place once lost their adapters: what `round` returned was a copy of the view."""
+    monkeypatch.setattr(lora, "LAYERS", layers)
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_pretrained(ROOT / "toy/teachers/sd", subfolder="unet")
+    adapter = lora.Lora(unet, rank=4, alpha=8)
+    for parameter in adapter.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    x, timesteps = torch.randn(2, unet.config.in_channels, 8, 8), torch.tensor([999, 19])
+    given = {"encoder_hidden_states": torch.randn(2, 7, unet.config.cross_attention_dim)}
+    with torch.no_grad(), adapter.target():
+        exact = consistency.unet_output(unet, x, timesteps, given)
+        errors = {}
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            with precision.rounding(dtype):
+                emulated = consistency.unet_output(unet, x, timesteps, given)
+            errors[dtype] = float((emulated - exact).norm() / exact.norm())
+    assert errors[torch.float32] == 0
+    assert 1e-4 < errors[torch.float16] < 3e-3 and 4 < errors[torch.bfloat16] / errors[torch.float16] < 16

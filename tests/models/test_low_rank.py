@@ -44,7 +44,7 @@ def peft_layers(monkeypatch):
         yield
 
 
-def adapted(monkeypatch, *, own: bool, dtype=torch.float32, channels_last=False, dropout=0.0):
+def adapted(monkeypatch, *, own: bool, dtype=torch.float32, channels_last=False, dropout=0.0, alpha=9):
     """`Small` with adapters on all layers, as a LoRA student has them; the same weights whether `own` or PEFT's."""
     unet = UNet2DConditionModel(
         block_out_channels=(8,), norm_num_groups=4, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
@@ -54,7 +54,7 @@ def adapted(monkeypatch, *, own: bool, dtype=torch.float32, channels_last=False,
     small = Small().to(dtype)
     unet.small = small
     with contextlib.nullcontext() if own else peft_layers(monkeypatch):
-        lora = Lora(unet, rank=6, alpha=9, dropout=dropout, target_modules=list(LAYERS))
+        lora = Lora(unet, rank=6, alpha=alpha, dropout=dropout, target_modules=list(LAYERS))
     generator = torch.Generator().manual_seed(1)
     for parameter in lora.parameters():
         parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
@@ -87,11 +87,11 @@ def errors(values, truth) -> dict[str, float]:
     return {name: float((value - truth[name]).norm() / truth[name].norm()) for name, value in values.items()}
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout, alpha", [(0.0, 9), (0.0, 6), (0.3, 9)])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_values_and_gradients_are_peft_s_in_float32(layer, channels_last, dropout, monkeypatch):
-    options = {"channels_last": channels_last, "dropout": dropout}
+def test_values_and_gradients_are_peft_s_in_float32(layer, channels_last, dropout, alpha, monkeypatch):
+    options = {"channels_last": channels_last, "dropout": dropout, "alpha": alpha}
     results = []
     for own in (True, False):
         _, small = adapted(monkeypatch, own=own, **options)
