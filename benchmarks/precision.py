@@ -4,12 +4,12 @@
     python -m benchmarks.precision --programs lora_sd --variants bf16 fp16 --seeds 0
 
 Each variant distils a toy teacher with the program's own `main` for `--steps` steps, seed by seed, then generates
-pictures. Teacher and target compute in the precision that the variant names, the student in bf16. In "float32 norms"
-the norms of student and target are in float32, as autocast has them on GPUs; "before" is that with PEFT's own LoRA
-layers; in "rounded statistics" group norms round mean and deviation to bf16, as CUDA's did before PyTorch 2.13. Since a
-CPU lacks half of these precisions, passes without gradients are emulated: weights, and what every operation of PyTorch
-returns, are rounded, the arithmetic inside is float32, as it is in a GPU's kernels. The student runs under the CPU's
-own bf16 autocast.
+pictures. Teacher and target compute in the precision that the variant names, the student in bf16; group norms of
+student and target are in float32. In "float32 norms" layer norms are, too, as autocast has them on GPUs; "before" is
+that with PEFT's own LoRA layers. In "group norms too" all norms are in bf16; in "rounded statistics" group norms also
+round mean and deviation, as CUDA's did before PyTorch 2.13. Since a CPU lacks half of these precisions, passes without
+gradients are emulated: weights, and what every operation of PyTorch returns, are rounded, the arithmetic inside is
+float32, as it is in a GPU's kernels. The student runs under the CPU's own bf16 autocast.
 
 For each run: the mean loss of the last fifty steps, the distance to the teacher's pictures in latents that validation
 measures, and caption accuracy at 1, 2 and 4 steps.
@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import importlib
 import json
-import os
 import statistics
 import sys
 from collections.abc import Iterator
@@ -36,21 +35,23 @@ from torch.utils._pytree import tree_map_only
 from benchmarks.provenance import provenance
 from benchmarks.train_step import alone
 from lcm_distill import evaluate
-from lcm_distill.models import lora
+from lcm_distill.models import lora, norms
 from lcm_distill.models.teacher import Teacher
 from lcm_distill.objective import consistency
 from lcm_distill.sampling.finished import find_students, load_teacher
 from toy.compare import TEACHERS, ToyMetric
-from toy.demo import _FULL, _LORA
+from toy.demo import FULL_FLAGS, LORA_FLAGS, SHARED_FLAGS
 from toy.make_shards import make_shards
 from toy.score import RESOLUTION, real_pictures
 
+_NORMS = (functional.group_norm, functional.layer_norm)
 # The precision that is emulated in passes without gradients, and what is special.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "before": {"dtype": torch.bfloat16, "float32_norms": True},
-    "float32 norms": {"dtype": torch.bfloat16, "float32_norms": True},
+    "before": {"dtype": torch.bfloat16, "float32": _NORMS},
+    "float32 norms": {"dtype": torch.bfloat16, "float32": _NORMS},
     "bf16": {"dtype": torch.bfloat16},
-    "rounded statistics": {"dtype": torch.bfloat16, "rounded_statistics": True},
+    "group norms too": {"dtype": torch.bfloat16, "float32": ()},
+    "rounded statistics": {"dtype": torch.bfloat16, "float32": (), "rounded_statistics": True},
     "fp16": {"dtype": torch.float16},
     "float32": {"dtype": torch.float32},
 }
@@ -59,13 +60,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class Rounded(TorchFunctionMode):
     """Inside, PyTorch's functions take weights, and return values, rounded to `dtype`, in float32 tensors.
 
-    With `float32_norms` norms keep float32 inside and in what they return; with `rounded_statistics` group norms round
-    mean and deviation.
+    The functions in `float32` are left as they are; with `rounded_statistics` group norms round mean and deviation.
     """
 
-    def __init__(self, dtype: torch.dtype, *, float32_norms: bool, rounded_statistics: bool):
+    def __init__(self, dtype: torch.dtype, *, float32: tuple[Any, ...], rounded_statistics: bool):
         super().__init__()
-        self._dtype, self._float32_norms, self._rounded_statistics = dtype, float32_norms, rounded_statistics
+        self._dtype, self._float32, self._rounded_statistics = dtype, float32, rounded_statistics
 
     def round(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rounded values; `tensor` itself if they are its own, since it may be a view that is written to."""
@@ -77,7 +77,7 @@ class Rounded(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
-        if function in (functional.group_norm, functional.layer_norm) and self._float32_norms:
+        if function in self._float32:
             return function(*args, **kwargs)
         args = tuple(self.round(value) if isinstance(value, torch.nn.Parameter) else value for value in args)
         if function is functional.group_norm and self._rounded_statistics:
@@ -100,8 +100,10 @@ class Rounded(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def rounding(dtype: torch.dtype, *, float32_norms: bool = False, rounded_statistics: bool = False) -> Iterator[None]:
-    """Inside, U-Nets without gradients compute in `dtype`, but for the sines of timesteps, as in any precision."""
+def rounding(
+    dtype: torch.dtype, *, float32: tuple[Any, ...] = (functional.group_norm,), rounded_statistics: bool = False
+) -> Iterator[None]:
+    """Inside, U-Nets without gradients compute in `dtype`, but not the sines of timesteps and the target's `float32`."""
     output, guided, embed = consistency.unet_output, consistency.guided_prediction, Timesteps.forward
     in_teacher: list[bool] = []  # the teacher, in half precision without autocast, always had its norms there too
 
@@ -115,7 +117,7 @@ def rounding(dtype: torch.dtype, *, float32_norms: bool = False, rounded_statist
     def unet_output(unet: Any, *given: Any, **options: Any) -> torch.Tensor:
         if torch.is_grad_enabled():
             return output(unet, *given, **options)
-        mode = Rounded(dtype, float32_norms=float32_norms and not in_teacher, rounded_statistics=rounded_statistics)
+        mode = Rounded(dtype, float32=() if in_teacher else float32, rounded_statistics=rounded_statistics)
         given, options = tree_map_only(torch.Tensor, mode.round, (given, options))
         with torch.autocast("cpu", enabled=False), mode:
             return output(unet, *given, **options | {"dtype": torch.float32})
@@ -141,13 +143,18 @@ def distil(
         *("--pretrained_teacher_model", str(TEACHERS["sdxl" if "sdxl" in program else "sd"])),
         *("--train_shards_path_or_url", str(shards), "--output_dir", str(output), "--resolution", str(RESOLUTION)),
         *("--train_batch_size", str(batch), "--max_train_steps", str(steps), "--seed", str(seed)),
-        *(_LORA if program.startswith("lora") else _FULL),
-        *("--lr_scheduler", "cosine", "--lr_warmup_steps", "20", "--loss_type", "huber", "--huber_c", "0.01"),
-        *("--adam_weight_decay", "0", "--num_validation_images", "4", "--validation_steps", str(steps)),
+        *SHARED_FLAGS,
+        *(LORA_FLAGS if program.startswith("lora") else FULL_FLAGS),
+        *("--num_validation_images", "4", "--validation_steps", str(steps)),
         *("--logging_steps", "1", "--report_to", "none", "--mixed_precision", "bf16", "--no-cast_teacher_unet"),
-        *(["--float32_norms"] if options.get("float32_norms") else []),
+        *(["--float32_norms"] if options.get("float32") == _NORMS else []),
     ]
-    with mock.patch.object(lora, "LAYERS", {} if variant == "before" else lora.LAYERS), rounding(**options):
+    low = (norms.Norm,) if options.get("float32") == () else norms.LOW_PRECISION
+    with (
+        mock.patch.object(lora, "LAYERS", {} if variant == "before" else lora.LAYERS),
+        mock.patch.object(norms, "LOW_PRECISION", low),
+        rounding(**options),
+    ):
         importlib.import_module(f"train_lcm_distill_{program}_wds").main(argv)
     lines = [json.loads(line) for line in (output / "training.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -198,14 +205,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="(300)")
     parser.add_argument("--batch", type=int, default=32, help="(32)")
     parser.add_argument("--count", type=int, default=256, help="pictures for each caption accuracy (256)")
-    parser.add_argument("--folder", type=Path, required=True, help="for shards and students")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/precision"), help="of shards and students (runs/precision)"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     args = parser.parse_args()
     result = provenance("benchmarks.precision", sys.argv[1:]) | {"runs": []}
     shards = args.folder / "shards"
     if not shards.exists():
         make_shards(shards, shards=8, samples_per_shard=512, seed=0)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     for seed in args.seeds:  # a first seed of everything comes first
         for program in args.programs:
             for variant in args.variants:

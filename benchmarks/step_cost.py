@@ -411,7 +411,7 @@ def earlier_formats() -> AbstractContextManager[Any]:
 # Each by what it turns off, as in `benchmarks.train_step`: a patch of the step, or changes of the case.
 OPTIMISATIONS: dict[str, Callable[[], AbstractContextManager[Any]] | dict[str, Any]] = {
     "fused LoRA layers": functools.partial(peft_layers, fake_step),
-    "low-precision norms": {"float32_norms": True},
+    "low-precision layer norms": {"float32_norms": True},
     "half networks without autocast": functools.partial(autocast_everywhere, fake_step),
     "low-precision frozen U-Net": {"cast_teacher_unet": False},
     "fused optimizer": functools.partial(optimizer_not_fused, fake_step),
@@ -442,7 +442,7 @@ ALL_ON = Variant("all on")
 LAST = (("channels_last", True),)
 CHANNELS_LAST = Variant("--channels_last", changes=LAST)
 # What they were before the optimisations that this command was written for. A LoRA of SDXL was checkpointed.
-BEFORE = Variant("before", ("fused LoRA layers", "low-precision norms"), LAST, (earlier_formats,))
+BEFORE = Variant("before", ("fused LoRA layers", "low-precision layer norms"), LAST, (earlier_formats,))
 SPARING = (("gradient_checkpointing", True),)
 BEFORE_SPARING = replace(BEFORE, name="before, --gradient_checkpointing", changes=LAST + SPARING)
 _CASE = Case("lora_sdxl", "sdxl", train_batch_size=4, vae_encode_batch_size=8)

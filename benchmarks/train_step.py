@@ -167,7 +167,7 @@ class Optimisation:
 # Those that a GPU gains most by come first: who has little time measures them.
 OPTIMISATIONS: dict[str, Optimisation] = {
     "fused LoRA layers": Optimisation(peft_layers, lambda args: hasattr(args.student, "lora_rank")),
-    "low-precision norms": Optimisation(["--float32_norms"], _in_half),
+    "low-precision layer norms": Optimisation(["--float32_norms"], _in_half),
     "half networks without autocast": Optimisation(autocast_everywhere, _in_half),
     "one teacher pass": Optimisation(two_teacher_passes),
     "cuDNN's search": Optimisation(no_search, _on_gpu),

@@ -387,8 +387,7 @@ class SpeedFlags:
         "PyTorch's group norms on GPUs change the format back each time",
     )
     float32_norms: bool = switch(
-        False,
-        "compute the U-Nets' group and layer norms in float32, as autocast does on GPUs, not in the mixed precision",
+        False, "compute the U-Nets' layer norms in float32, as autocast does on GPUs, and not in the mixed precision"
     )
     teacher_batch_size: int | None = flag(
         None,

@@ -236,10 +236,10 @@ def test_what_is_measured_comes_in_this_order(tmp_path, monkeypatch):
     needed = ["--pretrained_teacher_model=x", "--train_shards_path_or_url=x", "--mixed_precision=bf16"]
     names = [variant.name for variant in train_step.list_variants(args, program.parse_args(needed))[0]]
     first = ["all on", "straightforward", "public program", "compiled", "compiled, again", "without fused LoRA layers"]
-    assert names[:6] == first and "without fused EMA" not in names and "without low-precision norms" in names
+    assert names[:6] == first and "without fused EMA" not in names and "without low-precision layer norms" in names
     flags = program.parse_args([*needed, "--ema_decay=0.9", "--mixed_precision=no"])
     names = [variant.name for variant in train_step.list_variants(args, flags)[0]]
-    assert "without fused EMA" in names and "without low-precision norms" not in names
+    assert "without fused EMA" in names and "without low-precision layer norms" not in names
 
 
 def test_products_that_are_added_in_place_are_counted():

@@ -31,7 +31,7 @@ from benchmarks.step_cost import (
     compute,
     gpu_behaviour,
 )
-from lcm_distill.models.norms import float32_norms, low_precision_norms
+from lcm_distill.models import norms
 
 ROOT = Path(__file__).resolve().parents[1]
 _CONFIG = UNet2DConditionModel.load_config(ROOT / "toy/teachers/sd/unet")
@@ -85,14 +85,15 @@ def test_what_is_broadcast_is_read_once_and_what_is_only_written_is_not_read():
     assert meter.total().bytes == 4 * 2 * 5000
 
 
-def test_autocasts_norms_write_a_float32_copy_and_read_it():
+def test_autocasts_norms_write_a_float32_copy_and_read_it(monkeypatch):
     size, norm = 2 * 32 * 8 * 8, torch.nn.GroupNorm(8, 32).requires_grad_(False)
+    monkeypatch.setattr(norms, "LOW_PRECISION", (norms.Norm,))
     costs = {}
-    for replaced in (low_precision_norms, float32_norms):
-        replaced(norm)
-        with torch.autocast("cpu", dtype=torch.bfloat16), Meter() as costs[replaced]:
+    for float32 in (False, True):
+        norms.set_norm_precision(norm, float32=float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16), Meter() as costs[float32]:
             norm(half(2, 32, 8, 8))
-    low, full = costs[low_precision_norms], costs[float32_norms]
+    low, full = costs[False], costs[True]
     assert of(low, NORMS).bytes == 2 * 3 * size and of(full, NORMS).bytes == 4 * 3 * size  # read for the moments, too
     assert of(low, CASTS).bytes == 2 * 32 * (4 + 2)  # weight and bias, which are float32
     assert of(full, CASTS).bytes == (2 + 4) * size
@@ -198,7 +199,7 @@ def tiny(monkeypatch):
 
 
 def test_each_optimisation_of_a_lora_spares_what_it_is_for(tiny):
-    on, peft = compute(tiny), compute(tiny, Variant("", ("fused LoRA layers", "low-precision norms")))
+    on, peft = compute(tiny), compute(tiny, Variant("", ("fused LoRA layers", "low-precision layer norms")))
     before = compute(tiny, step_cost.BEFORE)
     last = compute(tiny, replace(step_cost.BEFORE, patches=()))
     again = compute(replace(tiny, gradient_checkpointing=True))
@@ -244,7 +245,7 @@ def test_a_measurement_of_the_same_flags_stands_beside_the_prediction(tmp_path):
         (step_cost.ALL_ON, 3),
         (Variant("without half networks without autocast", ("half networks without autocast",)), 4),
         (step_cost.CHANNELS_LAST, 6),
-        (Variant("without low-precision norms", ("low-precision norms",)), 5),
+        (Variant("without low-precision layer norms", ("low-precision layer norms",)), 5),
         (Variant("without fused optimizer", ("fused optimizer",)), None),
     ):
         assert step_cost.measured_ms(case, variant, results) == found, variant

@@ -23,9 +23,13 @@ from toy.make_shards import make_shards
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("sd", "lora_sd", "sdxl", "lora_sdxl")
 
+SHARED_FLAGS = (
+    *("--lr_scheduler", "cosine", "--lr_warmup_steps", "20"),
+    *("--loss_type", "huber", "--huber_c", "0.01", "--adam_weight_decay", "0"),
+)
 # w of 1 to 5 for a guidance embedding to learn; a LoRA learns the one at which the comparison draws, 4 − 1.
-_FULL = ("--w_min", "1", "--w_max", "5", "--learning_rate", "5e-4")
-_LORA = ("--w_min", "3", "--w_max", "3", "--learning_rate", "1e-3", "--lora_alpha", "32", "--ema_decay", "0.95")
+FULL_FLAGS = ("--w_min", "1", "--w_max", "5", "--learning_rate", "5e-4")
+LORA_FLAGS = ("--w_min", "3", "--w_max", "3", "--learning_rate", "1e-3", "--lora_alpha", "32", "--ema_decay", "0.95")
 
 
 def distil(program: str, shards: Path, output_dir: Path, steps: int) -> None:
@@ -40,9 +44,8 @@ def distil(program: str, shards: Path, output_dir: Path, steps: int) -> None:
         *("--train_shards_path_or_url", str(shards)),
         *("--output_dir", str(output_dir)),
         *("--resolution", "64", "--train_batch_size", "32", "--max_train_steps", str(steps)),
-        *(_LORA if program.startswith("lora") else _FULL),
-        *("--lr_scheduler", "cosine", "--lr_warmup_steps", "20"),
-        *("--loss_type", "huber", "--huber_c", "0.01", "--adam_weight_decay", "0"),
+        *(LORA_FLAGS if program.startswith("lora") else FULL_FLAGS),
+        *SHARED_FLAGS,
         *("--num_validation_images", "2", "--validation_steps", "100", "--checkpointing_steps", "1000"),
         *("--seed", "0", "--report_to", "tensorboard"),
     ]

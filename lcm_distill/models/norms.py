@@ -1,25 +1,15 @@
 """The precision of a U-Net's group and layer norms under autocast.
 
-On a GPU autocast computes norms in float32: it writes a float32 copy of their input and of their result, which the next
-layer rounds again. PyTorch's kernels for half-precision tensors sum in float32 as well, and move a quarter of the bytes
-without these copies. They round a group's mean and deviation to the low precision, as they do for a teacher in half
-precision.
+On a GPU autocast computes norms in float32: it writes a float32 copy of their input and of their result. PyTorch's
+kernels for half-precision tensors take sums in float32 as well, and move a quarter of the bytes without these copies. A
+layer norm's result goes into a matrix product, which rounds it in any case. A group norm's goes through SiLU first:
+rounded before that, too, it made toy students measurably worse (docs/LOG.md, 2026-11-27).
 """
 
 from collections.abc import Callable
 
 import torch
 from torch.nn import functional
-
-
-def low_precision_norms(*networks: torch.nn.Module) -> None:
-    """In place: under autocast, norms take and return the precision of the other layers."""
-    _replace(networks, low_precision=True)
-
-
-def float32_norms(*networks: torch.nn.Module) -> None:
-    """In place: under autocast, norms take and return float32, as autocast has it on GPUs (but not on CPUs)."""
-    _replace(networks, low_precision=False)
 
 
 class Norm(torch.nn.Module):
@@ -48,12 +38,17 @@ class LayerNorm(Norm, torch.nn.LayerNorm):
         return functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
+LOW_PRECISION: tuple[type, ...] = (LayerNorm,)  # those that follow the precision of the other layers
 _CLASSES: dict[type, type] = {torch.nn.GroupNorm: GroupNorm, torch.nn.LayerNorm: LayerNorm}
 
 
-def _replace(networks: tuple[torch.nn.Module, ...], *, low_precision: bool) -> None:
+def set_norm_precision(*networks: torch.nn.Module, float32: bool = False) -> None:
+    """In place: under autocast, norms take and return float32, but for `LOW_PRECISION` unless `float32` is set.
+
+    Autocast has all of them in float32 on GPUs, none on CPUs. Without autocast nothing changes.
+    """
     for module in (module for network in networks for module in network.modules()):
         if type(module) in _CLASSES:
             module.__class__ = _CLASSES[type(module)]  # names, weights and hooks stay
         if isinstance(module, Norm):
-            module.low_precision = low_precision
+            module.low_precision = isinstance(module, LOW_PRECISION) and not float32

@@ -15,7 +15,7 @@ from lcm_distill.distributed.compiling import compile_networks
 from lcm_distill.distributed.fsdp import load_network, save_network
 from lcm_distill.errors import brief
 from lcm_distill.flags import FullStudentFlags, SpeedFlags
-from lcm_distill.models.norms import float32_norms, low_precision_norms
+from lcm_distill.models.norms import set_norm_precision
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +84,7 @@ def apply_speed_flags(flags: SpeedFlags, trained: UNet2DConditionModel, *others:
     """Sets memory format, norms, attention, gradient checkpointing (of `trained` only), compilation; in place."""
     if flags.channels_last:
         to_channels_last(trained, *others)
-    norms = float32_norms if flags.float32_norms else low_precision_norms
-    norms(trained, *others)
+    set_norm_precision(trained, *others, float32=flags.float32_norms)
     if flags.enable_xformers_memory_efficient_attention:
         enable_xformers(trained, *others)
     if flags.gradient_checkpointing:

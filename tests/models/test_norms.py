@@ -1,4 +1,4 @@
-"""Norms in low precision and in float32, under autocast and without it."""
+"""Norms in the precision of the other layers and in float32, under autocast and without it."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from lcm_distill.models.norms import float32_norms, low_precision_norms
+from lcm_distill.models.norms import Norm, set_norm_precision
 
 KINDS = {"group": lambda: torch.nn.GroupNorm(4, 16), "layer": lambda: torch.nn.LayerNorm(16)}
 
@@ -26,15 +26,20 @@ def given(kind: str) -> torch.Tensor:
     return x.bfloat16()
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "replace, dtype, tolerance", [(low_precision_norms, torch.bfloat16, 0.02), (float32_norms, torch.float32, 1e-5)]
+    "kind, float32, dtype, tolerance",
+    [
+        ("layer", False, torch.bfloat16, 0.02),
+        ("layer", True, torch.float32, 1e-5),
+        ("group", False, torch.float32, 1e-5),
+        ("group", True, torch.float32, 1e-5),
+    ],
 )
-def test_under_autocast_a_norm_has_its_precision(kind, replace, dtype, tolerance):
+def test_under_autocast_a_norm_has_its_precision(kind, float32, dtype, tolerance):
     """The truth is PyTorch's norm of the same values in float64; both precisions sum in float32."""
     norm, x = made(kind), given(kind).requires_grad_()
     exact, exact_x = copy.deepcopy(norm).double(), x.detach().double().requires_grad_()
-    replace(norm)
+    set_norm_precision(norm, float32=float32)
     with torch.autocast("cpu", torch.bfloat16):
         output = norm(x)
     expected = exact(exact_x)
@@ -54,10 +59,10 @@ def test_under_autocast_a_norm_has_its_precision(kind, replace, dtype, tolerance
 def test_without_autocast_a_norm_is_pytorch_s(kind):
     norm, x = made(kind), given(kind).float()
     expected = norm(x)
-    for replace in (low_precision_norms, float32_norms):
-        replace(norm)
+    for float32 in (False, True):
+        set_norm_precision(norm, float32=float32)
         assert torch.equal(norm(x), expected)
-    low_precision_norms(norm)
+    set_norm_precision(norm)
     norm.bfloat16()
     assert norm(given(kind)).dtype == torch.bfloat16  # a half network computes as it does in the pipelines
 
@@ -66,14 +71,15 @@ def test_without_autocast_a_norm_is_pytorch_s(kind):
 def test_all_norms_of_a_u_net_change_and_its_file_does_not(family, teachers, tmp_path):
     unet = UNet2DConditionModel.from_pretrained(teachers[family], subfolder="unet")
     names, norms = list(unet.state_dict()), [m for m in unet.modules() if "Norm" in type(m).__name__]
-    low_precision_norms(unet)
+    set_norm_precision(unet)
     twin = copy.deepcopy(unet)  # as the target is made
     for network in (unet, twin):
-        changed = [m for m in network.modules() if getattr(m, "low_precision", False)]
+        changed = [m for m in network.modules() if isinstance(m, Norm)]
         assert len(changed) == len(norms) > 20
-    float32_norms(twin)
+        assert all(m.low_precision == isinstance(m, torch.nn.LayerNorm) for m in changed)
+        assert any(m.low_precision for m in changed)
+    set_norm_precision(twin, float32=True)
     assert not any(getattr(m, "low_precision", False) for m in twin.modules())
-    assert all(m.low_precision for m in norms)
     assert list(unet.state_dict()) == names
     unet.save_pretrained(tmp_path)
     again = UNet2DConditionModel.from_pretrained(tmp_path)
