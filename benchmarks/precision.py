@@ -103,7 +103,7 @@ class Rounded(TorchFunctionMode):
 def rounding(
     dtype: torch.dtype, *, float32: tuple[Any, ...] = (functional.group_norm,), rounded_statistics: bool = False
 ) -> Iterator[None]:
-    """Inside, U-Nets without gradients compute in `dtype`, but not the sines of timesteps and the target's `float32`."""
+    """Inside, U-Nets without gradients compute in `dtype`, but for sines of timesteps and the target's `float32`."""
     output, guided, embed = consistency.unet_output, consistency.guided_prediction, Timesteps.forward
     in_teacher: list[bool] = []  # the teacher, in half precision without autocast, always had its norms there too
 
