@@ -64,12 +64,18 @@ class _AdaptedLinear(torch.autograd.Function):
         return of_x, of_adapted, None, None, of_down, of_up, None
 
 
-class _AddUp(torch.autograd.Function):
-    """`result + scaling · conv1x1(low, up)`, in place: result `[B, out, H, W]`, low `[B, rank, H, W]`, one dtype."""
+class _AdaptedConvolution(torch.autograd.Function):
+    """`conv2d(x, weight, bias) + scaling · conv1x1(low, up)`; low is the down-convolution's result.
+
+    x `[B, in, H, W]` and low `[B, rank, H', W']` have the dtype of the result. Gradients of x, low and up; weight and
+    bias are frozen.
+    """
 
     @staticmethod
-    def forward(ctx: Any, result, low, up, scaling):  # type: ignore[no-untyped-def]
-        up = up.to(result.dtype)
+    def forward(ctx: Any, x, weight, bias, low, up, scaling, stride, padding):  # type: ignore[no-untyped-def]
+        up = up.to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
+        result = functional.conv2d(x, weight.to(x.dtype), bias, stride, padding)
         matrix = up.flatten(1)
         if result.is_contiguous(memory_format=torch.channels_last):
             rows = result.permute(0, 2, 3, 1).view(-1, result.shape[1])
@@ -77,21 +83,29 @@ class _AddUp(torch.autograd.Function):
         else:
             columns = result.view(*result.shape[:2], -1)
             columns.baddbmm_(matrix.expand(len(low), -1, -1), low.flatten(2), alpha=scaling)
-        ctx.mark_dirty(result)
-        ctx.save_for_backward(low, up)
-        ctx.scaling = scaling
+        ctx.save_for_backward(x, weight, low, up)  # the down-convolution saves x as well
+        ctx.scaling, ctx.stride, ctx.padding = scaling, stride, padding
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        low, up = ctx.saved_tensors
-        needs_low, needs_up = ctx.needs_input_grad[1:3]
-        of_low, of_up, _ = torch.ops.aten.convolution_backward(
-            gradient, low, up, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [needs_low, needs_up, False]
-        )
+        x, weight, low, up = ctx.saved_tensors
+        needs_x, _, _, needs_low, needs_up, *_ = ctx.needs_input_grad
+        of_x = None
+        if needs_x:
+            weight = weight.to(gradient.dtype)
+            of_x, _, _ = _convolution_backward(gradient, x, weight, ctx.stride, ctx.padding, [True, False, False])
+        of_low, of_up, _ = _convolution_backward(gradient, low, up, (1, 1), (0, 0), [needs_low, needs_up, False])
         scaled = [None if tensor is None else _scale(tensor, ctx.scaling) for tensor in (of_low, of_up)]
-        return gradient, *scaled, None
+        return of_x, None, None, *scaled, None, None, None
+
+
+def _convolution_backward(gradient, x, weight, stride, padding, wanted):  # type: ignore[no-untyped-def]
+    """Gradients of a convolution's input, weight and bias, as far as they are `wanted`."""
+    return torch.ops.aten.convolution_backward(
+        gradient, x, weight, None, stride, padding, (1, 1), False, (0, 0), 1, wanted
+    )
 
 
 class Linear(peft_lora.Linear):
@@ -112,18 +126,24 @@ class Linear(peft_lora.Linear):
 
 
 class Conv2d(peft_lora.Conv2d):
-    """A convolution with at most one active adapter."""
+    """A convolution with at most one active adapter; with zero padding, without dilation and groups."""
+
+    def __init__(self, base_layer: torch.nn.Conv2d, *args: Any, **options: Any):
+        super().__init__(base_layer, *args, **options)
+        assert (base_layer.padding_mode, base_layer.dilation, base_layer.groups) == ("zeros", (1, 1), 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         if self.disable_adapters:
             return self.base_layer(x)
         (adapter,) = self.active_adapters
         x = x.to(_dtype_of_pass(x, self.base_layer))
-        down: torch.nn.Conv2d = self.lora_A[adapter]  # type: ignore[assignment]
+        base, down = self.base_layer, self.lora_A[adapter]
+        stride, padding, scaling = base.stride, base.padding, self.scaling[adapter]
+        low = functional.conv2d(  # type: ignore[call-overload]
+            self.lora_dropout[adapter](x), down.weight.to(x.dtype), None, stride, padding
+        )
         up = self.lora_B[adapter].weight
-        dropped = self.lora_dropout[adapter](x)
-        low = functional.conv2d(dropped, down.weight.to(x.dtype), None, down.stride, down.padding)  # type: ignore
-        return _AddUp.apply(self.base_layer(x), low, up, self.scaling[adapter])
+        return _AdaptedConvolution.apply(x, base.weight, base.bias, low, up, scaling, stride, padding)
 
 
 LAYERS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {torch.nn.Linear: Linear, torch.nn.Conv2d: Conv2d}

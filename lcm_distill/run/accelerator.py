@@ -118,7 +118,9 @@ def choose_workers(workers: int | None, accelerator: Accelerator, resumed: Mappi
         workers = resumed["flags"]["dataloader_num_workers"]
     elif workers is None and accelerator.device.type == "cuda":
         ranks = get_int_from_env(_LOCAL_RANKS, 1)
-        workers = min(_WORKERS, len(os.sched_getaffinity(0)) // ranks)
+        # Linux knows which cores a process may use, other systems how many there are.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = min(_WORKERS, cores // ranks)
     return broadcast_object_list([workers or 0])[0]
 
 

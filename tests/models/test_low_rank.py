@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from lcm_distill.models import lora as lora_module
 from lcm_distill.models.lora import STUDENT, TARGET, Lora
+from lcm_distill.models.norms import set_norm_precision
 
 aten = torch.ops.aten
 NOT_KERNELS = {  # views, and memory that is only allocated
@@ -190,3 +191,39 @@ def test_a_u_net_is_the_same_with_peft_s_layers(family, checkpointing, teachers,
     for mine, peft in zip(*results, strict=True):
         assert torch.allclose(mine, peft, rtol=1e-4, atol=1e-5 * float(peft.abs().max()))
     assert not torch.allclose(results[0][1], results[0][2], rtol=1e-2)  # the two adapters differ
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("block", ["down_blocks.1.resnets.0", "down_blocks.1.attentions.0.transformer_blocks.0"])
+def test_a_block_compiles_in_one_graph_with_eager_s_gradients(block, dropout, teachers):
+    """Dynamo breaks graphs at what it does not know, and in older versions took wrong gradients of in-place results."""
+    unet = UNet2DConditionModel.from_pretrained(teachers["sd"], subfolder="unet")
+    lora = Lora(unet, rank=4, alpha=8, dropout=dropout)
+    set_norm_precision(unet)
+    for parameter in lora.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    module = unet.get_submodule(block)
+    generator = torch.Generator().manual_seed(1)
+    if "resnets" in block:
+        width = module.norm1.num_channels
+        given = (
+            torch.randn(2, width, 8, 8, generator=generator),
+            torch.randn(2, module.time_emb_proj.in_features, generator=generator),
+        )
+    else:
+        width = module.norm1.normalized_shape[0]
+        text = torch.randn(2, 7, unet.config.cross_attention_dim, generator=generator)
+        given = torch.randn(2, 16, width, generator=generator), None, text
+    results = []
+    for function in (module, torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=False)):
+        unet.zero_grad()
+        torch.manual_seed(2)  # of the dropout
+        x = given[0].clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = function(x, *given[1:])
+        output.float().square().sum().backward()
+        factors = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        results.append([output.detach(), x.grad, *factors])
+    assert len(results[0]) > 6
+    for eager, compiled in zip(*results, strict=True):
+        assert (eager.float() - compiled.float()).norm() <= 0.02 * eager.float().norm()
