@@ -140,7 +140,8 @@ def _build(case: Case, begin: Callable[[str], None], device: str) -> Callable[[]
         return given
 
     def autocast() -> torch.autocast:
-        return torch.autocast(device, dtype=torch.bfloat16, enabled=half != torch.float32)
+        enabled = half != torch.float32
+        return torch.autocast(device, dtype=half if enabled else torch.bfloat16, enabled=enabled)
 
     accelerator: Any = SimpleNamespace(autocast=autocast)
 

@@ -4,7 +4,8 @@
 #
 #     bash benchmarks/gpu.sh             # first call: what the device can do at most; the speed of a step at the real
 #                                        # sizes, part by part; a run that resumes in another memory format
-#     bash benchmarks/gpu.sh second      # the tests marked gpu (memory against benchmarks.memory, too); compiled code
+#     bash benchmarks/gpu.sh second      # the tests marked gpu (memory against benchmarks.memory, too); compiled code, if
+#                                        # it compiles in what is left: else in a call of its own, gpu.sh compiled
 #     bash benchmarks/gpu.sh sd          # one part or several, of those below
 #     bash benchmarks/gpu.sh --smoke     # both calls in tiny shapes, on any machine, to see that they run
 #     PYTHON=python3 RESULTS=/tmp/results PUBLIC=/tmp/consistency_distillation bash benchmarks/gpu.sh
@@ -90,7 +91,7 @@ for part in $parts; do
         --output "$RESULTS/gpu-ceilings.json" ;;
     sd) step "SD 1.5, full" 110 --program sd "${sd[@]}" --straightforward "${public[@]}" \
         "${formats[@]}" --each ;;
-    lora_sdxl) step "SDXL, LoRA" $((LIMIT - SECONDS - 30)) --program lora_sdxl "${sdxl[@]}" --straightforward \
+    lora_sdxl) step "SDXL, LoRA" $((LIMIT - SECONDS - 50)) --program lora_sdxl "${sdxl[@]}" --straightforward \
         "${public[@]}" --variant "with gradient checkpointing=--gradient_checkpointing" "${formats[@]}" --each ;;
     layouts) try "a resume in another memory format" 60 "$PYTHON" -m pytest -m gpu -q --timeout=60 \
         tests/test_gpu.py -k another_memory_format ;;

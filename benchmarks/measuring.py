@@ -24,7 +24,7 @@ def elapsed() -> float:
 
 
 def say(text: str) -> None:
-    """Prints `text` behind the seconds since the start: the time that a measurement leaves to the next is in view."""
+    """Prints `text` after the seconds since the start: the time that a measurement leaves to the next is in view."""
     print(f"[{elapsed():3.0f} s] {text}", flush=True)
 
 

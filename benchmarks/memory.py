@@ -176,8 +176,8 @@ def main() -> None:
         rows.append(row)
         if flops:
             row["tflops"] = count_flops(case)
-            told_parts = ", ".join(f"{part} {value}" for part, value in row["tflops"].items())
-            print(f"{case.program}, {case.teacher}: {sum(row['tflops'].values()):.4g} TFLOP: {told_parts}", flush=True)
+            parts = ", ".join(f"{part} {value}" for part, value in row["tflops"].items())
+            print(f"{case.program}, {case.teacher}: {sum(row['tflops'].values()):.4g} TFLOP: {parts}", flush=True)
             continue
         if check:
             row["measured"] = alone(measure, case)

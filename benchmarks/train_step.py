@@ -477,7 +477,7 @@ def alone(function: Callable[..., Any], *given: Any, start: str | None = None) -
         try:
             good, result = ours.recv()
         except EOFError:
-            good, result = False, "it died without a word: killed, perhaps for its memory"
+            good, result = False, "it ended without a message: killed, perhaps for its memory"
         process.join()
         if not good:
             print(said.read(), file=sys.stderr)
@@ -544,7 +544,7 @@ def line(name: str, variants: dict[str, Any]) -> str:
     """What is known of a variant, in a line."""
     v = variants[name]
     words = [f"{v['pictures_per_second']:.4g} pictures/s"]
-    if ratio := against(v, variants.get(ALL_ON)):
+    if name != ALL_ON and (ratio := against(v, variants.get(ALL_ON))):
         words.append(f"{ratio} times the step of {ALL_ON}")
     if v["share_of_matrix_rate"] is not None:
         words.append(f"{v['share_of_matrix_rate']:.1%} of the matrix rate")
@@ -678,15 +678,15 @@ def list_variants(args: argparse.Namespace, program_flags: Any) -> tuple[list[Va
     variants = [Variant(ALL_ON)]
     if args.straightforward:
         variants.append(Variant(PLAIN, off=tuple(present)))
-    if args.public:
-        if reason := public.obstacle(args.public, args.program):
-            left_out[PUBLIC] = reason
-        else:
-            variants.append(Variant(PUBLIC))
     for name, _, flags in (text.partition("=") for text in args.variant):
         variants.append(Variant(name, flags=tuple(flags.split())))
         if args.again:
             variants.append(Variant(f"{name}, again", flags=tuple(flags.split()), alone=True))
+    if args.public:  # after ours: loading alone can take it longer than what is left
+        if reason := public.obstacle(args.public, args.program):
+            left_out[PUBLIC] = reason
+        else:
+            variants.append(Variant(PUBLIC))
     for name in args.each or OPTIMISATIONS if args.each is not None else ():
         if name in present:
             variants.append(Variant(f"without {name}", off=(name,)))
@@ -781,14 +781,15 @@ class Session:
         counts = self._flops is None and not self._args.no_flops
         if torch.cuda.is_available() and (held := torch.cuda.memory_allocated()) > 2e8:
             say(f"{held / 1e9:.2f} GB of the GPU are still held: they count in the next peak")
-        rate = matrix_rate(self._dtype)
         try:
+            rate = matrix_rate(self._dtype)
             with quiet(log):
                 try:
                     if variant.name == PUBLIC:
                         argv = [*self._public_argv, *out]
                         shards = self._folder / "shards"
-                        taken = public.measure(self._args.public, self._args.program, argv, shards, plan)
+                        left = self._args.seconds - elapsed() if self._args.seconds else None
+                        taken = public.measure(self._args.public, self._args.program, argv, shards, plan, left)
                     elif variant.alone:
                         given = (self._args.program, variant, [*self._argv, *out], plan)
                         taken = alone(measure, *given, start="spawn")

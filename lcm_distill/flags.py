@@ -225,8 +225,8 @@ class StreamingFlags:
     resampled_shards: bool = switch(False, "draw shards with replacement, instead of each once an epoch")
     dataloader_num_workers: int | None = flag(
         None,
-        "processes per device that load data; 0 loads in the main one (default: as in the checkpoint that is resumed; "
-        "in a new run up to 4 on a CUDA GPU, as its share of the CPU cores allows, and 0 on other devices)",
+        "processes per device that load data; 0 loads in the main one (default: as in the checkpoint that is resumed "
+        "with as many devices, else up to 4 on a CUDA GPU, as its share of the CPU cores allows, and 0 on other devices)",
         type=count,
     )
     train_batch_size: int = flag(16, "pictures per device and batch", type=positive_int)
@@ -408,7 +408,7 @@ class SpeedFlags:
     )
     enable_xformers_memory_efficient_attention: bool = switch(
         False,
-        "xformers' attention (pip install -e '.[xformers]') where it works; PyTorch's own, as fast on today's GPUs, "
+        "xformers' attention (pip install -e '.[xformers]') where it works; PyTorch's own, which has FlashAttention, too, "
         "otherwise",
     )
     gradient_checkpointing: bool = switch(False, "recompute activations in the backward pass: less memory, slower")

@@ -68,16 +68,15 @@ def test_what_was_measured_outlives_a_kill(tmp_path):
             command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=said, stderr=said
         )
         deadline = time.monotonic() + 240
-        while not (output.exists() and next(iter(json.loads(output.read_text()).values()))["variants"]):
+        while " ms a step" not in (tmp_path / "said").read_text():
             assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "said").read_text()
             time.sleep(0.05)
         process.kill()
         assert process.wait() == -signal.SIGKILL
     ((_, result),) = json.loads(output.read_text()).items()
-    assert list(result["variants"]) == ["all on"] and result["variants"]["all on"]["step_ms"] > 0
+    assert result["variants"]["all on"]["step_ms"] > 0
     assert result["floor_ms"] > 0 and result["unfinished"] in (None, "straightforward, round 1")
     assert "| all on |" in output.with_suffix(".md").read_text()
-    assert " times the step of all on" in (tmp_path / "said").read_text()
 
 
 def test_a_file_of_results_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -235,7 +234,7 @@ def test_what_is_measured_comes_in_this_order(tmp_path, monkeypatch):
     program, _ = train_step.modules("lora_sd")
     needed = ["--pretrained_teacher_model=x", "--train_shards_path_or_url=x", "--mixed_precision=bf16"]
     names = [variant.name for variant in train_step.list_variants(args, program.parse_args(needed))[0]]
-    first = ["all on", "straightforward", "public program", "compiled", "compiled, again", "without fused LoRA layers"]
+    first = ["all on", "straightforward", "compiled", "compiled, again", "public program", "without fused LoRA layers"]
     assert names[:6] == first and "without fused EMA" not in names and "without low-precision layer norms" in names
     flags = program.parse_args([*needed, "--ema_decay=0.9", "--mixed_precision=no"])
     names = [variant.name for variant in train_step.list_variants(args, flags)[0]]
@@ -323,7 +322,7 @@ def test_a_command_for_the_gpu_that_takes_too_long_is_killed_with_its_children(t
         "sleep 60\n"
     )
     fake.chmod(0o755)
-    environment = os.environ | {"PYTHON": str(fake), "RESULTS": str(tmp_path), "LIMIT": "2", "TMPDIR": str(tmp_path)}
+    environment = os.environ | {"PYTHON": str(fake), "RESULTS": str(tmp_path), "LIMIT": "6", "TMPDIR": str(tmp_path)}
     command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "tests", "program"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
     assert done.returncode == 1 and "tests (status 137)" in done.stdout and "no time left" in done.stdout
@@ -341,8 +340,9 @@ def test_a_call_for_the_gpu_that_is_ended_leaves_nothing_behind(tmp_path):
     environment = os.environ | {"PYTHON": str(fake), "RESULTS": str(tmp_path), "TMPDIR": str(tmp_path)}
     command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "tests"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
     while not (tmp_path / "pid").exists():
-        assert process.poll() is None
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     child = psutil.Process(int((tmp_path / "pid").read_text()))
     process.terminate()

@@ -108,4 +108,4 @@ def enable_xformers(*unets: UNet2DConditionModel) -> None:
             for unet in unets:
                 unet.disable_xformers_memory_efficient_attention()
     if reason:
-        logger.warning("xformers' attention is not used (%s), but PyTorch's own, which is as fast", reason)
+        logger.warning("xformers' attention is not used (%s), but PyTorch's own", reason)

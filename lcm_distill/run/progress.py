@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -53,6 +53,7 @@ class Progress:
         self._intervals = 0
         self._warned_of_waiting = False
         self._loader: ShardLoader | None = None
+        self._waiting = _GPUWaiting() if accelerator.device.type == "cuda" else _Waiting()
         self._loss = torch.zeros((), device=accelerator.device)
         self._grad_norm = torch.zeros((), device=accelerator.device)
         self._skipped = 0
@@ -61,23 +62,20 @@ class Progress:
     def _reset(self) -> None:
         self._loss.zero_()
         self._grad_norm.zero_()
-        self._batches_since_log, self._pictures, self._waited = 0, 0, 0.0
+        self._batches_since_log, self._pictures = 0, 0
         self._start = time.perf_counter()
 
     def batches(self, loader: ShardLoader) -> Iterator[dict[str, Any]]:
-        """The batches of `loader`, without end; the time spent waiting for each counts as waiting for data.
+        """The batches of `loader`, without end; the time that the device waits for each counts as waiting for data.
 
-        It does not count if a GPU still had work when the batch came: then only the host, which runs ahead, waited.
         The loader's workers stop when the iterator ends, or with `close`.
         """
         self._loader = loader
         data = iter(loader)
         try:
             while True:
-                start = time.perf_counter()
-                batch = next(data)
-                if _is_idle(self._accelerator.device):
-                    self._waited += time.perf_counter() - start
+                with self._waiting:
+                    batch = next(data)
                 self._dropped.update(batch)
                 yield batch
         finally:
@@ -118,7 +116,7 @@ class Progress:
             "grad_norm": float(self._grad_norm),
             "lr": float(lr_scheduler.get_last_lr()[0]),
             "samples_per_second": self._pictures * self._accelerator.num_processes / elapsed,
-            "data_wait": self._waited / elapsed,
+            "data_wait": self._waiting.take() / elapsed,
         }
         self._reset()
         for name in ("loss", "grad_norm"):
@@ -197,9 +195,55 @@ class Progress:
             logger.info("%s: stopped after step %d; resume with --resume_from_checkpoint latest", reason, global_step)
 
 
-def _is_idle(device: torch.device) -> bool:
-    """Whether the device has done all that was queued on it; does not wait for it."""
-    return device.type != "cuda" or torch.cuda.current_stream(device).query()
+class _Waiting:
+    """Adds up the seconds that are spent in its `with` blocks."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *error: Any) -> None:
+        self._seconds += time.perf_counter() - self._start
+
+    def take(self) -> float:
+        """The seconds since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+class _GPUWaiting(_Waiting):
+    """Adds up how long the GPU had nothing to do meanwhile: the host, which runs ahead of it, may wait at no cost.
+
+    Nothing is queued between a block's two events, so that the time between them is the GPU's, idle. Reading it waits
+    for nothing: only events that have happened are read, in `take`, after `log` has waited for the device, all of them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._blocks: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    def __enter__(self) -> None:
+        self._begin = self._event()
+
+    def __exit__(self, *error: Any) -> None:
+        self._blocks.append((self._begin, self._event()))
+        self._read()
+
+    def _event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _read(self) -> None:
+        while self._blocks and self._blocks[0][1].query():
+            begin, end = self._blocks.popleft()
+            self._seconds += begin.elapsed_time(end) / 1e3
+
+    def take(self) -> float:
+        self._read()
+        return super().take()
 
 
 def start_progress(

@@ -28,7 +28,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 # All runs in one launch, since importing and warming up take longest. (folder, engine, program, steps, other flags);
 # "kept" is `fsdp_reshard_after_forward: false`, the engine "zero" is for test_zero.py.
 FOUR = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "checkpointing_steps": 2}
-LAST = {"channels_last": True}  # to which FSDP does not keep
+LAST = {"channels_last": True}  # which FSDP does not keep
 Runs = list[tuple[str, str, str, int, dict]]
 RUNS: Runs = [
     ("ddp", "ddp", "sd", 4, FOUR | LAST),

@@ -9,7 +9,7 @@ import torch
 
 from lcm_distill.errors import DivergenceError
 from lcm_distill.run.journal import Journal
-from lcm_distill.run.progress import Progress
+from lcm_distill.run.progress import Progress, _GPUWaiting
 
 
 def test_gradients_that_never_become_finite_end_the_run(tmp_path):
@@ -66,17 +66,27 @@ def test_speed_counts_the_steps_that_the_device_has_yet_to_do(tmp_path):
     assert progress.log(2, SimpleNamespace(get_last_lr=lambda: [1.0]))["samples_per_second"] <= 3 / 0.6
 
 
+class Clock:
+    """A clock that only stands where it is set."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
 class SlowLoader:
-    """A batch after each of so many seconds."""
+    """A batch after each of so many seconds of the `clock`."""
 
     num_workers = 3
 
-    def __init__(self, seconds):
-        self.seconds = seconds
+    def __init__(self, seconds, clock):
+        self.seconds, self.clock = seconds, clock
 
     def __iter__(self):
         for seconds in itertools.chain(self.seconds, itertools.repeat(0)):
-            time.sleep(seconds)
+            self.clock.now += seconds
             yield {"worker": 0, "dropped": {}}
 
     def close(self):
@@ -84,29 +94,60 @@ class SlowLoader:
 
 
 @pytest.mark.parametrize(
-    "seconds, idle, warned_at",
+    "seconds, warned_at",
     [
-        ([0.4, 0, 0.4, 0.4], True, [3]),
-        ([0.4, 0, 0, 0], True, []),  # the first interval, in which workers start
-        ([0, 0.02, 0.02, 0.02], True, []),
-        ([0, 0.4, 0.4, 0.4], False, []),  # a GPU that is busy all the time
+        ([4, 0, 4, 4], [3]),
+        ([4, 0, 0, 0], []),  # the first interval, in which workers start
+        ([0, 0.9, 0.9, 0.9], []),
     ],
 )
-def test_a_run_that_waits_for_data_is_warned_once(seconds, idle, warned_at, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("lcm_distill.run.progress._is_idle", lambda device: idle)
+def test_a_run_that_waits_for_data_is_warned_once(seconds, warned_at, tmp_path, caplog, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("lcm_distill.run.progress.time", clock)
     accelerator = SimpleNamespace(
         device=torch.device("cpu"), is_main_process=True, num_processes=1, reduce=lambda value, reduction: value,
         log=lambda *given, **more: None, trackers=[],
     )  # fmt: skip
     progress = Progress(accelerator, Journal(tmp_path, {}, enabled=False), total=9, initial=0, output_dir="")
     warnings = []
-    for step, _ in zip(range(1, 5), progress.batches(SlowLoader(seconds)), strict=False):
-        time.sleep(0.1)  # the step itself
+    for step, _ in zip(range(1, 5), progress.batches(SlowLoader(seconds, clock)), strict=False):
+        clock.now += 1  # the step itself
         progress.add(torch.tensor(1.0), 2)
         progress.step(torch.tensor(1.0))
-        progress.log(step, SimpleNamespace(get_last_lr=lambda: [1.0]))
+        values = progress.log(step, SimpleNamespace(get_last_lr=lambda: [1.0]))
+        assert values["data_wait"] == pytest.approx(seconds[step - 1] / (seconds[step - 1] + 1))
         warnings += [(step, record.message) for record in caplog.records]
         caplog.clear()
     assert [step for step, _ in warnings] == warned_at
     for _, message in warnings:
         assert "--dataloader_num_workers (now 3)" in message and "lcm_distill.encode_shards" in message
+
+
+def test_a_gpu_waits_for_data_only_while_it_has_nothing_to_do(monkeypatch):
+    """By the host's clock a GPU that was idle for 10 ms of 410 looked as if it had waited for all of them."""
+    host, device = Clock(), Clock()  # the device's: when it will have done what is queued
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = device.now = max(device.now, host.now)
+
+        def query(self):
+            return self.at <= host.now
+
+        def elapsed_time(self, other):
+            return 1e3 * (other.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    waiting = _GPUWaiting()
+    for work, wait in ((0.5, 0.41), (0.5, 0.3), (0.1, 0.4)):
+        device.now = max(device.now, host.now) + work
+        host.now += 0.1  # to queue it
+        with waiting:
+            host.now += wait
+    host.now = max(host.now, device.now)
+    # Idle from .50 to .51, not at all, and from 1.11 to 1.41.
+    assert waiting.take() == pytest.approx(0.01 + 0 + 0.3)
+    assert waiting.take() == 0
