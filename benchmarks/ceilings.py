@@ -120,7 +120,8 @@ class Ceilings:
             kernel = f"{chosen.name.lower()} (chosen)"
             with torch.no_grad():
                 self.add(what, flops / seconds(forward, self._enough) / 1e12, "TFLOP/s", kernel=kernel)
-            chosen = SDPBackend(torch._fused_sdp_choice(*(x.detach().requires_grad_() for x in (q, k, v))))
+            q, k, v = (tensor.requires_grad_() for tensor in (q, k, v))
+            chosen = SDPBackend(torch._fused_sdp_choice(q, k, v))
             kernel = f"{chosen.name.lower()} (chosen)"
             rate = 3.5 * flops / seconds(both, self._enough) / 1e12
             self.add(f"{what}, forward and backward", rate, "TFLOP/s", kernel=kernel)

@@ -9,9 +9,10 @@ The parts that the programs are made of (`Lora`, `guided_prediction`, `update_em
 step, on empty pictures.
 """
 
+import argparse
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -48,6 +49,15 @@ class Case:
     vae_encode_batch_size: int = 1
     vae_float32: bool = False  # as SDXL's own needs it; madebyollin/sdxl-vae-fp16-fix does not
     lora_rank: int = 64
+
+
+def add_flags(parser: argparse.ArgumentParser, default: Case) -> None:
+    """A flag for each field, with the `default` case's value."""
+    for name, value in asdict(default).items():
+        if isinstance(value, bool):
+            parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=value)
+        else:
+            parser.add_argument(f"--{name}", type=str if isinstance(value, str) else int, default=value)
 
 
 def replacing(network: torch.nn.Module, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

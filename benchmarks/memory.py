@@ -25,7 +25,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.fake_step import Case, build, fake_networks
+from benchmarks.fake_step import Case, add_flags, build, fake_networks
+from benchmarks.measuring import write
 from benchmarks.provenance import provenance
 from benchmarks.train_step import alone, flop_counter
 
@@ -159,11 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, value in asdict(Case()).items():
-        if isinstance(value, bool):
-            parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=value)
-        else:
-            parser.add_argument(f"--{name}", type=str if isinstance(value, str) else int, default=value)
+    add_flags(parser, Case())
     parser.add_argument("--check", action="store_true", help="compare with real steps on the CPU")
     parser.add_argument("--flops", action="store_true", help="count FLOPs instead")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
@@ -189,7 +186,7 @@ def main() -> None:
     if output:
         earlier = json.loads(output.read_text()) if output.exists() else {}
         part = "check" if check else "flops" if flops else "table"
-        output.write_text(json.dumps(earlier | {part: origin | {"rows": rows}}, indent=2) + "\n")
+        write(output, json.dumps(earlier | {part: origin | {"rows": rows}}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

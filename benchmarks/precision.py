@@ -32,6 +32,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from benchmarks.measuring import write
 from benchmarks.provenance import provenance
 from benchmarks.train_step import alone
 from lcm_distill import evaluate
@@ -224,7 +225,7 @@ def main() -> None:
                 result["runs"].append(run)
                 print(json.dumps(run), flush=True)
                 if args.output:
-                    args.output.write_text(json.dumps(result, indent=2) + "\n")
+                    write(args.output, json.dumps(result, indent=2) + "\n")
     print(summary(result["runs"]))
 
 

@@ -33,7 +33,8 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import fake_step
 from benchmarks.architectures import RESOLUTIONS
-from benchmarks.fake_step import Case, build, fake_networks
+from benchmarks.fake_step import Case, add_flags, build, fake_networks
+from benchmarks.measuring import write
 from benchmarks.provenance import ROOT, provenance
 from benchmarks.train_step import alone, autocast_everywhere, flop_counter, optimizer_not_fused, peft_layers
 from lcm_distill.models import unets
@@ -557,11 +558,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.step_cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, value in asdict(_CASE).items():
-        if isinstance(value, bool):
-            parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=value)
-        else:
-            parser.add_argument(f"--{name}", type=str if isinstance(value, str) else int, default=value)
+    add_flags(parser, _CASE)
     parser.add_argument("--before", action="store_true", help="also as it was before the latest optimisations")
     parser.add_argument("--straightforward", action="store_true", help="also with every optimisation turned off")
     parser.add_argument(
@@ -596,7 +593,7 @@ def main() -> None:
                     print(details(row, by) + "\n", flush=True)
     print(table(rows))
     if args.output:
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+        write(args.output, json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

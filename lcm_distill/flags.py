@@ -226,7 +226,7 @@ class StreamingFlags:
     dataloader_num_workers: int | None = flag(
         None,
         "processes per device that load data; 0 loads in the main one (default: as in the checkpoint that is resumed "
-        "with as many devices, else up to 4 on a CUDA GPU, as its share of the CPU cores allows, and 0 on other devices)",
+        "with as many devices, else up to 4 on a CUDA GPU, as its share of the CPU cores allows, 0 on other devices)",
         type=count,
     )
     train_batch_size: int = flag(16, "pictures per device and batch", type=positive_int)
@@ -384,7 +384,7 @@ class SpeedFlags:
     channels_last: bool = switch(
         False,
         "keep the U-Nets' convolutions in channels-last memory format, which --compile can profit from; without it "
-        "PyTorch's group norms on GPUs change the format back each time",
+        "PyTorch's group norms on GPUs change the format back each time; FSDP and ZeRO do not keep it",
     )
     float32_norms: bool = switch(
         False, "compute the U-Nets' layer norms in float32, as autocast does on GPUs, and not in the mixed precision"
@@ -408,8 +408,8 @@ class SpeedFlags:
     )
     enable_xformers_memory_efficient_attention: bool = switch(
         False,
-        "xformers' attention (pip install -e '.[xformers]') where it works; PyTorch's own, which has FlashAttention, too, "
-        "otherwise",
+        "xformers' attention (pip install -e '.[xformers]') where it works, otherwise PyTorch's own, "
+        "which has FlashAttention, too",
     )
     gradient_checkpointing: bool = switch(False, "recompute activations in the backward pass: less memory, slower")
 

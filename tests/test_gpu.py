@@ -21,6 +21,15 @@ from lcm_distill.run.progress import Progress
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
+@pytest.fixture(autouse=True)
+def _as_before(monkeypatch):
+    """Restores what a run sets for the whole process, and starts no data workers: dozens of runs go at once."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", torch.backends.cuda.matmul.allow_tf32)
+    monkeypatch.setattr("lcm_distill.run.accelerator._WORKERS", 0)
+
+
 @pytest.mark.parametrize(
     "precision, cast",
     [

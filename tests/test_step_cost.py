@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.nn import functional
 
-from benchmarks import fake_step, step_cost
+from benchmarks import fake_step, step_cost, train_step
 from benchmarks.architectures import UNETS
 from benchmarks.step_cost import (
     CASTS,
@@ -251,3 +251,8 @@ def test_a_measurement_of_the_same_flags_stands_beside_the_prediction(tmp_path):
         assert step_cost.measured_ms(case, variant, results) == found, variant
     sparing = replace(case, gradient_checkpointing=True)
     assert step_cost.measured_ms(sparing, step_cost.ALL_ON, results) == 2
+
+
+def test_what_can_be_turned_off_is_what_can_be_timed():
+    """A row of another name would stand without what a GPU has measured."""
+    assert step_cost.OPTIMISATIONS.keys() <= train_step.OPTIMISATIONS.keys()
