@@ -31,11 +31,12 @@ FOUR = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "check
 LAST = {"channels_last": True}  # which FSDP does not keep
 Runs = list[tuple[str, str, str, int, dict]]
 RUNS: Runs = [
-    ("ddp", "ddp", "sd", 4, FOUR | LAST),
+    ("ddp", "ddp", "sd", 4, FOUR),
     ("fsdp", "fsdp", "sd", 4, FOUR | {"validation_steps": 2}),
     ("halves", "fsdp", "sd", 4, FOUR | {"resume_from_checkpoint": "fsdp/checkpoint-2"}),
+    ("last", "ddp", "sd", 4, FOUR | LAST),
     ("to-ddp", "ddp", "sd", 4, FOUR | LAST | {"resume_from_checkpoint": "fsdp/checkpoint-2"}),
-    ("to-fsdp", "fsdp, kept", "sd", 4, FOUR | {"resume_from_checkpoint": "ddp/checkpoint-2", "validation_steps": 1}),
+    ("to-fsdp", "fsdp, kept", "sd", 4, FOUR | {"resume_from_checkpoint": "last/checkpoint-2", "validation_steps": 1}),
     ("ddp-bf16", "ddp", "sd", 2, {"mixed_precision": "bf16"}),
     ("fsdp-bf16", "fsdp", "sd", 2, {"mixed_precision": "bf16", "cast_teacher_unet": True}),
     ("ddp-sdxl", "ddp", "sdxl", 1, {}),
@@ -149,15 +150,16 @@ def train(runs: Runs, folder: Path) -> SimpleNamespace:
     return SimpleNamespace(folder=folder, seen=seen)
 
 
-def close(a: Path, b: Path, tolerance: float = 5e-5) -> None:
-    """The networks in the two folders are equal up to rounding, in the root mean square of each weight.
+def close(a: Path, b: Path, tolerance: float = 1e-4) -> None:
+    """The networks in the two folders are equal up to rounding; a step changes most weights by about 1e-3."""
+    assert max(float(difference.abs().max()) for difference in differences(a, b)) < tolerance
 
-    A step changes most of a weight's values by about 1e-3; where a gradient is all rounding, in either direction.
-    """
+
+def differences(a: Path, b: Path) -> list[torch.Tensor]:
     first, second = result(a), result(b)
     full = {name for name, weight in first.items() if weight.dtype == torch.float32}
     assert first.keys() == second.keys() and full
-    assert max(float((first[name] - second[name]).square().mean().sqrt()) for name in full) < tolerance
+    return [first[name] - second[name] for name in full]
 
 
 def test_both_ranks_hold_half_of_every_network_and_of_the_optimizer_s_state(runs):
@@ -204,11 +206,13 @@ def test_two_plus_two_resumed_steps_equal_four_bit_for_bit(runs):
 def test_a_checkpoint_resumes_with_or_without_fsdp(runs):
     """Its tensors are complete: the same files and shapes as without FSDP, each network as Diffusers saves it.
 
-    Without FSDP the moments are channels-last here. Taken in the wrong order they are off by about their own size.
+    Without FSDP the moments are channels-last here. Taken in the wrong order they are off by about their own size. By
+    root mean squares: where a gradient is all rounding, another memory format can turn the direction of Adam's step.
     """
     moments = {}
     for name in ("ddp", "to-ddp", "to-fsdp"):
-        close(runs.folder / "ddp", runs.folder / name)
+        changes = differences(runs.folder / "ddp", runs.folder / name)
+        assert max(float(change.square().mean().sqrt()) for change in changes) < 5e-5
         state = torch.load(runs.folder / name / "checkpoint-4" / "optimizer.bin", weights_only=True)["state"]
         moments[name] = {i: values["exp_avg"] for i, values in state.items() if values["exp_avg"].dim() == 4}
     formats = [moments[name][0].is_contiguous(memory_format=torch.channels_last) for name in ("to-ddp", "to-fsdp")]
