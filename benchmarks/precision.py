@@ -7,7 +7,7 @@ Each variant distils a toy teacher with the program's own `main` for `--steps` s
 pictures. Teacher and target compute in the precision that the variant names, the student in bf16; group norms of
 student and target are in float32. In "float32 norms" layer norms are, too, as autocast has them on GPUs; "before" is
 that with PEFT's own LoRA layers. In "group norms too" all norms are in bf16; in "rounded statistics" group norms also
-round mean and deviation, as CUDA's did before PyTorch 2.13. Since a CPU lacks half of these precisions, passes without
+round mean and deviation, as CUDA's do in older PyTorch. Since a CPU lacks half of these precisions, passes without
 gradients are emulated: weights, and what every operation of PyTorch returns, are rounded, the arithmetic inside is
 float32, as it is in a GPU's kernels. The student runs under the CPU's own bf16 autocast.
 
