@@ -21,6 +21,7 @@ from accelerate.utils import (
     get_int_from_env,
     set_seed,
 )
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
@@ -122,6 +123,21 @@ def choose_workers(workers: int | None, accelerator: Accelerator, resumed: Mappi
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = min(_WORKERS, cores // ranks)
     return broadcast_object_list([workers or 0])[0]
+
+
+def end_training(accelerator: Accelerator) -> None:
+    """`accelerator.end_training()`: ends the process group; without it exits abort now and then.
+
+    DDP's C++ half holds the group, too. As the last to let go of it, when the program's variables are freed, it would
+    wait for the group's threads with Python's lock in hand, while one of them may be waiting for that lock to free a
+    tensor: neither would ever end. Python's own reference is freed without the lock, so it has to be the last.
+    """
+    group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
+    accelerator.end_training()
+    for model in accelerator._models:
+        if isinstance(model, DistributedDataParallel):
+            model.reducer = model.logger = None  # type: ignore[assignment]
+    del group
 
 
 class _AroundProgressBar(logging.Handler):

@@ -35,7 +35,7 @@ from lcm_distill.data.stream import ShardLoader
 from lcm_distill.export.hub import HubUpload, open_hub
 from lcm_distill.flags import LaunchFlags, LengthFlags, OptimizationFlags, StreamingFlags
 from lcm_distill.redaction import hide_in_command_line, public_flags
-from lcm_distill.run.accelerator import choose_seed, choose_workers, start_accelerator
+from lcm_distill.run.accelerator import choose_seed, choose_workers, end_training, start_accelerator
 from lcm_distill.run.checkpoint import CheckpointPart, Checkpoints, find_run
 from lcm_distill.run.optim import keeping_hyperparameters
 from lcm_distill.run.plan import TrainingPlan, log_plan, plan_training
@@ -270,6 +270,6 @@ class Run:
         """
         self.accelerator.wait_for_everyone()
         finish_trackers(self.accelerator)
-        self.accelerator.end_training()
+        end_training(self.accelerator)
         if self.hub:
             self.hub.push()
