@@ -40,12 +40,14 @@ from lcm_distill.data.stream import open_loader
 from lcm_distill.export.weights import export_lora_student
 from lcm_distill.models import sd as family
 from lcm_distill.models import unets
+from lcm_distill.models.fake_score import FakeScore
 from lcm_distill.models.frozen import batch_latents, check_encoding
 from lcm_distill.models.lora import TARGET, AdapterShape, Lora, prepare_without_autocast
 from lcm_distill.models.teacher import Teacher, read_configs
 from lcm_distill.objective import consistency as lcd
 from lcm_distill.objective.schedule import DDIMSolver, NoiseSchedule, build_lcm_scheduler
 from lcm_distill.run.accelerator import autocast_over, inference_dtype
+from lcm_distill.run.matching import DistributionMatching
 from lcm_distill.run.optim import build_lr_scheduler, build_optimizer
 from lcm_distill.run.run import Run
 from lcm_distill.run.validation import Validation, check_validation
@@ -84,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     unet = frozen.unet
     lora = Lora(unet, **vars(shape), dropout=args.student.lora_dropout)
+    fake_score = FakeScore.from_flags(args.matching, unet, target_modules=shape.target_modules)
     unets.apply_speed_flags(args.speed, unet)
     frozen.compile_encoder(args.speed.compile)
     optimizer = build_optimizer(
@@ -98,6 +101,9 @@ def main(argv: list[str] | None = None) -> None:
     solver = DDIMSolver(schedule, steps)
     consistency = lcd.ConsistencyFunction(schedule, distillation.timestep_scaling_factor)
     guided = partial(lcd.guided_prediction, unet, schedule, dtype=base_dtype, batch_size=args.speed.teacher_batch_size)
+    matching = DistributionMatching(
+        run, args.matching, args.optimization, fake_score, schedule, guided, lora.off, dtype=base_dtype
+    )
     pipelines = {"student": partial(family.build_pipeline, frozen, unet, sampler)}
     if lora.average:
         pipelines["target"] = pipelines["student"]
@@ -116,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         contexts={"teacher": lora.off, "target": lora.target},
     )
 
-    parts = {"adapter": lora.part()} | ({"adapter_target": lora.part(TARGET)} if lora.average else {})
+    parts = lora.parts() | matching.parts()
     run.start(parts, loader, optimizer, lr_scheduler, student, validation)
     batches = run.batches()
     while not run.finished:
@@ -128,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
             size = len(latents)
 
             # 2 draw n, noise, w
-            index = torch.randint(len(solver), (size,), generator=generator, device=device)
+            index = solver.draw_index(size, distillation.top_timestep_probability, generator)
             noise = torch.randn(latents.shape, generator=generator, device=device)
             w = lcd.draw_guidance(w_min, w_max, size, generator, device)
             start, end = solver.timesteps[index], solver.previous_timesteps[index]
@@ -151,16 +157,21 @@ def main(argv: list[str] | None = None) -> None:
                 output = lcd.unet_output(student, noisy, start, conditioning, dtype=base_dtype)
             prediction = consistency(output, noisy, start)
 
-            # 7 loss, in float32
+            # 7 loss, in float32; that of distribution matching is of x = f_θ(z_{n+k}, c, t_{n+k})
             loss = lcd.consistency_loss(prediction, target_prediction, distillation.loss_type, distillation.huber_c)
             run.add_loss(loss, size)
+            if matching.begun(run.global_step):
+                dm_loss = matching.loss(prediction, conditioning, unconditional, w, None, generator)
+                loss = args.matching.dm_consistency_weight * loss + args.matching.dm_weight * dm_loss
 
-            # 8 backward, clip, step
+            # 8 backward, clip, step; then the fake score's own steps, on x
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(lora.parameters(), args.optimization.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
+            if matching.begun(run.global_step):
+                matching.train_fake_score(prediction, conditioning, None, generator)
         if run.skipped():
             continue
 

@@ -41,11 +41,13 @@ from lcm_distill.distributed.fsdp import device_before_split, optimizer_parts, p
 from lcm_distill.export.weights import export_full_student
 from lcm_distill.models import sd as family
 from lcm_distill.models import unets
+from lcm_distill.models.fake_score import FakeScore
 from lcm_distill.models.frozen import batch_latents, check_encoding
 from lcm_distill.models.teacher import Teacher, read_configs
 from lcm_distill.objective import consistency as lcd
 from lcm_distill.objective.schedule import DDIMSolver, NoiseSchedule, build_lcm_scheduler
 from lcm_distill.run.accelerator import autocast_over, inference_dtype
+from lcm_distill.run.matching import DistributionMatching, check_matching
 from lcm_distill.run.optim import build_lr_scheduler, build_optimizer
 from lcm_distill.run.run import Run
 from lcm_distill.run.validation import Validation, check_validation, validation_guidance_scale
@@ -68,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     architecture = unets.full_student_architecture(configs.unet, args.student)
     run = Run(PROGRAM, args.launch, args.streaming, architecture, args.flat(), argv=argv, can_split=True)
     accelerator, device = run.accelerator, run.accelerator.device
+    check_matching(args.matching, accelerator)
     preflight = run.inspect(shards, preparation)
     preparation = preflight.preparation
     check_encoding(preparation.encoding, teacher, family.text_fingerprint)
@@ -83,6 +86,12 @@ def main(argv: list[str] | None = None) -> None:
     student.to(device_before_split(accelerator))
     target = unets.target_from_student(student)
     unets.cast(frozen.unet, teacher_dtype)
+    fake_score = FakeScore.from_flags(
+        args.matching,
+        frozen.unet,
+        time_cond_proj_dim=args.student.unet_time_cond_proj_dim if w_min < w_max else None,
+        gradient_checkpointing=args.speed.gradient_checkpointing,
+    )
     unets.apply_speed_flags(args.speed, student, target, frozen.unet)
     frozen.compile_encoder(args.speed.compile)
     split(accelerator, student, target, frozen.unet)
@@ -101,6 +110,9 @@ def main(argv: list[str] | None = None) -> None:
     guided = partial(
         lcd.guided_prediction, frozen.unet, schedule, dtype=teacher_dtype, batch_size=args.speed.teacher_batch_size
     )
+    matching = DistributionMatching(
+        run, args.matching, args.optimization, fake_score, schedule, guided, dtype=teacher_dtype
+    )
     pipeline = partial(family.build_pipeline, frozen)
     guidance_scale = validation_guidance_scale(args.validation, distillation)
     validation = Validation(
@@ -117,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     parts = {"unet": unets.UNetPart(student_unet), "unet_target": unets.UNetPart(target)}
-    parts |= optimizer_parts(accelerator, optimizer)
+    parts |= optimizer_parts(accelerator, optimizer) | matching.parts()
     run.start(parts, loader, optimizer, lr_scheduler, student, validation)
     batches = run.batches()
     while not run.finished:
@@ -129,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
             size = len(latents)
 
             # 2 draw n, noise, w
-            index = torch.randint(len(solver), (size,), generator=generator, device=device)
+            index = solver.draw_index(size, distillation.top_timestep_probability, generator)
             noise = torch.randn(latents.shape, generator=generator, device=device)
             w = w_min + (w_max - w_min) * torch.rand(size, generator=generator, device=device)  # to be embedded
             w_embedding = lcd.guidance_embedding(w, args.student.unet_time_cond_proj_dim)
@@ -153,16 +165,21 @@ def main(argv: list[str] | None = None) -> None:
                 output = lcd.unet_output(student, noisy, start, conditioning, w_embedding)
             prediction = consistency(output, noisy, start)
 
-            # 7 loss, in float32
+            # 7 loss, in float32; that of distribution matching is of x = f_θ(z_{n+k}, w, c, t_{n+k})
             loss = lcd.consistency_loss(prediction, target_prediction, distillation.loss_type, distillation.huber_c)
             run.add_loss(loss, size)
+            if matching.begun(run.global_step):
+                dm_loss = matching.loss(prediction, conditioning, unconditional, w, w_embedding, generator)
+                loss = args.matching.dm_consistency_weight * loss + args.matching.dm_weight * dm_loss
 
-            # 8 backward, clip, step
+            # 8 backward, clip, step; then the fake score's own steps, on x
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.optimization.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
+            if matching.begun(run.global_step):
+                matching.train_fake_score(prediction, conditioning, w_embedding, generator)
         if run.skipped():
             continue
 

@@ -343,6 +343,37 @@ class DistillationFlags:
         "scales the timestep in the boundary scalings c_skip and c_out; goes into the saved scheduler",
         type=positive,
     )
+    top_timestep_probability: float = flag(
+        0.0,
+        "with this probability a picture's n is that of the last timestep, where sampling starts, instead of uniform",
+        type=fraction,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchingFlags:
+    """distribution matching, for students of one and two steps"""
+
+    dm_weight: float = flag(
+        0.0, "weight of the distribution matching loss (0: none, and no fake score is trained)", type=non_negative
+    )
+    dm_consistency_weight: float = flag(
+        1.0, "weight of the consistency loss once distribution matching has begun", type=non_negative
+    )
+    dm_start_step: int = flag(0, "optimizer steps of plain distillation before distribution matching", type=count)
+    dm_steps: int = flag(1, "optimizer steps of the fake score for each of the student's", type=positive_int)
+    dm_learning_rate: float = flag(1e-4, "learning rate of the fake score, constant", type=non_negative)
+    dm_rank: int = flag(64, "rank of the fake score, an adapter of the teacher", type=positive_int)
+    dm_guidance_w: float | None = flag(
+        None, "guidance w of the real score, the teacher (default: the w that is drawn for the step)", type=non_negative
+    )
+    dm_timesteps: list[float] = flag(
+        [0.02, 0.98],
+        "the range of the timesteps at which the scores are compared, as shares of the teacher's",
+        type=fraction,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -524,6 +555,7 @@ class ProgramFlags(Generic[Student]):
     length: LengthFlags
     optimization: OptimizationFlags
     distillation: DistillationFlags
+    matching: MatchingFlags
     student: Student
     speed: SpeedFlags
     launch: LaunchFlags
@@ -570,6 +602,9 @@ def parse(
     parsed = parser.parse_args(argv)
     if parsed.w_min > parsed.w_max:
         parser.error(f"argument --w_min: {parsed.w_min:g} is above --w_max {parsed.w_max:g}; give w_min <= w_max")
+    low, high = parsed.dm_timesteps
+    if low >= high:
+        parser.error(f"argument --dm_timesteps: {low:g} is not below {high:g}; give LOW < HIGH, such as 0.02 0.98")
     if parsed.channels_last and parsed.use_8bit_adam:
         parser.error("argument --channels_last: --use_8bit_adam makes weights contiguous; leave out one of the two")
     for name in ("validation_teacher_steps", "num_validation_images"):

@@ -33,6 +33,7 @@ TARGET_MODULES = (
 )  # fmt: skip
 
 STUDENT, TARGET = "student", "target"  # the adapters' names inside the U-Net
+_FOLDERS = {STUDENT: "adapter", TARGET: "adapter_target"}  # in a checkpoint
 
 
 def parse_target_modules(text: str | None, unet_config: Mapping[str, Any]) -> list[str]:
@@ -87,6 +88,22 @@ class AdapterShape:
         }
 
 
+def add_adapter(unet: UNet2DConditionModel, config: LoraConfig, name: str) -> list[torch.nn.Parameter]:
+    """Adds an adapter to `unet`, in place, whose weights are float32 and need no gradients; returns these weights.
+
+    It changes nothing: its second factor is zero, and its first is drawn from PyTorch's global generator.
+    """
+    config._register_custom_module(LAYERS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PEFT's warning about a second adapter
+        unet.add_adapter(config, adapter_name=name)
+    added = [weight for path, weight in unet.named_parameters() if "lora_" in path and f".{name}." in path]
+    for weight in added:
+        weight.data = weight.data.float()
+        weight.requires_grad_(False)
+    return added
+
+
 class Lora:
     """Adds an adapter to `unet`, in place, and freezes the U-Net's own weights.
 
@@ -109,21 +126,15 @@ class Lora:
         self.config = LoraConfig(
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules or list(TARGET_MODULES)
         )
-        self.config._register_custom_module(LAYERS)
         unet.requires_grad_(False)
         unet.train()
-        unet.add_adapter(self.config, adapter_name=STUDENT)
-        for parameter in self._find(STUDENT):
-            parameter.data = parameter.data.float()
+        parameters = {STUDENT: add_adapter(unet, self.config, STUDENT)}
         if average:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # PEFT's warning about a second adapter
-                unet.add_adapter(self.config, adapter_name=TARGET)
-            for parameter, source in zip(self._find(TARGET), self._find(STUDENT), strict=True):
+            parameters[TARGET] = add_adapter(unet, self.config, TARGET)
+            for parameter, source in zip(parameters[TARGET], parameters[STUDENT], strict=True):
                 parameter.data = source.detach().clone()
-                parameter.requires_grad_(False)
         self.average = average
-        self._parameters = {name: self._find(name) for name in ([STUDENT, TARGET] if average else [STUDENT])}
+        self._parameters = parameters
         self._layers = [module for module in unet.modules() if isinstance(module, LoraLayer)]
         self._dropouts = [module for module in unet.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
         unet.set_adapter(STUDENT)
@@ -131,9 +142,6 @@ class Lora:
     def parameters(self, adapter: str = STUDENT) -> list[torch.nn.Parameter]:
         """The weights of one adapter, in the same order for all adapters."""
         return self._parameters[adapter]
-
-    def _find(self, adapter: str) -> list[torch.nn.Parameter]:
-        return [p for name, p in self.unet.named_parameters() if "lora_" in name and f".{adapter}." in name]
 
     # Not PEFT's own switches: these also set requires_grad of every adapter in hundreds of layers, at each pass.
 
@@ -186,6 +194,10 @@ class Lora:
     def part(self, adapter: str = STUDENT) -> "AdapterPart":
         """One adapter as a part of a checkpoint."""
         return AdapterPart(self, adapter)
+
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds of it, by folder name: the student's adapter, and the target's if it has its own."""
+        return {_FOLDERS[adapter]: self.part(adapter) for adapter in self._parameters}
 
 
 def prepare_without_autocast(

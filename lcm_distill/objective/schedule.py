@@ -106,6 +106,15 @@ class DDIMSolver:
     def __len__(self) -> int:
         return len(self.timesteps)
 
+    def draw_index(self, batch: int, top_probability: float, generator: torch.Generator) -> torch.Tensor:
+        """Solver indices int64 `[batch]`: uniform, or with `top_probability` the last one, where sampling starts."""
+        device = self.timesteps.device
+        index = torch.randint(len(self), (batch,), generator=generator, device=device)
+        if top_probability == 0:  # as before the option existed: nothing else is drawn
+            return index
+        top = torch.rand(batch, generator=generator, device=device) < top_probability
+        return torch.where(top, len(self) - 1, index)
+
     def step(self, x0: torch.Tensor, epsilon: torch.Tensor, solver_index: torch.Tensor) -> torch.Tensor:
         """x_t at the previous grid point, from the predicted `x0` and `epsilon` `[B, …]` at `solver_index` `[B]`."""
         return self.schedule.add_noise(x0, epsilon, self.previous_timesteps[solver_index])

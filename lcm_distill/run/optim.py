@@ -71,11 +71,11 @@ def keeping_hyperparameters(
     for group, kept, rate, factor in zip(optimizer.param_groups, settings, rates, lr_scheduler.lr_lambdas, strict=True):
         group.update(kept)
         group["lr"] = rate * factor(done)
-        _match_parameters(optimizer, group)
+        match_parameters(optimizer, group)
     lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
-def _match_parameters(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
+def match_parameters(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
     """Brings AdamW's loaded state into the memory format and onto the device that its kernel expects.
 
     The moments take their parameter's memory format: the fused kernel for CPUs goes through memory without regard to

@@ -62,6 +62,7 @@ class Progress:
     def _reset(self) -> None:
         self._loss.zero_()
         self._grad_norm.zero_()
+        self._values: dict[str, tuple[torch.Tensor, int]] = {}
         self._batches_since_log, self._pictures = 0, 0
         self._start = time.perf_counter()
 
@@ -87,6 +88,12 @@ class Progress:
         self._batches_since_log += 1
         self._pictures += pictures
 
+    def add_values(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Counts further values of one batch, scalars on the device; of each, `log` logs the mean."""
+        for name, value in values.items():
+            total, count = self._values.get(name, (torch.zeros_like(self._loss), 0))
+            self._values[name] = total + value.detach(), count + 1
+
     def step(self, grad_norm: torch.Tensor) -> None:
         """Counts an optimizer step; `grad_norm` is the gradients' norm before clipping."""
         self._grad_norm = torch.maximum(self._grad_norm, gather(grad_norm.detach()))  # a NaN stays
@@ -105,21 +112,23 @@ class Progress:
     def log(self, global_step: int, lr_scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict[str, float]:
         """Logs the values since the last call to the bar, the trackers and the journal, and returns them.
 
-        They are `loss` (mean over batches and ranks), `grad_norm` (the largest, before clipping), `lr`,
-        `samples_per_second` (all ranks) and `data_wait` (a share, 0 to 1). `DivergenceError` if loss or gradients are
-        not finite.
+        They are `loss` and those of `add_values` (means over batches and ranks), `grad_norm` (the largest, before
+        clipping), `lr`, `samples_per_second` (all ranks) and `data_wait` (a share, 0 to 1). `DivergenceError` if a loss
+        or the gradients are not finite.
         """
-        mean = float(self._accelerator.reduce(self._loss / max(1, self._batches_since_log), reduction="mean"))
+        mean = float(self._mean(self._loss, self._batches_since_log))
+        others = {name: float(self._mean(total, count)) for name, (total, count) in self._values.items()}
         elapsed = time.perf_counter() - self._start  # only now has the device finished the steps that were queued
         values = {
             "loss": mean,
+            **others,
             "grad_norm": float(self._grad_norm),
             "lr": float(lr_scheduler.get_last_lr()[0]),
             "samples_per_second": self._pictures * self._accelerator.num_processes / elapsed,
             "data_wait": self._waiting.take() / elapsed,
         }
         self._reset()
-        for name in ("loss", "grad_norm"):
+        for name in ("loss", *others, "grad_norm"):
             if not math.isfinite(values[name]):
                 raise DivergenceError(f"{name} is {values[name]} at step {global_step}. {self._remedy()}")
         self._bar.set_postfix_str(
@@ -134,6 +143,10 @@ class Progress:
             self._warned_at = dropped
             logger.warning("samples dropped so far%s: %d (%s)", self._of_ranks(), dropped, self._dropped)
         return values
+
+    def _mean(self, total: torch.Tensor, count: int) -> torch.Tensor:
+        """The mean over `count` batches and all ranks."""
+        return self._accelerator.reduce(total / max(1, count), reduction="mean")
 
     def _warn_of_waiting(self, data_wait: float) -> None:
         """Warns once if most of an interval was spent waiting for data, unless it is the first, when workers start."""

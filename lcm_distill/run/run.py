@@ -205,6 +205,10 @@ class Run:
         """Counts one batch: its loss (a scalar on the device) and its number of pictures."""
         self._progress.add(loss, pictures)
 
+    def add_values(self, **values: torch.Tensor) -> None:
+        """Counts further losses of one batch (scalars on the device), by the names under which they are logged."""
+        self._progress.add_values(values)
+
     def skipped(self) -> bool:
         """Whether this batch ended without an optimizer step: one of several to accumulate, or an overflow in fp16."""
         if not self.accelerator.sync_gradients:
