@@ -54,6 +54,7 @@ from lcm_distill.run.optim import build_lr_scheduler, build_optimizer
 from lcm_distill.run.run import Run
 from lcm_distill.run.validation import Validation, check_validation
 from lcm_distill.sampling.generate import build_teacher_sampler
+from lcm_distill.sampling.initial import InitialStudent
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     architecture = unets.architecture(configs.unet) | shape.architecture()
     run = Run(PROGRAM, args.launch, args.streaming, architecture, args.flat(), argv=argv)
     accelerator, device = run.accelerator, run.accelerator.device
+    initial = InitialStudent.find(None if run.resumed else args.student, args.teacher, family, configs.unet)
     preflight = run.inspect(shards, preparation)
     preparation = preflight.preparation
     check_encoding(preparation.encoding, teacher, family.text_fingerprint)
@@ -88,6 +90,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     unet = frozen.unet
     lora = Lora(unet, **vars(shape), dropout=args.student.lora_dropout)
+    if initial:
+        lora.begin_from(initial.read_adapter(configs.unet))
     fake_score = FakeScore.from_flags(args.matching, unet, target_modules=shape.target_modules)
     unets.apply_speed_flags(args.speed, unet)
     frozen.compile_encoder(args.speed.compile)

@@ -54,6 +54,7 @@ from lcm_distill.run.optim import build_lr_scheduler, build_optimizer
 from lcm_distill.run.run import Run
 from lcm_distill.run.validation import Validation, check_validation, validation_guidance_scale
 from lcm_distill.sampling.generate import build_teacher_sampler
+from lcm_distill.sampling.initial import InitialStudent
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(PROGRAM, args.launch, args.streaming, architecture, args.flat(), argv=argv, can_split=True)
     accelerator, device = run.accelerator, run.accelerator.device
     check_matching(args.matching, accelerator)
+    initial = InitialStudent.find(None if run.resumed else args.student, args.teacher, family, configs.unet)
     preflight = run.inspect(shards, preparation)
     preparation = preflight.preparation
     check_encoding(preparation.encoding, teacher, family.text_fingerprint)
@@ -85,15 +87,13 @@ def main(argv: list[str] | None = None) -> None:
     teacher_dtype = dtype if args.speed.cast_teacher_unet else torch.float32
     frozen = family.load_frozen(teacher, device=device, dtype=dtype, encoding=preparation.encoding)
     student = unets.student_from_teacher(frozen.unet, args.student.unet_time_cond_proj_dim)
+    if initial:
+        initial.load_into(student)
     student.to(device_before_split(accelerator))
     target = unets.target_from_student(student)
     unets.cast(frozen.unet, teacher_dtype)
-    fake_score = FakeScore.from_flags(
-        args.matching,
-        frozen.unet,
-        time_cond_proj_dim=args.student.unet_time_cond_proj_dim if w_min < w_max else None,
-        gradient_checkpointing=args.speed.gradient_checkpointing,
-    )
+    width = args.student.unet_time_cond_proj_dim if w_min < w_max else None
+    fake_score = FakeScore.from_flags(args.matching, frozen.unet, time_cond_proj_dim=width)
     unets.apply_speed_flags(args.speed, student, target, frozen.unet)
     frozen.compile_encoder(args.speed.compile)
     split(accelerator, student, target, frozen.unet)

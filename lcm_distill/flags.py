@@ -377,7 +377,19 @@ class MatchingFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FullStudentFlags:
+class StudentFlags:
+    """student and target"""
+
+    init_student: str | None = flag(
+        None,
+        "a finished student to begin from, instead of the teacher: the output folder of a run, a Hub id, or a LoRA's "
+        ".safetensors file, such as an LCM-LoRA; not read when a checkpoint is resumed",
+        metavar="STUDENT",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullStudentFlags(StudentFlags):
     """student and target"""
 
     unet_time_cond_proj_dim: int = flag(256, "width of the guidance embedding", type=number(int, 4))
@@ -387,7 +399,7 @@ class FullStudentFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraFlags:
+class LoraFlags(StudentFlags):
     """student and target"""
 
     lora_rank: int = flag(64, "rank of the adapter", type=positive_int)

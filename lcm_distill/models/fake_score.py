@@ -77,13 +77,10 @@ class FakeScore:
         *,
         target_modules: list[str] | None = None,
         time_cond_proj_dim: int | None = None,
-        gradient_checkpointing: bool = False,
     ) -> "FakeScore | None":
         """The fake score that the flags ask for; None without --dm_weight."""
         if not flags.dm_weight:
             return None
-        if gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
         return cls(unet, rank=flags.dm_rank, target_modules=target_modules, time_cond_proj_dim=time_cond_proj_dim)
 
     def parameters(self) -> list[torch.nn.Parameter]:

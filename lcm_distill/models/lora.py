@@ -139,6 +139,29 @@ class Lora:
         self._dropouts = [module for module in unet.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
         unet.set_adapter(STUDENT)
 
+    def begin_from(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Gives every adapter these weights: by module the first factor `[r, …]` and the second `[…, r]`, scaled.
+
+        Modules without an entry stay as they are, and so do rows above r, of which the second factor is zero: neither
+        changes anything at first. `UsageError` for modules that have no adapter, and for an r above the adapter's rank.
+        """
+        layers: dict[str, Any] = {
+            path: module for path, module in self.unet.named_modules() if isinstance(module, LoraLayer)
+        }
+        if foreign := sorted(factors.keys() - layers.keys()):
+            raise UsageError(
+                f"--init_student changes {foreign[0]}, which has no adapter in this run; pass --lora_target_modules "
+                "with every module that it changes, or leave that flag out."
+            )
+        rank = max((len(down) for down, _ in factors.values()), default=0)
+        if rank > self.config.r:
+            raise UsageError(f"--init_student has rank {rank}, more than --lora_rank {self.config.r}; raise that.")
+        for path, (down, up) in factors.items():
+            for adapter in self._parameters:
+                layer = layers[path]
+                layer.lora_A[adapter].weight.data[: len(down)] = down
+                layer.lora_B[adapter].weight.data[:, : len(down)] = up / layer.scaling[adapter]
+
     def parameters(self, adapter: str = STUDENT) -> list[torch.nn.Parameter]:
         """The weights of one adapter, in the same order for all adapters."""
         return self._parameters[adapter]

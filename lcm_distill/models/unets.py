@@ -81,14 +81,15 @@ def architecture(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def apply_speed_flags(flags: SpeedFlags, trained: UNet2DConditionModel, *others: UNet2DConditionModel) -> None:
-    """Sets memory format, norms, attention, gradient checkpointing (of `trained` only), compilation; in place."""
+    """Sets memory format, norms, attention, gradient checkpointing, compilation; in place."""
     if flags.channels_last:
         to_channels_last(trained, *others)
     set_norm_precision(trained, *others, float32=flags.float32_norms)
     if flags.enable_xformers_memory_efficient_attention:
         enable_xformers(trained, *others)
     if flags.gradient_checkpointing:
-        trained.enable_gradient_checkpointing()
+        for unet in (trained, *others):  # has no effect without a backward pass; a teacher's is that of a fake score
+            unet.enable_gradient_checkpointing()
     compile_networks(flags.compile, trained, *others)
 
 

@@ -117,6 +117,11 @@ class Run:
         self._stop = False
         self.hub: HubUpload | None = None
 
+    @property
+    def resumed(self) -> bool:
+        """Whether a checkpoint is resumed."""
+        return self._checkpoint is not None
+
     def inspect(self, shards: list[str], preparation: Preparation) -> ShardReport:
         """`inspect_shards`; logs its report."""
         report = inspect_shards(shards, preparation)

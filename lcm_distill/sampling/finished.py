@@ -104,6 +104,7 @@ class Student:
     kind: str
     subfolder: str | None = None
     cache_dir: str | None = None
+    flag: str = "--student"
 
     @property
     def name(self) -> str:
@@ -126,8 +127,11 @@ class Student:
         """
         if self.kind == "lora":
             return False
-        config = UNet2DConditionModel.load_config(self.source, subfolder=self.subfolder, cache_dir=self.cache_dir)
-        return config.get("time_cond_proj_dim") is not None
+        return self.load_config().get("time_cond_proj_dim") is not None
+
+    def load_config(self) -> dict[str, Any]:
+        """The config of a full student's U-Net."""
+        return UNet2DConditionModel.load_config(self.source, subfolder=self.subfolder, cache_dir=self.cache_dir)
 
     def sampler(self, scheduler_config: Mapping[str, Any]) -> LCMScheduler:
         """The scheduler saved with it, or else an `LCMScheduler` from the teacher's `scheduler_config`.
@@ -161,9 +165,10 @@ class Student:
             pipeline.scheduler = self.sampler(scheduler.config)
             student_lora: list[WeightedLora] = []
             if self.kind == "full":
-                pipeline.unet = self._load_unet(teacher)
+                check_same_teacher(self.load_config(), teacher.config, f"{self.flag} {self.source}")
+                pipeline.unet = self.load_unet(teacher.dtype).to(teacher.device).requires_grad_(False).eval()
             else:
-                student_lora = [WeightedLora(self.source, lora_scale, "--student", self.cache_dir)]
+                student_lora = [WeightedLora(self.source, lora_scale, self.flag, self.cache_dir)]
                 if fuse:
                     pipeline.unet = copy.deepcopy(teacher)
             with with_loras(pipeline, [*student_lora, *loras]):
@@ -174,27 +179,29 @@ class Student:
         finally:
             pipeline.unet, pipeline.scheduler = teacher, scheduler
 
-    def _load_unet(self, teacher: UNet2DConditionModel) -> UNet2DConditionModel:
-        where: dict[str, Any] = dict(subfolder=self.subfolder, cache_dir=self.cache_dir)
-        own = _comparable(UNet2DConditionModel.load_config(self.source, **where))
-        expected = _comparable(teacher.config)
-        if different := sorted(key for key in expected if own.get(key, expected[key]) != expected[key]):
-            raise UsageError(
-                f"--student {self.source} was not distilled from this teacher: their U-Nets differ in {different[0]} "
-                f"({own[different[0]]} and {expected[different[0]]}). Pass the teacher that it was distilled from."
-            )
+    def load_unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
+        """The U-Net of a full student, on the CPU; `UsageError` if its weights cannot be loaded."""
         reasons = []
         for variant in (None, "fp16"):  # some models on the Hub have only fp16 files
             try:
-                unet = UNet2DConditionModel.from_pretrained(
-                    self.source, torch_dtype=teacher.dtype, variant=variant, **where
+                return UNet2DConditionModel.from_pretrained(
+                    self.source, subfolder=self.subfolder, cache_dir=self.cache_dir, torch_dtype=dtype, variant=variant
                 )
-                return unet.to(teacher.device).requires_grad_(False).eval()
             except (OSError, ValueError, RuntimeError) as error:
                 reasons.append(brief(error))
         raise UsageError(
-            f"--student {self.source}: its weights cannot be loaded ({reasons[0]}); pass the output folder of a "
+            f"{self.flag} {self.source}: its weights cannot be loaded ({reasons[0]}); pass the output folder of a "
             "finished distillation, or download it again."
+        )
+
+
+def check_same_teacher(config: Mapping[str, Any], teacher_config: Mapping[str, Any], given: str) -> None:
+    """`UsageError` unless a full student, by the `config` of its U-Net, may be of this teacher; `given` names it."""
+    own, expected = _comparable(config), _comparable(teacher_config)
+    if different := sorted(key for key in expected if own.get(key, expected[key]) != expected[key]):
+        raise UsageError(
+            f"{given} was not distilled from this teacher: their U-Nets differ in {different[0]} "
+            f"({own[different[0]]} and {expected[different[0]]}). Pass the teacher that it was distilled from."
         )
 
 
@@ -212,23 +219,23 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     return entries
 
 
-def find_student(source: str, cache_dir: str | None = None) -> Student:
+def find_student(source: str, cache_dir: str | None = None, flag: str = "--student") -> Student:
     """The student in `source`: a folder or Hub id with a U-Net or a LoRA, or a LoRA's file; `UsageError` if none is.
 
     A U-Net counts as a student even without a guidance embedding. Of a complete pipeline it is the `unet/`.
     """
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".safetensors":
-        return Student(str(path), "lora", cache_dir=cache_dir)
+        return Student(str(path), "lora", cache_dir=cache_dir, flag=flag)
     source = str(path) if path.exists() else source
-    if _has(source, LORA_FILE, cache_dir):
-        return Student(source, "lora", cache_dir=cache_dir)
-    if _has(source, "config.json", cache_dir):
-        return Student(source, "full", cache_dir=cache_dir)
-    if _has(source, "unet/config.json", cache_dir):
-        return Student(source, "full", "unet", cache_dir)
+    if _has(source, LORA_FILE, cache_dir, flag):
+        return Student(source, "lora", cache_dir=cache_dir, flag=flag)
+    if _has(source, "config.json", cache_dir, flag):
+        return Student(source, "full", cache_dir=cache_dir, flag=flag)
+    if _has(source, "unet/config.json", cache_dir, flag):
+        return Student(source, "full", "unet", cache_dir, flag)
     raise UsageError(
-        f"--student {source} contains neither a U-Net (config.json) nor a LoRA ({LORA_FILE}); pass the --output_dir of "
+        f"{flag} {source} contains neither a U-Net (config.json) nor a LoRA ({LORA_FILE}); pass the --output_dir of "
         "a finished distillation, its Hub id, or a LoRA's .safetensors file."
     )
 
@@ -242,7 +249,7 @@ def find_students(sources: Sequence[str], cache_dir: str | None = None) -> list[
     return students
 
 
-def _has(source: str, file: str, cache_dir: str | None) -> bool:
+def _has(source: str, file: str, cache_dir: str | None, flag: str = "--student") -> bool:
     """Whether a folder or Hub id has `file`; without a connection, whether the Hub's cache has it."""
     if Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         return (Path(source) / file).is_file()
@@ -256,6 +263,6 @@ def _has(source: str, file: str, cache_dir: str | None) -> bool:
         with contextlib.suppress(Exception):
             return (Path(snapshot_download(source, cache_dir=cache_dir, local_files_only=True)) / file).is_file()
         raise UsageError(
-            f"--student {source}: no such folder, and the Hub cannot be reached ({brief(error)}); check the "
+            f"{flag} {source}: no such folder, and the Hub cannot be reached ({brief(error)}); check the "
             "name and the connection."
         ) from None
