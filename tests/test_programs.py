@@ -795,7 +795,12 @@ def test_bad_samples_are_skipped_and_counted(command, run, shards, tmp_path, cap
     assert re.search(r"samples dropped: \d+ \(.*no caption", caplog.text)
 
 
-def torchrun(argv: list[str], tmp_path: Path) -> subprocess.CompletedProcess:
+def torchrun(argv: list[str], tmp_path: Path, seconds: int = 300) -> subprocess.CompletedProcess:
+    """Two ranks; if they have not ended after so many `seconds`, each writes its stack, and the test fails.
+
+    The stacks are asked for from here. `faulthandler.dump_traceback_later` in a rank reads the frames of a thread that
+    goes on running: on busy cores about one process in a hundred died of a segmentation fault over it.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -806,7 +811,7 @@ def torchrun(argv: list[str], tmp_path: Path) -> subprocess.CompletedProcess:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
-        output = launcher.communicate(timeout=300)
+        output = launcher.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         ranks = psutil.Process(launcher.pid).children(recursive=True)
         for number in (signal.SIGABRT, signal.SIGKILL):  # at the first each rank writes where it is
@@ -815,7 +820,7 @@ def torchrun(argv: list[str], tmp_path: Path) -> subprocess.CompletedProcess:
                     process.send_signal(number)
             psutil.wait_procs(ranks, timeout=10)
         launcher.kill()
-        pytest.fail(f"two ranks did not end within five minutes:\n{launcher.communicate()[1][-20000:]}")
+        pytest.fail(f"two ranks did not end within {seconds} seconds:\n{launcher.communicate()[1][-20000:]}")
     return subprocess.CompletedProcess(launcher.args, launcher.returncode, *output)
 
 

@@ -44,9 +44,8 @@ RUNS: Runs = [
 ]
 
 SCRIPT = """
-import faulthandler, importlib, json, os, sys
+import importlib, json, os, sys
 sys.path.insert(0, {root!r})
-faulthandler.dump_traceback_later(240, exit=True)
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.distributed.tensor import DTensor
@@ -140,8 +139,9 @@ def train(runs: Runs, folder: Path) -> SimpleNamespace:
         jobs.append((engine, program, argv))
     (folder / "script.py").write_text(SCRIPT.format(root=str(ROOT)))
     (folder / "jobs").write_text(json.dumps(jobs))
-    done = torchrun([str(folder / "script.py"), str(folder / "jobs")], folder)
-    assert done.returncode == 0, done.stderr[-5000:]
+    # On two quiet cores it takes about two minutes, beside other tests twice as long.
+    done = torchrun([str(folder / "script.py"), str(folder / "jobs")], folder, seconds=900)
+    assert done.returncode == 0, done.stderr[-20000:]
     seen = {
         (number, rank): json.loads((folder / f"jobs-{number}-{rank}").read_text())
         for number in range(len(runs))
