@@ -13,6 +13,7 @@ import argparse
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -24,9 +25,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.architectures import RESOLUTIONS, UNETS, build_text_encoders, build_vae, is_sdxl
 from lcm_distill.flags import SpeedFlags
 from lcm_distill.models import unets
+from lcm_distill.models.fake_score import FakeScore
 from lcm_distill.models.lora import Lora
 from lcm_distill.models.vae import encode_pixels
 from lcm_distill.objective import consistency as lcd
+from lcm_distill.objective import matching as dm
 from lcm_distill.objective.schedule import DDIMSolver, NoiseSchedule
 from lcm_distill.run.accelerator import autocast_over
 
@@ -49,6 +52,8 @@ class Case:
     vae_encode_batch_size: int = 1
     vae_float32: bool = False  # as SDXL's own needs it; madebyollin/sdxl-vae-fp16-fix does not
     lora_rank: int = 64
+    dm_steps: int = 0  # 0: no distribution matching
+    dm_rank: int = 64
 
 
 def add_flags(parser: argparse.ArgumentParser, default: Case) -> None:
@@ -129,6 +134,8 @@ def _build(case: Case, begin: Callable[[str], None], device: str) -> Callable[[]
         student, target = (UNet2DConditionModel(**UNETS[case.teacher], time_cond_proj_dim=256) for _ in range(2))
         target.requires_grad_(False).eval()
         unets.cast(unet, weights)
+    width = None if lora else 256  # of the guidance embedding
+    fake_score = FakeScore(unet, rank=case.dm_rank, time_cond_proj_dim=width) if case.dm_steps else None
     speed = SpeedFlags(
         vae_encode_batch_size=case.vae_encode_batch_size,
         channels_last=case.channels_last,
@@ -138,12 +145,15 @@ def _build(case: Case, begin: Callable[[str], None], device: str) -> Callable[[]
     unets.apply_speed_flags(speed, *([unet] if target is None else [student, target, unet]))
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(trained, case)
+    if fake_score:
+        fake_score.train()
+        fake_optimizer = build_optimizer(fake_score.parameters(), case)
     schedule = NoiseSchedule.from_config({"beta_schedule": "scaled_linear", "num_train_timesteps": 1000}).to(device)
     solver, consistency = DDIMSolver(schedule, 50), lcd.ConsistencyFunction(schedule)
-    batch, width = case.train_batch_size, UNETS[case.teacher]["cross_attention_dim"]
+    batch, states = case.train_batch_size, UNETS[case.teacher]["cross_attention_dim"]
 
     def conditioning(rows: int) -> dict[str, Any]:
-        given: dict[str, Any] = {"encoder_hidden_states": torch.zeros(rows, 77, width, dtype=half)}
+        given: dict[str, Any] = {"encoder_hidden_states": torch.zeros(rows, 77, states, dtype=half)}
         if is_sdxl(case.teacher):
             ids = torch.zeros(rows, 6, dtype=torch.int64)
             given["added_cond_kwargs"] = {"text_embeds": torch.zeros(rows, 1280, dtype=half), "time_ids": ids}
@@ -168,11 +178,11 @@ def _build(case: Case, begin: Callable[[str], None], device: str) -> Callable[[]
         noisy = schedule.add_noise(latents, torch.zeros_like(latents), start)
         given, w = conditioning(batch), torch.ones(batch)
         options: dict[str, Any] = {"dtype": weights}
+        scored = options if lora else {"dtype": weights, "timestep_cond": torch.zeros(batch, 256)}
+        guided = partial(lcd.guided_prediction, unet, schedule, dtype=weights, batch_size=case.teacher_batch_size)
         begin("teacher")
         with torch.no_grad(), autocast_over(accelerator, weights), lora.off() if lora else contextlib.nullcontext():
-            clean, epsilon = lcd.guided_prediction(
-                unet, schedule, noisy, start, given, conditioning(1), w, batch_size=case.teacher_batch_size, **options
-            )
+            clean, epsilon = guided(noisy, start, given, conditioning(1), w)
         previous = solver.step(clean, epsilon, index)
         if not lora:
             options = {"timestep_cond": torch.zeros(batch, 256)}
@@ -182,13 +192,36 @@ def _build(case: Case, begin: Callable[[str], None], device: str) -> Callable[[]
         begin("student")
         with autocast():
             prediction = consistency(lcd.unet_output(student, noisy, start, given, **options), noisy, start)
+        loss = lcd.consistency_loss(prediction, goal)
+        x = prediction.detach()
+        if fake_score:
+            begin("matching")
+            again = schedule.add_noise(x, torch.zeros_like(x), start)
+            with torch.no_grad():
+                with autocast_over(accelerator, weights), lora.off() if lora else contextlib.nullcontext():
+                    real, _ = guided(again, start, given, conditioning(1), w)
+                with autocast(), fake_score.active():
+                    output = lcd.unet_output(unet, again, start, given, **scored)
+            loss = loss + dm.matching_loss(prediction, real, schedule.predict_x0(output, again, start))
+            del again, real, output
         begin("backward")
-        lcd.consistency_loss(prediction, goal).backward()
+        loss.backward()
         begin("optimizer")
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if target is not None:
             lcd.update_ema(target.parameters(), student.parameters(), 0.95)
+        if fake_score:
+            begin("fake score")
+            for _ in range(case.dm_steps):
+                again = schedule.add_noise(x, torch.zeros_like(x), start)
+                with fake_score.active():
+                    with autocast():
+                        output = lcd.unet_output(unet, again, start, given, **scored)
+                    dm.denoising_loss(schedule.predict_epsilon(output, again, start), x).backward()
+                torch.nn.utils.clip_grad_norm_(fake_score.parameters(), 1.0)
+                fake_optimizer.step()
+                fake_optimizer.zero_grad()
 
     return step

@@ -118,18 +118,22 @@ TABLE = [
     *(replace(_SDXL, train_batch_size=size, gradient_checkpointing=False) for size in (4, 6)),
     replace(_SDXL, train_batch_size=12, use_8bit_adam=True),
     replace(_SDXL, train_batch_size=12, teacher_batch_size=8),
+    *(replace(_SDXL, train_batch_size=size, dm_steps=1) for size in (1, 4, 8)),
+    replace(_SDXL, train_batch_size=4, dm_steps=1, gradient_checkpointing=False),
     *(replace(_SDXL, program="sdxl", gradient_checkpointing=on) for on in (False, True)),
     replace(_SDXL, program="sdxl", train_batch_size=12),
     replace(_SDXL, program="sdxl", cast_teacher_unet=False),
     replace(_SDXL, program="sdxl", use_8bit_adam=True),
     replace(_SDXL, program="sdxl", use_8bit_adam=True, train_batch_size=12),
     replace(_SDXL, program="sdxl", use_8bit_adam=True, train_batch_size=4, gradient_checkpointing=False),
+    replace(_SDXL, program="sdxl", use_8bit_adam=True, dm_steps=1),
     replace(_SDXL, program="sdxl", teacher="ssd1b", use_8bit_adam=True),
     *(replace(_SD, gradient_checkpointing=on) for on in (False, True)),
     *(replace(_SD, train_batch_size=12, gradient_checkpointing=on) for on in (False, True)),
     *(replace(_SD, program="sd", gradient_checkpointing=on) for on in (False, True)),
     replace(_SD, program="sd", use_8bit_adam=True),
     replace(_SD, program="sd", use_8bit_adam=True, train_batch_size=16),
+    replace(_SD, program="sd", use_8bit_adam=True, train_batch_size=16, dm_steps=1),
     *(replace(_SD, program="sd", train_batch_size=16, gradient_checkpointing=on) for on in (False, True)),
     *(
         replace(_SD, program="sd", train_batch_size=size, use_8bit_adam=True, gradient_checkpointing=False)
@@ -137,6 +141,7 @@ TABLE = [
     ),
 ]
 FLOPS = [replace(c, gradient_checkpointing=False) for c in (_SDXL, replace(_SDXL, program="sdxl"), _SD)]
+FLOPS += [replace(FLOPS[0], dm_steps=1)]
 FLOPS += [replace(FLOPS[1], teacher="ssd1b"), replace(FLOPS[2], program="sd")]
 CHECKED = [  # in float32, and small enough to be taken for real
     Case("lora_sd", "half", 256, mixed_precision="no", train_batch_size=2),
@@ -151,7 +156,7 @@ def describe(case: Case) -> str:
     for name, value in asdict(case).items():
         if name in ("program", "teacher", "resolution", "mixed_precision") or value == plain[name]:
             continue
-        word = {True: f"--{name}", False: f"--no-{name}"}.get(value, f"--{name} {value}")
+        word = (f"--{name}" if value else f"--no-{name}") if isinstance(value, bool) else f"--{name} {value}"
         words.append("(VAE in float32)" if name == "vae_float32" else word)
     return " ".join(words)
 

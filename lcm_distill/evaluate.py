@@ -9,8 +9,8 @@ been worthwhile), and the students. The reference is the teacher in 50 steps of 
 trajectory that a student learns to reach in one step:
 
     latents    how far the student's one-step latents are from that end, ‖latents − end‖ / ‖end‖; in several steps LCMs
-               add new noise, so the two distributions are compared by their energy distance. Needs no other network,
-               and works for every teacher.
+               add new noise, so the two distributions are compared by their energy distance. With more pictures than
+               prompts, also how diverse the pictures of a prompt are. Needs no other network, works for every teacher.
     clip       CLIP score, with Transformers' CLIP (--clip_model, a folder or Hub id)
     cmmd       CMMD to the reference pictures (--cmmd_model)
     fid        FID to the reference pictures, if torch-fidelity is installed

@@ -1,6 +1,6 @@
 """Metrics of generated pictures, computed row by row.
 
-    latents    relative distance and energy distance to the teacher's latents; needs no other network
+    latents    relative distance and energy distance to the teacher's latents, diversity; needs no other network
     clip       CLIP score: how well pictures match their prompts; Transformers' CLIP
     cmmd       CMMD to the reference pictures (arXiv 2401.09603); Transformers' CLIP
     fid        FID to the reference pictures; needs torch-fidelity (pip install torch-fidelity)
@@ -53,21 +53,36 @@ class Metric(Protocol):
 
 
 class LatentDistances:
-    """To the reference's latents: `relative_distance` of rows with one step, `energy_distance` of all rows."""
+    """To the reference's latents: `relative_distance` of rows with one step, `energy_distance` of all rows.
+
+    If prompts are repeated, also the `spread` of the pictures of one prompt, relative to the reference's.
+    """
 
     titles = {
         "distance": "Distance of the one-step answer to the end of the teacher's trajectory (0 is perfect)",
         "energy": "Energy distance to the teacher's answers, in latents, × 1000 (0: the same distribution)",
+        "diversity": "Diversity of the pictures of one prompt, in latents (1: the teacher's)",
     }
 
     def __init__(self, reference: GeneratedRow):
         self._reference = reference.latents
+        self._spread = spread(reference.latents, reference.prompts)
 
     def __call__(self, row: GeneratedRow) -> dict[str, float]:
         values = {"distance": relative_distance(row.latents, self._reference)} if row.steps == 1 else {}
         if len(row.latents) > 1:
             values["energy"] = 1000 * energy_distance(row.latents, self._reference)
+        if self._spread > 0:
+            values["diversity"] = spread(row.latents, row.prompts) / self._spread
         return values
+
+
+def spread(latents: torch.Tensor, prompts: Sequence[str]) -> float:
+    """The mean distance ‖a − b‖ of the latents `[N, …]` of two pictures of one prompt; 0 if no prompt has two."""
+    flat = latents.flatten(1).double()
+    groups = [[i for i, prompt in enumerate(prompts) if prompt == chosen] for chosen in dict.fromkeys(prompts)]
+    distances = [torch.nn.functional.pdist(flat[group]) for group in groups if len(group) > 1]
+    return float(torch.cat(distances).mean()) if distances else 0.0
 
 
 class ClipScore:

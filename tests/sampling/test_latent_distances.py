@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lcm_distill.sampling.metrics import energy_distance, relative_distance
+from lcm_distill.sampling.metrics import GeneratedRow, LatentDistances, energy_distance, relative_distance, spread
 
 
 def test_relative_distance_of_known_latents():
@@ -56,3 +56,23 @@ def _mean_distance(a):
 
 def _mean_norm(a):
     return float(a.double().flatten(1).norm(dim=1).mean())
+
+
+def test_diversity_is_the_mean_distance_of_the_pictures_of_one_prompt():
+    """A student that always generates one picture of a prompt has none, however far its prompts are apart."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(5, 4, 8, 8, generator=generator)
+    prompts = ["a", "b", "a", "c", "a"]
+    pairs = [(latents[i].double() - latents[j].double()).norm() for i, j in ((0, 2), (0, 4), (2, 4))]
+    assert spread(latents, prompts) == pytest.approx(float(torch.stack(pairs).mean()), rel=1e-12)
+    assert spread(latents, list("abcde")) == 0
+
+    def row(values: torch.Tensor, given: list[str]) -> GeneratedRow:
+        return GeneratedRow(given, values, 4, None)
+
+    metric = LatentDistances(row(latents, prompts))
+    assert metric(row(latents, prompts))["diversity"] == 1
+    assert metric(row(0.25 * latents, prompts))["diversity"] == pytest.approx(0.25)
+    collapsed = latents[[0, 1, 0, 3, 0]]
+    assert metric(row(collapsed, prompts))["diversity"] == 0
+    assert "diversity" not in LatentDistances(row(latents, list("abcde")))(row(latents, list("abcde")))
