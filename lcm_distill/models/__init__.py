@@ -9,6 +9,7 @@
     norms           the precision of their norms
     lora            LoRA students
     low_rank        the layers of a LoRA
+    fake_score      the network that distribution matching trains beside a student
 
 May import `errors`, `flags`, `objective`, `distributed` and `data`.
 """

@@ -3,6 +3,7 @@
     run             `Run`, which a program uses and which owns most of the other parts
     accelerator     starts Accelerate: engine, precision, logger, seed
     plan            the number of steps and the learning rate
+    matching        distribution matching: the fake score's training, and what the student's loss takes from it
     optim           the optimizer and its schedule, and their settings in a resumed run
     randomness      the random generators, one for each batch
     checkpoint      `checkpoint-N`: saved, found, loaded, pruned

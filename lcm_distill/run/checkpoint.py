@@ -2,6 +2,7 @@
 
     checkpoint-N/
       unet/ … or adapter/ …        each trained part: a U-Net as Diffusers saves it, an adapter as PEFT does
+      fake_score/                  with distribution matching: the fake score and its optimizer
       optimizer.bin, …             Accelerate's state: optimizer, learning rate, loss scaler, random state
       stream-RANK.pt               the position of each rank's data stream
       run.json                     step, flags, seed, layout, versions, architecture

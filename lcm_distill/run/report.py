@@ -39,6 +39,8 @@ GRID_QUALITY = 85
 _ALWAYS_LOGGED = ("grad_norm", "lr", "samples_per_second", "data_wait")
 _TITLES = {
     "loss": "Loss",
+    "dm_loss": "Distribution matching loss",
+    "fake_score_loss": "Loss of the fake score",
     "distance/student": "Student's distance from the teacher",
     "distance/target": "Target's distance from the teacher",
     "grad_norm": "Gradient norm",

@@ -2,6 +2,7 @@
 
     generate        latents from prompts and seeds, with Diffusers' pipelines
     finished        finished students and LoRAs, put into a teacher's pipeline
+    initial         the finished student that a run begins from
     grid            labelled grids of pictures
     metrics         distances in latents, CLIP score, CMMD, FID
 

@@ -1,0 +1,40 @@
+"""How the toy teachers are distilled: recipes of one stage or two, each stage a run of a program with these flags.
+
+    plain     what the demo runs: a latent consistency model for 4 to 8 steps
+    few       two stages for 1 to 2 steps: consistency distillation on a coarser grid with the top timestep drawn more
+              often, then distribution matching, begun from the first stage's student
+
+The flags are for batches of 32 pictures of 64 pixels; README has the same recipes for real teachers.
+"""
+
+from dataclasses import dataclass
+
+SHARED_FLAGS = (
+    *("--resolution", "64", "--train_batch_size", "32"),
+    *("--lr_scheduler", "cosine", "--lr_warmup_steps", "20"),
+    *("--loss_type", "huber", "--huber_c", "0.01", "--adam_weight_decay", "0"),
+)
+# w of 1 to 5 for a guidance embedding to learn; a LoRA learns the one at which the comparison draws, 4 − 1.
+FULL_FLAGS = ("--w_min", "1", "--w_max", "5")
+LORA_FLAGS = ("--w_min", "3", "--w_max", "3", "--lora_alpha", "32", "--ema_decay", "0.95")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of a program: its optimizer steps, its learning rates for full and for LoRA students, further flags."""
+
+    steps: int
+    full_rate: float
+    lora_rate: float
+    flags: tuple[str, ...] = ()
+
+    def argv(self, program: str) -> list[str]:
+        """The flags of the run, all but those that name teacher, shards, output folder and initial student."""
+        is_lora = program.startswith("lora")
+        return [
+            *SHARED_FLAGS,
+            *(LORA_FLAGS if is_lora else FULL_FLAGS),
+            *("--learning_rate", str(self.lora_rate if is_lora else self.full_rate)),
+            *("--max_train_steps", str(self.steps)),
+            *self.flags,
+        ]
