@@ -71,7 +71,12 @@ class _Alternating:
         pass
 
 
-@pytest.mark.parametrize("matching", [{}, {"dm_weight": 0.5, "dm_steps": 2, "dm_rank": 8}], ids=["", "matching"])
+# With so large an ε a step is proportional to the gradient: a sum of gradients is not their mean.
+MATCHING = {"dm_weight": 0.5, "dm_steps": 2, "dm_rank": 8, "dm_learning_rate": 0.03, "learning_rate": 0.03}
+MATCHING |= {"adam_epsilon": 0.1, "max_grad_norm": 100}
+
+
+@pytest.mark.parametrize("matching", [{}, MATCHING], ids=["", "matching"])
 def test_two_ranks_of_a_batch_train_as_one_of_twice_the_batch(matching, command, run, tmp_path, monkeypatch):
     """The same samples and draws in one process, by accumulation: the same weights to rounding.
 
@@ -108,7 +113,7 @@ def test_two_ranks_of_a_batch_train_as_one_of_twice_the_batch(matching, command,
         assert one.keys() == two.keys() and "time_embedding.cond_proj.weight" in changed
         moved = max(float(one[name].abs().max()) for name in changed)
         worst = max(float((one[name] - two[name]).abs().max()) for name in one)
-        assert moved > 3e-4 and worst < 0.05 * moved, (worst, moved)
+        assert moved > 0.01 and worst < 1e-3 * moved, (worst, moved)
 
 
 def _loader(stream):
