@@ -170,11 +170,11 @@ def test_a_step_is_that_of_dmd2(program, guided, command, run, monkeypatch, teac
         assert {call.network for call in (real, fake, *trained)} == {teacher.network}
         assert len({teacher.network, target.network, student.network}) == 3
         assert used == [{"off"}, set(), set(), {"off"}, *[{"fake_score"}] * 3]
-    # Only a full student that is told w has a fake score that is.
-    told = not is_lora and "drawn" in guided
+    # Only the fake score of a full student that is given w is given it, too.
+    takes_w = not is_lora and "drawn" in guided
     assert teacher.w is real.w is None
     for call in (fake, *trained):
-        assert torch.equal(call.w, student.w) if told else call.w is None
+        assert torch.equal(call.w, student.w) if takes_w else call.w is None
 
     # Conditioning: the real score with and without the captions, the fake score with them.
     source = Teacher(teachers[family(program)])

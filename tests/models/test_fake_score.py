@@ -102,21 +102,21 @@ def test_its_weights_train_from_train_on_and_the_student_s_all_the_time(kind, te
     assert all(p.grad.abs().max() > 0 for p in student)
 
 
-def test_it_may_be_told_w_which_changes_nothing_at_first(teachers):
+def test_it_may_take_w_which_changes_nothing_at_first(teachers):
     networks = Networks("teacher", teachers)
     before = networks.answers()
-    plain, told = (
+    plain, guided = (
         FakeScore(Networks("teacher", teachers).unet, rank=3),
         FakeScore(networks.unet, rank=3, time_cond_proj_dim=WIDTH),
     )
-    assert (plain.takes_guidance, told.takes_guidance) == (False, True)
+    assert (plain.takes_guidance, guided.takes_guidance) == (False, True)
     embeddings = [guidance_embedding(torch.full((2,), w), WIDTH) for w in (3.0, 5.0)]
-    with torch.no_grad(), told.active():
+    with torch.no_grad(), guided.active():
         assert torch.equal(networks.answer(timestep_cond=embeddings[0]), before["teacher"])
-        train(told)
+        train(guided)
         low, high = (networks.answer(timestep_cond=embedding) for embedding in embeddings)
     assert (low - high).abs().max() > 1e-3
-    assert networks.unchanged_from(before) and len(told.parameters()) == len(plain.parameters()) + 1
+    assert networks.unchanged_from(before) and len(guided.parameters()) == len(plain.parameters()) + 1
 
 
 def test_the_flags_make_one_or_none(teachers):
