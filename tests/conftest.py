@@ -29,8 +29,8 @@ TEACHERS = {family: str(ROOT / "toy" / "teachers" / family) for family in ("sd",
 
 # The files that take longest, in this order before all others: none is left for one process alone at the end.
 LONGEST = (
-    "test_programs", "test_fsdp", "test_wiring", "test_many_processes", "test_zero", "test_benchmarks", "test_kills",
-    "test_hub", "test_golden", "test_encode_shards",
+    "test_programs", "test_fsdp", "test_wiring", "test_matching_runs", "test_many_processes", "test_zero",
+    "test_benchmarks", "test_kills", "test_hub", "test_golden", "test_encode_shards",
 )  # fmt: skip
 
 

@@ -82,6 +82,24 @@ FAULTS = (
         r"teacher_guidance_scale=1 \+ \(w_min \+ w_max\) / 2",
         "teacher_guidance_scale=1.0",
     ),
+    Fault(
+        "the weights of the two losses swapped",
+        PROGRAMS,
+        r"dm_consistency_weight \* loss \+ args\.matching\.dm_weight",
+        "dm_weight * loss + args.matching.dm_consistency_weight",
+    ),
+    Fault(
+        "--dm_guidance_w ignored",
+        "lcm_distill/run/matching.py",
+        r"w if flags\.dm_guidance_w is None else flags\.dm_guidance_w",
+        "w",
+    ),
+    Fault(
+        "the fake score is trained where the scores are compared",
+        "lcm_distill/run/matching.py",
+        r"draw_timesteps\(0, 1, ",
+        "draw_timesteps(*self._flags.dm_timesteps, ",
+    ),
 )
 
 

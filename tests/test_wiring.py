@@ -19,9 +19,9 @@ import torch
 from diffusers.models.autoencoders.vae import Encoder
 from test_programs import FULL_PROGRAMS, LORA_PROGRAMS, ONE_OF_EACH, PROGRAMS, SDXL_PROGRAMS, family
 
-from lcm_distill.models import frozen, lora, teacher, unets
+from lcm_distill.models import fake_score, frozen, lora, teacher, unets
 from lcm_distill.models.norms import Norm
-from lcm_distill.objective import consistency
+from lcm_distill.objective import consistency, matching
 from lcm_distill.run import accelerator as accelerator_module
 from lcm_distill.run import checkpoint, optim, progress, run, stopping, validation
 from toy.make_shards import make_shards
@@ -40,7 +40,9 @@ VALUES: dict[str, Any] = {
     "learning_rate": 3e-4, "scale_lr": True, "lr_scheduler": "linear", "lr_warmup_steps": 13, "use_8bit_adam": False,
     "adam_beta1": 0.8, "adam_beta2": 0.97, "adam_weight_decay": 0.03, "adam_epsilon": 2e-7, "max_grad_norm": 0.7,
     "w_min": 2.0, "w_max": 4.0, "num_ddim_timesteps": 40, "loss_type": "huber", "huber_c": 0.02,
-    "timestep_scaling_factor": 8.0,
+    "timestep_scaling_factor": 8.0, "top_timestep_probability": 0.35,
+    "dm_weight": 0.625, "dm_consistency_weight": 0.375, "dm_start_step": 1, "dm_steps": 2, "dm_learning_rate": 7e-4,
+    "dm_rank": 5, "dm_guidance_w": 6.5, "dm_timesteps": [0.25, 0.75],
     "cast_teacher_unet": False, "channels_last": True, "float32_norms": True, "teacher_batch_size": 3,
     "vae_encode_batch_size": 6, "compile": "whole",
     "enable_xformers_memory_efficient_attention": True, "gradient_checkpointing": True,
@@ -67,17 +69,25 @@ class Seen(defaultdict):
         args, kwargs = self[name][-1]
         return kwargs[argument] if isinstance(argument, str) else args[argument]
 
+    def first(self, name: str, argument: int | str) -> Any:
+        return self.all(name, argument)[0]
+
     def all(self, name: str, argument: int | str) -> list[Any]:
         return [kwargs[argument] if isinstance(argument, str) else args[argument] for args, kwargs in self[name]]
 
 
 def spy(patch: pytest.MonkeyPatch, seen: Seen, owner: Any, attribute: str, name: str, instead: Any = None) -> None:
-    """Notes the calls of `owner.attribute` under `name`, then makes them, or calls `instead`."""
+    """Notes the calls of `owner.attribute` under `name`, then makes them, or calls `instead`.
+
+    What they return is noted under `name` with " →".
+    """
     original = getattr(owner, attribute)
 
     def noting(*args: Any, **kwargs: Any) -> Any:
         seen[name].append((args, kwargs))
-        return (instead or original)(*args, **kwargs)
+        result = (instead or original)(*args, **kwargs)
+        seen[f"{name} →"].append(((result,), {}))
+        return result
 
     patch.setattr(owner, attribute, noting)
 
@@ -122,7 +132,12 @@ def run_with_spies(program: str, values: dict[str, Any], call: Any, patch: pytes
     for name in ("guided_prediction", "consistency_loss", "update_ema", "draw_guidance", "guidance_embedding"):
         spy(patch, seen, consistency, name, name)
     spy(patch, seen, consistency.ConsistencyFunction, "__init__", "consistency_function")
+    for name in ("draw_timesteps", "matching_loss", "denoising_loss"):
+        spy(patch, seen, matching, name, name)
+    spy(patch, seen, fake_score.FakeScore, "__init__", "fake_score")
+    spy(patch, seen, fake_score, "LoraConfig", "fake_score_lora")
     spy(patch, seen, module.DDIMSolver, "__init__", "solver")
+    spy(patch, seen, module.DDIMSolver, "draw_index", "draw_index")
     spy(patch, seen, module, "build_lcm_scheduler", "lcm_scheduler")
     spy(patch, seen, module, "read_configs", "read_configs")
     spy(patch, seen, module.family, "load_frozen", "load_frozen")
@@ -144,6 +159,8 @@ def run_with_spies(program: str, values: dict[str, Any], call: Any, patch: pytes
     spy(patch, seen, validation, "generate_latents", "generate")
     real_accelerator = importlib.import_module("accelerate").Accelerator
     spy(patch, seen, real_accelerator, "clip_grad_norm_", "clip")
+    spy(patch, seen, torch.nn.utils, "clip_grad_norm_", "clip_in_pytorch")
+    spy(patch, seen, real_accelerator, "backward", "backward")
     spy(patch, seen, real_accelerator, "init_trackers", "trackers", instead=lambda *a, **k: None)
     call(program, argv_of(program, values))
     return seen
@@ -193,6 +210,27 @@ def _rows(seen: Seen) -> list[tuple[int, float]]:
     return [(kwargs["inference_steps"], kwargs["guidance_scale"]) for _, kwargs in seen["generate"]]
 
 
+def _guidance(seen: Seen) -> tuple[torch.Tensor, set[float]]:
+    """The w that are drawn for the steps, and the floats by which the real score is guided in distribution matching."""
+    given = seen.all("guided_prediction", 6)
+    return torch.cat([w for w in given if isinstance(w, torch.Tensor)]), {w for w in given if isinstance(w, float)}
+
+
+def _loss_weights(seen: Seen) -> list[float]:
+    """What the consistency and the matching loss of the last four batches were multiplied by."""
+    both = [
+        [float(x.detach()) for x in seen.all(f"{name} →", 0)[-4:]] for name in ("consistency_loss", "matching_loss")
+    ]
+    total = [float(loss.detach()) for loss in seen.all("backward", 1)[-4:]]
+    return torch.linalg.lstsq(torch.tensor(both).double().T, torch.tensor(total).double()).solution.tolist()
+
+
+def _fake_score_s_lr(out: Path) -> float:
+    """Its learning rate at the end of the run."""
+    state = torch.load(out / "checkpoint-3" / "fake_score" / "training.pt", weights_only=True)
+    return state["optimizer"]["param_groups"][0]["lr"]
+
+
 # Flag → (what acted, what it must be). The mean of w is 3, so a LoRA's teacher is guided at 4.
 FOLLOWED: dict[str, tuple[Any, Any]] = {
     "pretrained_teacher_model": (_teacher("model"), "the-teacher"),
@@ -236,15 +274,18 @@ FOLLOWED: dict[str, tuple[Any, Any]] = {
     "proportion_empty_prompts": (_preparation("proportion_empty_prompts"), 0.125),
     "num_train_epochs": (lambda seen, *_: len(seen["clip"]), 3),
     "max_train_samples": (lambda seen, *_: seen.last("lr_scheduler", "num_training_steps"), 3),
-    "learning_rate": (lambda seen, *_: seen.last("adamw", "lr"), pytest.approx(3e-4 * 4, rel=1e-12)),
-    "scale_lr": (lambda seen, *_: seen.last("adamw", "lr") > 3e-4, True),
+    "learning_rate": (lambda seen, *_: seen.first("adamw", "lr"), pytest.approx(3e-4 * 4, rel=1e-12)),
+    "scale_lr": (lambda seen, *_: seen.first("adamw", "lr") > 3e-4, True),
     "lr_scheduler": (lambda seen, *_: seen.last("lr_scheduler", 0), "linear"),
     "lr_warmup_steps": (lambda seen, *_: seen.last("lr_scheduler", "num_warmup_steps"), 13),
-    "adam_beta1": (lambda seen, *_: seen.last("adamw", "betas")[0], 0.8),
-    "adam_beta2": (lambda seen, *_: seen.last("adamw", "betas")[1], 0.97),
-    "adam_weight_decay": (lambda seen, *_: seen.last("adamw", "weight_decay"), 0.03),
-    "adam_epsilon": (lambda seen, *_: seen.last("adamw", "eps"), 2e-7),
-    "max_grad_norm": (lambda seen, *_: set(seen.all("clip", 2)), {0.7}),
+    "adam_beta1": (lambda seen, *_: [betas[0] for betas in seen.all("adamw", "betas")], [0.8] * 2),
+    "adam_beta2": (lambda seen, *_: [betas[1] for betas in seen.all("adamw", "betas")], [0.97] * 2),
+    "adam_weight_decay": (lambda seen, *_: seen.all("adamw", "weight_decay"), [0.03] * 2),
+    "adam_epsilon": (lambda seen, *_: seen.all("adamw", "eps"), [2e-7] * 2),
+    "max_grad_norm": (  # the student's, three times, and the fake score's, four times
+        lambda seen, *_: (set(seen.all("clip", 2)), [args[1] for args, _ in seen["clip_in_pytorch"]]),
+        ({0.7}, [0.7] * 7),
+    ),
     "num_ddim_timesteps": (
         lambda seen, out, _: (
             seen.last("solver", 2),
@@ -262,6 +303,21 @@ FOLLOWED: dict[str, tuple[Any, Any]] = {
             json.loads((out / "scheduler_config.json").read_text())["timestep_scaling"],
         ),
         (8.0, 8.0),
+    ),
+    "top_timestep_probability": (lambda seen, *_: seen.all("draw_index", 2), [0.35] * 6),
+    "dm_weight": (lambda seen, *_: _loss_weights(seen)[1], pytest.approx(0.625, rel=1e-3)),
+    "dm_consistency_weight": (lambda seen, *_: _loss_weights(seen)[0], pytest.approx(0.375, rel=1e-3)),
+    "dm_start_step": (lambda seen, *_: len(seen["matching_loss"]), 4),  # two steps of two batches
+    "dm_steps": (lambda seen, *_: len(seen["denoising_loss"]), 4 * 2),
+    "dm_learning_rate": (lambda seen, out, _: (seen.last("adamw", "lr"), _fake_score_s_lr(out)), (7e-4, 7e-4)),
+    "dm_rank": (
+        lambda seen, *_: (seen.last("fake_score_lora", "r"), seen.last("fake_score_lora", "lora_alpha")),
+        (5, 5),
+    ),
+    "dm_guidance_w": (lambda seen, *_: _guidance(seen)[1], {6.5}),
+    "dm_timesteps": (  # those of the matching loss; the fake score trains at all
+        lambda seen, *_: list(zip(seen.all("draw_timesteps", 0), seen.all("draw_timesteps", 1), strict=True)),
+        [(0.25, 0.75), (0, 1), (0, 1)] * 4,
     ),
     "cast_teacher_unet": (lambda seen, *_: set(seen.all("guided_prediction", "dtype")), {torch.float32}),
     "channels_last": (
@@ -284,7 +340,12 @@ FOLLOWED: dict[str, tuple[Any, Any]] = {
         ("whole", "whole", Encoder),
     ),
     "enable_xformers_memory_efficient_attention": (lambda seen, *_: len(seen["xformers"]), 1),
-    "gradient_checkpointing": (lambda seen, *_: seen["compile"][-1][0][1].is_gradient_checkpointing, True),
+    "gradient_checkpointing": (
+        lambda seen, *_: [
+            unet.is_gradient_checkpointing for unet in (seen.last("compile", 1), seen.last("fake_score", 1))
+        ],
+        [True, True],
+    ),
     "seed": (
         lambda seen, *_: (
             seen.last("set_seed", 0),
@@ -327,14 +388,21 @@ FOLLOWED: dict[str, tuple[Any, Any]] = {
     "validation_guidance_scale": (lambda seen, *_: {guidance for steps, guidance in _rows(seen) if steps != 3}, {1.75}),
     "validation_teacher_steps": (lambda seen, *_: _rows(seen)[0][0], 3),
     "unet_time_cond_proj_dim": (
-        lambda seen, *_: (seen.last("student", 1), set(seen.all("guidance_embedding", 1))),
-        (32, {32}),
+        lambda seen, *_: (
+            seen.last("student", 1),
+            set(seen.all("guidance_embedding", 1)),
+            seen.last("fake_score", "time_cond_proj_dim"),
+        ),
+        (32, {32}, 32),
     ),
     "ema_decay": (lambda seen, *_: seen.all("update_ema", 2), [0.6] * 3),
     "lora_rank": (lambda seen, *_: seen.last("lora", "r"), 3),
     "lora_alpha": (lambda seen, *_: seen.last("lora", "lora_alpha"), 6),
     "lora_dropout": (lambda seen, *_: seen.last("lora", "lora_dropout"), 0.25),
-    "lora_target_modules": (lambda seen, *_: seen.last("lora", "target_modules"), ["conv1", "to_q"]),
+    "lora_target_modules": (
+        lambda seen, *_: [seen.last(name, "target_modules") for name in ("lora", "fake_score_lora")],
+        [["conv1", "to_q"]] * 2,
+    ),
     "use_fix_crop_and_size": (_preparation("fixed_size"), True),
 }
 # Those that a test of their own follows: they exclude others, or both kinds of student take them otherwise.
@@ -366,7 +434,7 @@ def test_a_flag_s_value_arrives_where_it_acts(program, name, followed, run):
 @pytest.mark.parametrize("program", FULL_PROGRAMS)
 def test_a_full_student_learns_all_of_w_s_range_and_is_compared_at_one_guidance(program, followed, run):
     seen, _, _ = followed(program, run)
-    w = torch.cat(seen.all("guided_prediction", 6))
+    w, _ = _guidance(seen)
     assert torch.equal(w, torch.cat(seen.all("guidance_embedding", 0)))  # what the teacher is guided by is embedded
     assert 2 <= w.min() < 2.7 and 3.3 < w.max() <= 4  # of 12
     assert {guidance for steps, guidance in _rows(seen) if steps == 3} == {1.75}  # the teacher's
@@ -377,7 +445,7 @@ def test_a_lora_s_teacher_is_guided_in_w_s_range_and_drawn_at_its_mean(program, 
     """Its guidance is in its weights: it generates at 1, or what the flag says; the teacher's row is guided."""
     seen, _, _ = followed(program, run)
     assert set(zip(seen.all("draw_guidance", 0), seen.all("draw_guidance", 1), strict=True)) == {(2.0, 4.0)}
-    w = torch.cat(seen.all("guided_prediction", 6))
+    w, _ = _guidance(seen)
     assert 2 <= w.min() < 2.7 and 3.3 < w.max() <= 4
     assert {guidance for steps, guidance in _rows(seen) if steps == 3} == {1 + (2 + 4) / 2}
 

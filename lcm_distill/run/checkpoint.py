@@ -42,7 +42,7 @@ class CheckpointPart(Protocol):
 
     def save(self, folder: Path) -> None: ...
 
-    def load(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None: ...  # `UsageError` if it is of other flags
 
 
 class Checkpoints:
@@ -196,6 +196,8 @@ class Checkpoints:
             self._accelerator.load_state(str(path))
             new = rank >= run["processes"]
             state = {} if new else torch.load(path / f"stream-{rank}.pt", weights_only=True)
+        except UsageError:  # a part that is whole, but of other flags
+            raise
         except Exception as error:  # a part is missing or truncated: a different exception in each reader
             raise UsageError(
                 f"--resume_from_checkpoint {path} is damaged ({type(error).__name__}: {error}); resume from another."

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_matching_runs import equal_fake_scores
 from test_programs import family, result, same
 from torch._dynamo.utils import counters
 
@@ -31,14 +32,16 @@ def _capture_only(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("matching", [{}, {"dm_weight": 0.5, "dm_rank": 4, "dm_steps": 2}], ids=["", "matching"])
 @pytest.mark.parametrize("program", ["train_lcm_distill_sd_wds", "train_lcm_distill_lora_sd_wds"])
-def test_a_run_resumes_compiled_bit_for_bit(program, command, run, tmp_path, monkeypatch):
+def test_a_run_resumes_compiled_bit_for_bit(program, matching, command, run, tmp_path, monkeypatch):
     """From another run's checkpoint, with accumulated batches, recomputed activations, dropout and a moving average.
 
     The weights would show it if the teacher's pass were compiled with the adapter, or the target's with another.
     """
     options = {"family": family(program), "learning_rate": 1e-2, "lr_warmup_steps": 0, "gradient_accumulation_steps": 2}
     options |= {"gradient_checkpointing": True, "ema_decay": 0.5, "checkpointing_steps": 1, "teacher_batch_size": 2}
+    options |= matching
     if "lora" in program:
         options |= {"lora_rank": 4, "lora_dropout": 0.3}
     run(program, command("uncompiled", steps=3, **options))
@@ -54,6 +57,9 @@ def test_a_run_resumes_compiled_bit_for_bit(program, command, run, tmp_path, mon
     resumed = {"resume_from_checkpoint": str(tmp_path / "uncompiled" / "checkpoint-1"), "compile": True}
     run(program, command("compiled", steps=3, **options, **resumed))
     assert same(result(tmp_path / "uncompiled"), result(tmp_path / "compiled"))
+    if matching:
+        ends = [tmp_path / name / "checkpoint-3" for name in ("uncompiled", "compiled")]
+        assert equal_fake_scores(*ends)
     assert len(graphs) == 2 and 3 <= graphs[0] == graphs[1] <= 24  # nothing is compiled twice
     assert counters["stats"]["unique_graphs"] == graphs[1]  # nor for validation, with its other batch size
 

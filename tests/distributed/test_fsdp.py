@@ -20,6 +20,9 @@ from test_programs import drawn, result, same, torchrun, weights
 
 from lcm_distill.distributed.fsdp import configure_engine, prepare_for_training
 from lcm_distill.errors import UsageError
+from lcm_distill.flags import MatchingFlags
+from lcm_distill.run import matching
+from lcm_distill.run.matching import check_matching
 from toy.make_shards import make_shards
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -292,6 +295,22 @@ def test_8_bit_adam_is_refused():
     optimizer = bitsandbytes.optim.AdamW8bit([torch.nn.Parameter(torch.zeros(3))])
     with pytest.raises(UsageError, match="--use_8bit_adam is not supported with FSDP"):
         prepare_for_training(engine(), torch.nn.Linear(1, 1), optimizer)
+
+
+def test_distribution_matching_is_refused():
+    """The fake score, an adapter of the teacher, would be split with it."""
+    with pytest.raises(UsageError, match="--dm_weight is not supported with FSDP.*--multi_gpu or configs/zero2.yaml"):
+        check_matching(MatchingFlags(dm_weight=0.5), engine())
+    check_matching(MatchingFlags(), engine())
+    check_matching(MatchingFlags(dm_weight=0.5), engine(kind=DistributedType.MULTI_GPU))
+
+
+@pytest.mark.parametrize("program", ["sd", "sdxl"])
+def test_the_full_students_programs_refuse_it_before_any_model_is_loaded(program, command, run, monkeypatch):
+    monkeypatch.setattr(matching, "is_split", lambda accelerator: True)
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(UsageError, match="--dm_weight is not supported with FSDP"):
+        run(f"train_lcm_distill_{program}_wds", command(family=program, dm_weight=1))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -10,7 +10,8 @@ from accelerate.utils import is_deepspeed_available
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from conftest import TEACHERS
 from diffusers import UNet2DConditionModel
-from test_fsdp import FOUR, ROOT, Runs, close, train
+from safetensors.torch import load_file
+from test_fsdp import FOUR, ROOT, Runs, close, differences, train
 from test_programs import result, same, weights
 
 from lcm_distill.distributed import zero
@@ -19,6 +20,7 @@ from lcm_distill.errors import UsageError
 
 # As in test_fsdp.py. Every step is clipped, each by a different factor: Adam would hide a common one.
 CLIPPED = FOUR | {"max_grad_norm": 0.05, "checkpointing_steps": 1}
+MATCHING = {"dm_weight": 0.5, "dm_steps": 2, "dm_rank": 4}
 RUNS: Runs = [
     ("ddp", "ddp", "sd", 2, CLIPPED),
     ("zero", "zero", "sd", 2, CLIPPED | {"validation_steps": 1}),
@@ -27,6 +29,8 @@ RUNS: Runs = [
     ("to-zero", "zero", "sd", 2, CLIPPED | {"resume_from_checkpoint": "ddp/checkpoint-1"}),
     ("ddp-bf16", "ddp", "sdxl", 1, {"mixed_precision": "bf16"}),
     ("zero-bf16", "zero", "sdxl", 1, {"mixed_precision": "bf16"}),
+    ("ddp-matching", "ddp", "sd", 2, CLIPPED | MATCHING),
+    ("zero-matching", "zero", "sd", 2, CLIPPED | MATCHING),
 ]
 NUMBER = {name: number for number, (name, *_) in enumerate(RUNS)}
 
@@ -65,6 +69,21 @@ def test_sdxl_trains_as_with_ddp_in_bf16(runs):
     close(runs.folder / "ddp-bf16", runs.folder / "zero-bf16", 1e-5)
     losses = [runs.seen[NUMBER[name], 0]["losses"] for name in ("ddp-bf16", "zero-bf16")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_distribution_matching_is_that_of_ddp(runs):
+    """The fake score trains outside DeepSpeed, with its own averaging over the ranks."""
+    close(runs.folder / "ddp-matching", runs.folder / "zero-matching", 1e-5)
+    assert (
+        max(float(change.abs().max()) for change in differences(runs.folder / "ddp", runs.folder / "ddp-matching"))
+        > 1e-4
+    )
+    ddp, deepspeed = (
+        load_file(runs.folder / f"{name}-matching" / "checkpoint-2" / "fake_score" / "fake_score.safetensors")
+        for name in ("ddp", "zero")
+    )
+    assert max(float(weight.abs().max()) for name, weight in ddp.items() if "lora_B" in name) > 1e-4
+    assert max(float((ddp[name] - deepspeed[name]).abs().max()) for name in ddp) < 1e-5
 
 
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(runs):

@@ -143,3 +143,19 @@ def test_sampler_starts_at_the_last_timestep_and_stays_on_the_trained_grid(steps
     assert scheduler.timesteps[0] == 999
     if 1000 % steps == 0:
         assert set(scheduler.timesteps.tolist()) <= set(DDIMSolver(schedule(), steps).timesteps.tolist())
+
+
+def test_the_last_index_is_drawn_more_often_if_asked():
+    """At 0 the draw, and all that follow, are those of `torch.randint` alone, as before the option existed."""
+    solver = DDIMSolver(schedule(), 50)
+    before, after = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    expected = torch.randint(50, (4000,), generator=before)
+    drawn = solver.draw_index(4000, 0.0, after)
+    assert drawn.dtype == torch.int64 and torch.equal(drawn, expected)
+    assert torch.equal(before.get_state(), after.get_state())
+    assert solver.draw_index(64, 1.0, after).tolist() == [49] * 64
+    drawn = solver.draw_index(4000, 0.5, after)
+    top = drawn == 49
+    assert abs(float(top.double().mean()) - (0.5 + 0.5 / 50)) < 0.04  # five standard deviations
+    counts = torch.bincount(drawn[~top], minlength=49)
+    assert len(counts) == 49 and (counts - 40).abs().max() < 32  # the others are uniform
