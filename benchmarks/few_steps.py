@@ -76,8 +76,8 @@ def assess(program: str, folder: str, count: int) -> dict[str, dict[str, float]]
 
 def summary(runs: list[dict[str, Any]]) -> str:
     """A Markdown table: the mean of each program and recipe over its seeds, accuracies with their range."""
-    lines = ["| program, recipe | seeds | cost | accuracy at 1 | 2 | 4 | 8 | Fréchet at 1 | 2 | 4 | 8 | diversity at 1 |"]
-    lines += ["|---" * 12 + "|"]
+    titles = ["program, recipe", "seeds", "cost", "accuracy at 1", "2", "4", "8", "Fréchet at 1", "2", "4", "8"]
+    lines = ["| " + " | ".join([*titles, "diversity at 1"]) + " |", "|---" * 12 + "|"]
     for key in dict.fromkeys((run["program"], run["recipe"]) for run in runs):
         own = [run for run in runs if (run["program"], run["recipe"]) == key]
         basis = [run["seconds"] for run in runs if (run["program"], run["recipe"]) == (key[0], BASIS)]
@@ -114,7 +114,8 @@ def main() -> None:
     for seed in args.seeds:  # a first seed of everything comes first
         for program in args.programs:
             for recipe in args.recipes:
-                seconds, output = [], None
+                seconds: list[float] = []
+                output: str | None = None
                 for number, stage in enumerate(RECIPES[recipe], 1):
                     initial, output = output, str(args.folder / f"{program}-{recipe}-{seed}-{number}")
                     seconds.append(alone(train, program, stage, seed, str(shards), output, initial))

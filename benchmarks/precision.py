@@ -22,6 +22,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -41,8 +42,8 @@ from lcm_distill.models.teacher import Teacher
 from lcm_distill.objective import consistency
 from lcm_distill.sampling.finished import find_students, load_teacher
 from toy.compare import TEACHERS, ToyMetric
-from toy.demo import FULL_FLAGS, LORA_FLAGS, SHARED_FLAGS
 from toy.make_shards import make_shards
+from toy.recipes import RECIPES
 from toy.score import RESOLUTION, real_pictures
 
 _NORMS = (functional.group_norm, functional.layer_norm)
@@ -142,10 +143,9 @@ def distil(
     options = VARIANTS[variant]
     argv = [
         *("--pretrained_teacher_model", str(TEACHERS["sdxl" if "sdxl" in program else "sd"])),
-        *("--train_shards_path_or_url", str(shards), "--output_dir", str(output), "--resolution", str(RESOLUTION)),
-        *("--train_batch_size", str(batch), "--max_train_steps", str(steps), "--seed", str(seed)),
-        *SHARED_FLAGS,
-        *(LORA_FLAGS if program.startswith("lora") else FULL_FLAGS),
+        *("--train_shards_path_or_url", str(shards), "--output_dir", str(output), "--seed", str(seed)),
+        *replace(RECIPES["plain"][0], steps=steps).argv(program),
+        *("--train_batch_size", str(batch)),
         *("--num_validation_images", "4", "--validation_steps", str(steps)),
         *("--logging_steps", "1", "--report_to", "none", "--mixed_precision", "bf16", "--no-cast_teacher_unet"),
         *(["--float32_norms"] if options.get("float32") == _NORMS else []),

@@ -882,6 +882,29 @@ program.main(sys.argv[2:])
     assert same(result(tmp_path / "whole"), result(tmp_path / "halves"))
 
 
+@pytest.mark.parametrize("program", ONE_OF_EACH)
+def test_a_run_begins_from_a_finished_student_and_resumes_without_it(program, command, run, tmp_path):
+    """At a learning rate of zero its result is that student; it is read once, so that it may be gone at a resume."""
+    options = {"family": family(program), "ema_decay": 0.9} | ({"lora_rank": 4} if "lora" in program else {})
+    run(program, command("first", learning_rate=1e-2, **options))
+    options |= {"init_student": tmp_path / "first", "learning_rate": 0}
+    run(program, command("second", **options))
+    first, second = result(tmp_path / "first"), result(tmp_path / "second")
+    if "lora" in program:  # files of LoRAs are float16; the target is a second adapter
+        files = ["pytorch_lora_weights.safetensors"] * 2
+        files[1] = f"target/{files[0]}"
+    else:
+        files = [f"{folder}/diffusion_pytorch_model.safetensors" for folder in ("unet", "unet_target")]
+    for file in files:
+        own = {name: weight for name, weight in second.items() if name.startswith(f"{file}:")}
+        assert own and all(torch.equal(w, first[name.replace(file, files[0], 1)]) for name, w in own.items()), file
+    shutil.rmtree(tmp_path / "first")
+    run(program, command("second", steps=3, resume_from_checkpoint="latest", **options))
+    assert same(second, result(tmp_path / "second"))
+    with pytest.raises(UsageError, match="--init_student .*first contains neither"):
+        run(program, command("third", **options))
+
+
 def test_accelerate_launch_prints_a_plain_message_for_a_mistake(command, tmp_path):
     """A user launches from a shell, in any folder: the message, no traceback of ours."""
     argv = command(pretrained_teacher_model="/no/such/folder")

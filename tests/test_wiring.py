@@ -53,7 +53,7 @@ VALUES: dict[str, Any] = {
     "hub_token": "the-token", "hub_model_id": "the-model",
     "validation_steps": 2, "validation_prompts": ["a small red circle", "a blue star"], "num_validation_images": 1,
     "validation_inference_steps": [1, 2], "validation_guidance_scale": 1.75, "validation_teacher_steps": 3,
-    "unet_time_cond_proj_dim": 32, "ema_decay": 0.6,
+    "init_student": "the-student", "unet_time_cond_proj_dim": 32, "ema_decay": 0.6,
     "lora_rank": 3, "lora_alpha": 6, "lora_dropout": 0.25, "lora_target_modules": "to_q,conv1",
     "use_fix_crop_and_size": True,
 }  # fmt: skip
@@ -142,6 +142,7 @@ def run_with_spies(program: str, values: dict[str, Any], call: Any, patch: pytes
     spy(patch, seen, module, "read_configs", "read_configs")
     spy(patch, seen, module.family, "load_frozen", "load_frozen")
     spy(patch, seen, unets, "student_from_teacher", "student")
+    spy(patch, seen, module.InitialStudent, "find", "initial", instead=lambda *_: None)
     spy(patch, seen, unets, "compile_networks", "compile", instead=lambda mode, *networks: None)
     spy(patch, seen, frozen, "compile_networks", "compile_vae", instead=lambda mode, *networks: None)
     spy(patch, seen, unets, "enable_xformers", "xformers", instead=lambda *unets: None)
@@ -387,6 +388,7 @@ FOLLOWED: dict[str, tuple[Any, Any]] = {
     "validation_inference_steps": (lambda seen, *_: {1, 2} == {steps for steps, _ in _rows(seen)} - {3}, True),
     "validation_guidance_scale": (lambda seen, *_: {guidance for steps, guidance in _rows(seen) if steps != 3}, {1.75}),
     "validation_teacher_steps": (lambda seen, *_: _rows(seen)[0][0], 3),
+    "init_student": (lambda seen, *_: seen.last("initial", 0).init_student, "the-student"),
     "unet_time_cond_proj_dim": (
         lambda seen, *_: (
             seen.last("student", 1),

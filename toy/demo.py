@@ -15,25 +15,19 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from toy import compare
 from toy.make_shards import make_shards
+from toy.recipes import RECIPES, Stage
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("sd", "lora_sd", "sdxl", "lora_sdxl")
 
-SHARED_FLAGS = (
-    *("--lr_scheduler", "cosine", "--lr_warmup_steps", "20"),
-    *("--loss_type", "huber", "--huber_c", "0.01", "--adam_weight_decay", "0"),
-)
-# w of 1 to 5 for a guidance embedding to learn; a LoRA learns the one at which the comparison draws, 4 − 1.
-FULL_FLAGS = ("--w_min", "1", "--w_max", "5", "--learning_rate", "5e-4")
-LORA_FLAGS = ("--w_min", "3", "--w_max", "3", "--learning_rate", "1e-3", "--lora_alpha", "32", "--ema_decay", "0.95")
 
-
-def distil(program: str, shards: Path, output_dir: Path, steps: int) -> None:
-    """Runs one of the four programs on its toy teacher, as a user would from a shell."""
+def distil(program: str, stage: Stage, shards: Path, output_dir: Path, initial: Path | None = None) -> None:
+    """Runs one of the four programs on its toy teacher, as a user would from a shell; it begins from `initial`."""
     threads = str(os.cpu_count() or 1)
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch"),
@@ -43,9 +37,8 @@ def distil(program: str, shards: Path, output_dir: Path, steps: int) -> None:
         *("--pretrained_teacher_model", str(compare.TEACHERS[program.removeprefix("lora_")])),
         *("--train_shards_path_or_url", str(shards)),
         *("--output_dir", str(output_dir)),
-        *("--resolution", "64", "--train_batch_size", "32", "--max_train_steps", str(steps)),
-        *(LORA_FLAGS if program.startswith("lora") else FULL_FLAGS),
-        *SHARED_FLAGS,
+        *stage.argv(program),
+        *(("--init_student", str(initial)) if initial else ()),
         *("--num_validation_images", "2", "--validation_steps", "100", "--checkpointing_steps", "1000"),
         *("--seed", "0", "--report_to", "tensorboard"),
     ]
@@ -56,7 +49,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=["sd"], help="what to run (default: sd)")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each distillation")
+    parser.add_argument(
+        "--recipe", choices=RECIPES, default="plain", help="how (toy/recipes.py): plain, or few, for one and two steps"
+    )
+    parser.add_argument("--steps", type=int, help="optimizer steps of each stage (default: the recipe's)")
     parser.add_argument("--count", type=int, default=192, help="pictures in each row of the comparison")
     args = parser.parse_args(argv)
     started = time.perf_counter()
@@ -69,8 +65,13 @@ def main(argv: list[str] | None = None) -> None:
 
     programs = list(dict.fromkeys(args.programs))
     for program in programs:
-        print(f"2/3 distilling the toy teacher with train_lcm_distill_{program}_wds.py: {args.steps} steps", flush=True)
-        distil(program, shards, args.output_dir / program, args.steps)
+        stages = [replace(stage, steps=args.steps or stage.steps) for stage in RECIPES[args.recipe]]
+        outputs = [args.output_dir / f"{program}-stage-{number}" for number in range(1, len(stages))]
+        outputs.append(args.output_dir / program)
+        for stage, initial, output in zip(stages, [None, *outputs], outputs, strict=False):
+            script = f"train_lcm_distill_{program}_wds.py"
+            print(f"2/3 distilling the toy teacher with {script}: {stage.steps} steps", flush=True)
+            distil(program, stage, shards, output, initial)
 
     print(f"3/3 drawing the comparison, {args.count} pictures a row", flush=True)
     students = [str(args.output_dir / program) for program in programs]

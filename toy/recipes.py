@@ -38,3 +38,15 @@ class Stage:
             *("--max_train_steps", str(self.steps)),
             *self.flags,
         ]
+
+
+_COARSE = ("--num_ddim_timesteps", "20", "--top_timestep_probability", "0.3")
+_MATCHING = (
+    *("--num_ddim_timesteps", "20", "--top_timestep_probability", "0.5"),
+    *("--dm_weight", "1", "--dm_consistency_weight", "0.5"),
+    *("--dm_rank", "16", "--dm_learning_rate", "1e-3"),
+)
+RECIPES: dict[str, list[Stage]] = {
+    "plain": [Stage(300, 5e-4, 1e-3)],
+    "few": [Stage(400, 5e-4, 1e-3, _COARSE), Stage(600, 1e-4, 2e-4, _MATCHING)],
+}

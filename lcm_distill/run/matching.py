@@ -199,7 +199,8 @@ class DistributionMatching:
         self._optimizer.load_state_dict(own | {"state": saved["optimizer"]["state"]})
         for group in self._optimizer.param_groups:
             match_parameters(self._optimizer, group)
-        self._scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # empty without fp16
+            self._scaler.load_state_dict(saved["scaler"])
 
 
 def _replace(tensors: list[torch.Tensor], function: Callable[[torch.Tensor], torch.Tensor]) -> None:

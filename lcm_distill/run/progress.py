@@ -130,7 +130,7 @@ class Progress:
         self._reset()
         for name in ("loss", *others, "grad_norm"):
             if not math.isfinite(values[name]):
-                raise DivergenceError(f"{name} is {values[name]} at step {global_step}. {self._remedy()}")
+                raise DivergenceError(f"{name} is {values[name]} at step {global_step}. {self._remedy(*others)}")
         self._bar.set_postfix_str(
             f"loss {values['loss']:.4g}, lr {values['lr']:.2e}, {values['samples_per_second']:.1f} pictures/s, "
             f"{values['data_wait']:.0%} waiting for data"
@@ -172,12 +172,11 @@ class Progress:
         if self._journal.enabled:
             write_report(self._output_dir)
 
-    def _remedy(self) -> str:
+    def _remedy(self, *values: str) -> str:
         good = list_checkpoints(self._output_dir)  # none is saved once values are not finite
         where = f"The last good checkpoint is {good[-1]}: resume" if good else "There is no checkpoint yet: start again"
-        return (
-            f"{where} with a lower --learning_rate, a lower --max_grad_norm, or --mixed_precision bf16 instead of fp16."
-        )
+        rates = "--learning_rate" + (", a lower --dm_weight or --dm_learning_rate" if "dm_loss" in values else "")
+        return f"{where} with a lower {rates}, a lower --max_grad_norm, or --mixed_precision bf16 instead of fp16."
 
     def _of_ranks(self) -> str:
         return " on this process" if self._accelerator.num_processes > 1 else ""
