@@ -125,21 +125,22 @@ def attempt(program: str, argv: list[str], log: Path, prepare: Callable[[], None
 
 
 def digest(output_dir: Path) -> str:
-    """Of the weights that a finished run leaves."""
+    """Of the weights that a finished run leaves, and of its fake score's if it has one."""
     found = hashlib.sha256()
-    names = ("unet", "unet_target", "adapter", "target")
+    names = ("unet", "unet_target", "adapter", "target", f"{list_checkpoints(output_dir)[-1].name}/fake_score")
     for path in sorted(path for name in names for path in (output_dir / name).glob("*.safetensors")):
         for name, tensor in sorted(load_file(path).items()):  # not the file: safetensors shuffles its metadata
             found.update(name.encode() + tensor.numpy().tobytes())
     return found.hexdigest()
 
 
-def challenge(kind: str, workers: int, kills: int, steps: int, folder: Path, seed: int) -> dict:
+def challenge(kind: str, workers: int, kills: int, steps: int, folder: Path, seed: int, matching: bool) -> dict:
     """One program: a quiet run, a killed one, and what became of both."""
     program = f"train_lcm_distill_{kind}_wds"
 
     def argv(output: str) -> list[str]:
-        more = ("--lora_rank", "4", "--ema_decay", "0.9") if kind.startswith("lora") else ()
+        more = ["--lora_rank", "4", "--ema_decay", "0.9"] if kind.startswith("lora") else []
+        more += ["--dm_weight", "0.5", "--dm_rank", "4", "--dm_learning_rate", "1e-3"] if matching else []
         return [
             *("--pretrained_teacher_model", str(ROOT / "toy" / "teachers" / kind.removeprefix("lora_"))),
             *("--train_shards_path_or_url", str(folder / "shards"), "--output_dir", str(folder / output)),
@@ -178,6 +179,7 @@ def challenge(kind: str, workers: int, kills: int, steps: int, folder: Path, see
     return {
         "program": program,
         "workers": workers,
+        "matching": matching,
         "steps": steps,
         "killed": sum(outcome["killed"] for outcome in outcomes),
         "bitwise_equal": digest(folder / "quiet") == digest(folder / "killed"),
@@ -191,6 +193,7 @@ def main() -> None:
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 2])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--matching", action="store_true", help="with distribution matching")
     parser.add_argument("--seed", type=int, default=0, help="of the moments by the clock")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -202,7 +205,7 @@ def main() -> None:
         for workers in args.workers:
             with tempfile.TemporaryDirectory() as temporary:
                 make_shards(Path(temporary) / "shards", shards=3, samples_per_shard=16, seed=1)
-                result = challenge(program, workers, args.kills, args.steps, Path(temporary), args.seed)
+                result = challenge(program, workers, args.kills, args.steps, Path(temporary), args.seed, args.matching)
             good = good and result["bitwise_equal"] and result["killed"] == args.kills
             print(json.dumps(result), flush=True)
     sys.exit(0 if good else 1)

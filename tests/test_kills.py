@@ -6,13 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_a_run_killed_where_it_hurts_ends_as_if_nothing_had_happened():
+@pytest.mark.parametrize("program, more", [("sd", ["--steps", "16"]), ("lora_sd", ["--steps", "12", "--matching"])])
+def test_a_run_killed_where_it_hurts_ends_as_if_nothing_had_happened(program, more):
     """SIGKILL in the middle of a checkpoint's file, of the removal of an older one, and between: bitwise the same."""
     command = [sys.executable, "-m", "benchmarks.kill_and_resume"]
-    options = ["--programs", "sd", "--workers", "0", "--kills", "5", "--steps", "16"]
+    options = ["--programs", program, "--workers", "0", "--kills", "5", *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command + options, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
