@@ -451,6 +451,7 @@ _SD = replace(_CASE, program="sd", teacher="sd15", train_batch_size=16, vae_enco
 TABLE = [
     (_SD, [BEFORE, ALL_ON, CHANNELS_LAST]),
     (_CASE, [BEFORE_SPARING, BEFORE, ALL_ON, CHANNELS_LAST]),
+    (replace(_CASE, dm_steps=1), [ALL_ON]),
     (replace(_CASE, teacher="ssd1b"), [BEFORE_SPARING, BEFORE, ALL_ON, CHANNELS_LAST]),
 ]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import psutil
@@ -20,7 +22,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import UNet2DConditionModel
 
-from benchmarks import ceilings, fake_step, measuring, memory, precision, public, train_step
+from benchmarks import ceilings, fake_step, few_steps, measuring, memory, precision, public, train_step
 from benchmarks.architectures import UNETS, build_vae
 from benchmarks.fake_step import Case, build
 from benchmarks.memory import Tally, compute
@@ -28,7 +30,9 @@ from lcm_distill.models import lora, unets
 from lcm_distill.objective import consistency
 from lcm_distill.run import run, stopping
 from lcm_distill.run.progress import Progress
+from toy.demo import PROGRAMS
 from toy.make_shards import make_shards
+from toy.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 _CONFIG = UNet2DConditionModel.load_config(ROOT / "toy/teachers/sd/unet")
@@ -408,3 +412,29 @@ def test_an_emulated_precision_is_off_by_its_rounding(layers, monkeypatch):
             errors[dtype] = float((emulated - exact).norm() / exact.norm())
     assert errors[torch.float32] == 0
     assert 1e-4 < errors[torch.float16] < 3e-3 and 4 < errors[torch.bfloat16] / errors[torch.float16] < 16
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_a_command_line_of_every_program(recipe, program):
+    """The last stage decides the length; rates differ between full students and LoRAs."""
+    parse = importlib.import_module(f"train_lcm_distill_{program}_wds").parse_args
+    for stage in RECIPES[recipe]:
+        args = parse(["--pretrained_teacher_model", "x", *stage.argv(program)])
+        assert args.length.max_train_steps == stage.steps
+        expected = stage.lora_rate if program.startswith("lora") else stage.full_rate
+        assert args.optimization.learning_rate == expected
+        assert (args.distillation.w_min < args.distillation.w_max) == (not program.startswith("lora"))
+    assert (args.matching.dm_weight > 0) == (recipe == "few")
+
+
+def test_the_summary_of_recipes_has_means_ranges_and_costs():
+    def run(recipe: str, seed: int, seconds: float, accuracy: float) -> dict[str, Any]:
+        values = {"caption_accuracy": accuracy, "frechet_distance": 100 * accuracy, "diversity": 0.5}
+        metrics = {str(steps): values for steps in few_steps.STEPS}
+        return {"program": "sd", "recipe": recipe, "seed": seed, "seconds": seconds, "metrics": metrics}
+
+    runs = [run("plain", 0, 100, 0.25), run("few", 0, 500, 0.5), run("few", 1, 700, 0.7), run("plain", 1, 100, 0.25)]
+    plain, few = few_steps.summary(runs).splitlines()[2:]
+    assert plain.startswith("| sd, plain | 2 | 1.0 | 0.25 (0.25 to 0.25) |")
+    assert few.startswith("| sd, few | 2 | 6.0 | 0.60 (0.50 to 0.70) |") and few.endswith("| 60 | 0.50 |")
