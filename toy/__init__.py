@@ -5,7 +5,8 @@
     python -m toy.score                    how well the scorer reads held-out pictures
     python -m toy.demo                     distil the SD teacher and draw the comparison
 
-`toy.recipes` says with which flags. `toy.world` says what a picture is; everything else draws, learns or reads those pictures.
+`toy.world` says what a picture is, `toy.recipes` with which flags students are distilled; everything else draws, learns
+or reads those pictures.
 """
 
 import lcm_distill  # noqa: F401 - it keeps the libraries' import-time notices out of sight
