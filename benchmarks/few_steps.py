@@ -14,6 +14,7 @@ import argparse
 import importlib
 import json
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -42,11 +43,11 @@ BASIS = "plain"  # the recipe whose cost is 1
 def train(program: str, stage: Stage, seed: int, shards: str, output: str, initial: str | None) -> float:
     """Runs one stage; its CPU seconds."""
     torch.set_num_threads(1)
+    shutil.rmtree(output, ignore_errors=True)  # a finished run that is resumed would cost nothing
     argv = [
         *("--pretrained_teacher_model", str(TEACHERS[program.removeprefix("lora_")])),
         *("--train_shards_path_or_url", shards, "--output_dir", output, "--seed", str(seed)),
         *("--num_validation_images", "0", "--report_to", "none", "--checkpointing_steps", "1000000"),
-        *("--resume_from_checkpoint", "latest", "--checkpoints_total_limit", "1"),
         *stage.argv(program),
         *(("--init_student", initial) if initial else ()),
     ]
