@@ -89,7 +89,8 @@ def summary(runs: list[dict[str, Any]]) -> str:
             cells.append(f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})")
         for steps in map(str, STEPS):
             cells.append(f"{statistics.mean(run['metrics'][steps]['frechet_distance'] for run in own):.0f}")
-        cells.append(f"{statistics.mean(run['metrics']['1']['diversity'] for run in own):.2f}")
+        diverse = [run["metrics"]["1"].get("diversity") for run in own]  # None if no caption has two pictures
+        cells.append("" if None in diverse else f"{statistics.mean(diverse):.2f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
