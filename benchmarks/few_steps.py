@@ -23,18 +23,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.measuring import write
+from benchmarks.assess import assess
+from benchmarks.measuring import alone, write
 from benchmarks.provenance import provenance
-from benchmarks.train_step import alone
-from lcm_distill import evaluate
-from lcm_distill.models.teacher import Teacher
-from lcm_distill.sampling.finished import find_students, load_teacher
-from lcm_distill.sampling.metrics import LatentDistances
-from toy.compare import TEACHERS, ToyMetric
+from toy.compare import TEACHERS
 from toy.demo import PROGRAMS
 from toy.make_shards import make_shards
 from toy.recipes import RECIPES, Stage
-from toy.score import RESOLUTION, real_pictures
 
 STEPS = (1, 2, 4, 8)
 BASIS = "plain"  # the recipe whose cost is 1
@@ -54,25 +49,6 @@ def train(program: str, stage: Stage, seed: int, shards: str, output: str, initi
     start = time.process_time()
     importlib.import_module(f"train_lcm_distill_{program}_wds").main(argv)
     return time.process_time() - start
-
-
-def assess(program: str, folder: str, count: int) -> dict[str, dict[str, float]]:
-    """The metrics of a finished student, by number of steps."""
-    captions = real_pictures(count, 0)[1]
-    rows = evaluate.evaluate(
-        load_teacher(Teacher(str(TEACHERS[program.removeprefix("lora_")])), device="cpu", dtype=torch.float32),
-        find_students([folder]),
-        prompts=captions,
-        make_metrics=lambda reference: [ToyMetric(captions, 0), LatentDistances(reference)],
-        steps=STEPS,
-        samplers=(),
-        control=False,
-        reference_steps=50,
-        guidance_scale=4.0,
-        resolution=RESOLUTION,
-        batch_size=64,
-    )
-    return {str(row.steps): row.values for row in rows if not row.is_reference}
 
 
 def summary(runs: list[dict[str, Any]]) -> str:
@@ -121,7 +97,7 @@ def main() -> None:
                 for number, stage in enumerate(RECIPES[recipe], 1):
                     initial, output = output, str(args.folder / f"{program}-{recipe}-{seed}-{number}")
                     seconds.append(alone(train, program, stage, seed, str(shards), output, initial))
-                metrics = alone(assess, program, output, args.count)
+                metrics = alone(assess, program, output, args.count, STEPS)
                 run = {"program": program, "recipe": recipe, "seed": seed, "seconds": sum(seconds), "metrics": metrics}
                 result["runs"].append(run | {"stages": seconds})
                 print(json.dumps(run), flush=True)

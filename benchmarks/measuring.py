@@ -1,19 +1,24 @@
-"""What the benchmarks share: the time since the start, a device's clock, memory and matrix rate, results that are kept
-whatever ends the process."""
+"""What the benchmarks share: the time since the start, a device's clock, memory and matrix rate, a count of FLOPs,
+processes of their own, results that are kept whatever ends the process."""
 
 import gc
 import json
+import multiprocessing
 import os
 import resource
 import statistics
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -98,3 +103,65 @@ def matrix_rate(dtype: torch.dtype) -> float:
         wait()
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / statistics.median(seconds[2:])
+
+
+def flop_counter() -> FlopCounterMode:
+    """Counts products, convolutions and attention; also those that PyTorch's list of them lacks: the CPU's fused
+    attention, and products that are added to a tensor in place."""
+
+    def attention(query, key, *rest, out_shape=None, **options):  # type: ignore
+        (*batch, heads, q, dim), k = query, key[-2]
+        return 4 * torch.Size(batch).numel() * heads * q * k * dim
+
+    def attention_backward(grad, query, key, *rest, out_shape=None, **options):  # type: ignore
+        return 5 * attention(query, key) // 2  # two products again, of which one is recomputed, and three new ones
+
+    def product(into, a, b, *rest, out_shape=None, **options):  # type: ignore
+        return 2 * torch.Size(a).numel() * b[-1]
+
+    names = torch.ops.aten
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={
+            names.addmm_: product,
+            names.baddbmm_: product,
+            names._scaled_dot_product_flash_attention_for_cpu: attention,
+            names._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+        },
+    )
+
+
+def alone(function: Callable[..., Any], *given: Any, start: str | None = None) -> Any:
+    """What `function` returns, in a process of its own; `RuntimeError` with its message if it fails.
+
+    A fork imports nothing twice, but cannot use a GPU that a library has looked at before, nor PyTorch's threads if
+    this process has used them: then `start` has to be "spawn", as it is where there is a GPU.
+    """
+    context: Any = multiprocessing.get_context(start or ("spawn" if torch.cuda.is_available() else "fork"))
+    ours, theirs = context.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile("w+") as said:
+        process = context.Process(target=_send, args=(theirs, said.name, function, given))
+        process.start()
+        theirs.close()
+        try:
+            good, result = ours.recv()
+        except EOFError:
+            good, result = False, "it ended without a message: killed, perhaps for its memory"
+        process.join()
+        if not good:
+            print(said.read(), file=sys.stderr)
+            raise RuntimeError(result)
+    return result
+
+
+def _send(connection: Connection, said: str, function: Callable[..., Any], given: tuple[Any, ...]) -> None:
+    with open(said, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        connection.send((True, function(*given)))
+    except BaseException as error:
+        traceback.print_exc()
+        connection.send((False, f"{type(error).__name__}: {error}"))
+    connection.close()
+    os._exit(0)  # a program that was left in the middle has threads and workers, which would be waited for

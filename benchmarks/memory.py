@@ -26,9 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.fake_step import Case, add_flags, build, fake_networks
-from benchmarks.measuring import write
+from benchmarks.measuring import alone, flop_counter, write
 from benchmarks.provenance import provenance
-from benchmarks.train_step import alone, flop_counter
 
 GB = 1e9
 

@@ -33,19 +33,16 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from benchmarks.measuring import write
+from benchmarks.assess import assess
+from benchmarks.measuring import alone, write
 from benchmarks.provenance import provenance
-from benchmarks.train_step import alone
-from lcm_distill import evaluate
 from lcm_distill.models import lora, norms
-from lcm_distill.models.teacher import Teacher
 from lcm_distill.objective import consistency
-from lcm_distill.sampling.finished import find_students, load_teacher
-from toy.compare import TEACHERS, ToyMetric
+from toy.compare import TEACHERS
 from toy.make_shards import make_shards
 from toy.recipes import RECIPES
-from toy.score import RESOLUTION, real_pictures
 
+STEPS = (1, 2, 4)
 _NORMS = (functional.group_norm, functional.layer_norm)
 # The precision that is emulated in passes without gradients, and what is special.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -163,28 +160,9 @@ def distil(
     return {"loss": statistics.mean(losses[-50:]), "distance": distance}
 
 
-def accuracies(program: str, folder: str, count: int) -> dict[str, float]:
-    """Caption accuracy by number of steps, in float32."""
-    captions = real_pictures(count, 0)[1]
-    rows = evaluate.evaluate(
-        load_teacher(Teacher(str(TEACHERS["sdxl" if "sdxl" in program else "sd"])), device="cpu", dtype=torch.float32),
-        find_students([folder]),
-        prompts=captions,
-        make_metrics=lambda reference: [ToyMetric(captions, 0)],
-        steps=(1, 2, 4),
-        samplers=(),
-        control=False,
-        reference_steps=1,
-        guidance_scale=4.0,
-        resolution=RESOLUTION,
-        batch_size=64,
-    )
-    return {f"accuracy at {row.steps}": row.values["caption_accuracy"] for row in rows if not row.is_reference}
-
-
 def summary(runs: list[dict[str, Any]]) -> str:
     """A Markdown table: mean and spread over the seeds of each program and variant."""
-    names = ["loss", "distance", *(f"accuracy at {steps}" for steps in (1, 2, 4))]
+    names = ["loss", "distance", *(f"accuracy at {steps}" for steps in STEPS)]
     lines = ["| program, variant | seeds | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
     for key in dict.fromkeys((run["program"], run["variant"]) for run in runs):
         own = [run for run in runs if (run["program"], run["variant"]) == key]
@@ -221,7 +199,8 @@ def main() -> None:
                 output = args.folder / f"{program}-{variant}-{seed}".replace(" ", "_")
                 run = {"program": program, "variant": variant, "seed": seed}
                 run |= alone(distil, program, variant, seed, args.steps, args.batch, shards, output)
-                run |= alone(accuracies, program, str(output), args.count)
+                metrics = alone(assess, program, str(output), args.count, STEPS)
+                run |= {f"accuracy at {steps}": values["caption_accuracy"] for steps, values in metrics.items()}
                 result["runs"].append(run)
                 print(json.dumps(run), flush=True)
                 if args.output:

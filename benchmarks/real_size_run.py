@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.architectures import write_teacher
-from benchmarks.train_step import alone
+from benchmarks.measuring import alone
 from lcm_distill.environment import versions
 from toy.make_shards import make_shards
 

@@ -34,9 +34,9 @@ from torch.utils._pytree import tree_leaves
 from benchmarks import fake_step
 from benchmarks.architectures import RESOLUTIONS
 from benchmarks.fake_step import Case, add_flags, build, fake_networks
-from benchmarks.measuring import write
+from benchmarks.measuring import alone, flop_counter, write
 from benchmarks.provenance import ROOT, provenance
-from benchmarks.train_step import alone, autocast_everywhere, flop_counter, optimizer_not_fused, peft_layers
+from benchmarks.train_step import add_each, autocast_everywhere, optimizer_not_fused, peft_layers
 from lcm_distill.models import unets
 
 # An H100 SXM, per second. Peaks by its data sheet: 989 TFLOP in 16 bit, 494 in TF32, 67 in float32, 3.35 TB.
@@ -562,13 +562,7 @@ def main() -> None:
     add_flags(parser, _CASE)
     parser.add_argument("--before", action="store_true", help="also as it was before the latest optimisations")
     parser.add_argument("--straightforward", action="store_true", help="also with every optimisation turned off")
-    parser.add_argument(
-        "--each",
-        nargs="*",
-        choices=OPTIMISATIONS,
-        metavar="NAME",
-        help=f"also with each one turned off, or those named, of: {', '.join(OPTIMISATIONS)}",
-    )
+    add_each(parser)
     parser.add_argument("--by_kind", action="store_true", help="a table of the kinds of kernels, for each row")
     parser.add_argument("--by_part", action="store_true", help="a table of the parts of the step, for each row")
     parser.add_argument("--measured", type=Path, default=ROOT / "benchmarks" / "results" / "gpu-train_step.json")

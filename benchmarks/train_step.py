@@ -25,7 +25,6 @@ import faulthandler
 import functools
 import importlib
 import logging
-import multiprocessing
 import os
 import statistics
 import sys
@@ -36,7 +35,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,11 +44,23 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft.tuners.lora import LoraLayer
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import public
 from benchmarks.architectures import RESOLUTIONS, write_teacher
-from benchmarks.measuring import DTYPES, PEAK_OF, elapsed, forget_peak, free, keep, matrix_rate, peak_memory, say, wait
+from benchmarks.measuring import (
+    DTYPES,
+    PEAK_OF,
+    alone,
+    elapsed,
+    flop_counter,
+    forget_peak,
+    free,
+    keep,
+    matrix_rate,
+    peak_memory,
+    say,
+    wait,
+)
 from benchmarks.provenance import ROOT, provenance
 from lcm_distill.distributed import compiling
 from lcm_distill.models import lora, unets
@@ -430,29 +440,14 @@ def measure(kind: str, variant: Variant, argv: list[str], plan: Plan, flops: boo
     return result
 
 
-def flop_counter() -> FlopCounterMode:
-    """Counts products, convolutions and attention; also those that PyTorch's list of them lacks: the CPU's fused
-    attention, and products that are added to a tensor in place."""
-
-    def attention(query, key, *rest, out_shape=None, **options):  # type: ignore
-        (*batch, heads, q, dim), k = query, key[-2]
-        return 4 * torch.Size(batch).numel() * heads * q * k * dim
-
-    def attention_backward(grad, query, key, *rest, out_shape=None, **options):  # type: ignore
-        return 5 * attention(query, key) // 2  # two products again, of which one is recomputed, and three new ones
-
-    def product(into, a, b, *rest, out_shape=None, **options):  # type: ignore
-        return 2 * torch.Size(a).numel() * b[-1]
-
-    names = torch.ops.aten
-    return FlopCounterMode(
-        display=False,
-        custom_mapping={
-            names.addmm_: product,
-            names.baddbmm_: product,
-            names._scaled_dot_product_flash_attention_for_cpu: attention,
-            names._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-        },
+def add_each(parser: argparse.ArgumentParser) -> None:
+    """The flag that names optimisations to turn off one by one."""
+    parser.add_argument(
+        "--each",
+        nargs="*",
+        choices=OPTIMISATIONS,
+        metavar="NAME",
+        help=f"also with each one turned off, or those named, of: {', '.join(OPTIMISATIONS)}",
     )
 
 
@@ -460,42 +455,6 @@ def modules(kind: str) -> tuple[Any, Any]:
     """The program of a `kind`, and its family's module."""
     program = importlib.import_module(f"train_lcm_distill_{kind}_wds")
     return program, program.family
-
-
-def alone(function: Callable[..., Any], *given: Any, start: str | None = None) -> Any:
-    """What `function` returns, in a process of its own; `RuntimeError` with its message if it fails.
-
-    A fork imports nothing twice, but cannot use a GPU that a library has looked at before, nor PyTorch's threads if
-    this process has used them: then `start` has to be "spawn", as it is where there is a GPU.
-    """
-    context: Any = multiprocessing.get_context(start or ("spawn" if torch.cuda.is_available() else "fork"))
-    ours, theirs = context.Pipe(duplex=False)
-    with tempfile.NamedTemporaryFile("w+") as said:
-        process = context.Process(target=_send, args=(theirs, said.name, function, given))
-        process.start()
-        theirs.close()
-        try:
-            good, result = ours.recv()
-        except EOFError:
-            good, result = False, "it ended without a message: killed, perhaps for its memory"
-        process.join()
-        if not good:
-            print(said.read(), file=sys.stderr)
-            raise RuntimeError(result)
-    return result
-
-
-def _send(connection: Connection, said: str, function: Callable[..., Any], given: tuple[Any, ...]) -> None:
-    with open(said, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    try:
-        connection.send((True, function(*given)))
-    except BaseException as error:
-        traceback.print_exc()
-        connection.send((False, f"{type(error).__name__}: {error}"))
-    connection.close()
-    os._exit(0)  # a program that was left in the middle has threads and workers, which would be waited for
 
 
 # Results.
@@ -636,13 +595,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument(
         "--again", action="store_true", help="also each --variant in a process of its own, for what is cached by then"
     )
-    parser.add_argument(
-        "--each",
-        nargs="*",
-        choices=OPTIMISATIONS,
-        metavar="NAME",
-        help=f"also with each one turned off, or those named, of: {', '.join(OPTIMISATIONS)}",
-    )
+    add_each(parser)
     parser.add_argument(
         "--backend",
         default=compiling.BACKEND,

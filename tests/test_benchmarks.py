@@ -247,7 +247,7 @@ def test_what_is_measured_comes_in_this_order(tmp_path, monkeypatch):
 
 def test_products_that_are_added_in_place_are_counted():
     """The LoRA layers' own: PyTorch's counter knows addmm, but not addmm_."""
-    with train_step.flop_counter() as counter:
+    with measuring.flop_counter() as counter:
         torch.zeros(3, 5).addmm_(torch.ones(3, 7), torch.ones(7, 5), alpha=2)
         assert counter.get_total_flops() == 2 * 3 * 7 * 5
         torch.zeros(2, 3, 5).baddbmm_(torch.ones(2, 3, 7), torch.ones(2, 7, 5))
@@ -258,7 +258,7 @@ def test_ceilings_divide_by_the_work_that_is_done(tmp_path, monkeypatch):
     """A function that would take a second for each TFLOP is measured at 1 TFLOP/s."""
 
     def seconds(function, enough):
-        with train_step.flop_counter() as counter:
+        with measuring.flop_counter() as counter:
             function()
         return counter.get_total_flops() / 1e12
 
