@@ -1,15 +1,17 @@
 """The teacher as its user has it: a Diffusers folder, a Hub id, or a single-file checkpoint."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     SingleFileComponentError,
     create_diffusers_clip_model_from_ldm,
@@ -21,7 +23,9 @@ from safetensors import SafetensorError, safe_open
 from lcm_distill.errors import UsageError, brief
 from lcm_distill.flags import TEACHER_FLAG, VAE_FLAG, TeacherFlags
 from lcm_distill.models.vae import vae_factor
-from lcm_distill.objective.schedule import NoiseSchedule
+from lcm_distill.objective.schedule import NoiseSchedule, check_scheduler_class, complete_schedule
+
+logger = logging.getLogger(__name__)
 
 _SD2_NAME = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -162,6 +166,44 @@ class Teacher:
                 "model that it seems to be, cannot be read. Pass a Diffusers folder or Hub id with its configs as "
                 f"--teacher_config. ({error})"
             ) from None
+
+    def read_scheduler_config(self) -> dict[str, Any]:
+        """The scheduler's config, with the class that decides what it leaves out; `UsageError` if it cannot be read.
+
+        That is the one that it names itself, since that class wrote it, else the one in model_index.json. A warning is
+        logged if both are named and their defaults give other schedules. `UsageError` if neither is named and the betas
+        are left out, or one is not of a discrete schedule of betas.
+        """
+        config = self.read_config(DDPMScheduler, "scheduler")
+        index: Any = None
+        with contextlib.suppress(UsageError):  # not all have one, such as the configs of a single file
+            index = self.read_config(DiffusionPipeline, None).get("scheduler")
+        listed = index[1] if isinstance(index, list) and len(index) == 2 else None
+        if listed is not None:
+            check_scheduler_class(listed)
+        if not config.get("_class_name"):
+            left_out = [key for key in ("beta_start", "beta_end", "beta_schedule") if key not in config]
+            if listed is None and left_out and not config.get("trained_betas"):
+                raise UsageError(
+                    f"{TEACHER_FLAG}: its scheduler_config.json has neither {left_out[0]} nor a _class_name, which "
+                    "would say what that is; add the schedule that the model was trained with."
+                )
+            return config if listed is None else config | {"_class_name": listed}
+        if listed not in (None, config["_class_name"]):
+            taken, other = complete_schedule(config), complete_schedule(config | {"_class_name": listed})
+            if different := [key for key in taken if taken[key] != other[key]]:
+                logger.warning(
+                    "%s: its scheduler_config.json is of %s and leaves out %s, but its model_index.json lists %s, "
+                    "which has another default (%s and %s). The first is taken; if the model was trained with the "
+                    "second, write that into scheduler_config.json.",
+                    TEACHER_FLAG,
+                    config["_class_name"],
+                    different[0],
+                    listed,
+                    taken[different[0]],
+                    other[different[0]],
+                )
+        return config
 
     def read_vae_config(self) -> dict[str, Any]:
         if self.vae is None:
@@ -324,13 +366,14 @@ def _from_original_layout(
 def read_configs(teacher: Teacher, *, family: str, resolution: int, num_ddim_timesteps: int) -> TeacherConfigs:
     """Reads the configs of `teacher` and checks that the programs of `family`, "sd" or "sdxl", can use them.
 
-    `UsageError` if there is no such model, it is of the other family or already an LCM, its VAE does not fit or is not
-    supported, `resolution` (pixels) is not a multiple of the VAE's factor, or the solver's grid is finer than the
-    training timesteps.
+    `UsageError` if there is no such model, it is of the other family or already an LCM, its scheduler is not of a
+    discrete schedule of betas or its prediction type does not fit that, its VAE does not fit or is not supported,
+    `resolution` (pixels) is not a multiple of the VAE's factor, or the solver's grid is finer than the training
+    timesteps.
     """
     unet = teacher.read_config(UNet2DConditionModel, "unet")
     check_teacher_config(unet, family=family)
-    scheduler = teacher.read_config(DDPMScheduler, "scheduler")
+    scheduler = teacher.read_scheduler_config()
     vae = teacher.read_vae_config()
     factor = math.lcm(8, vae_factor(vae))  # the pipelines need a multiple of 8 whatever the VAE
     if resolution % factor:
@@ -353,7 +396,7 @@ def read_configs(teacher: Teacher, *, family: str, resolution: int, num_ddim_tim
         raise UsageError(
             f"--num_ddim_timesteps {num_ddim_timesteps} is above the teacher's {train_timesteps} training timesteps."
         )
-    NoiseSchedule.from_config(scheduler)  # fails for an unknown prediction type
+    NoiseSchedule.from_config(scheduler)  # fails for one of another kind, or an unknown prediction type
     return TeacherConfigs(unet=unet, vae=vae, scheduler=scheduler)
 
 
