@@ -10,9 +10,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers.initialization import no_init_weights
 
 from lcm_distill.errors import UsageError, brief
 
@@ -194,31 +196,30 @@ def check_scheduler(config: Mapping[str, Any], *, name: str) -> None:
         )
 
 
-def try_out(
-    unet: Mapping[str, Any], text: Mapping[str, CLIPTextConfig], *, family: str, latent_channels: int, name: str
-) -> None:
-    """That the U-Net can be built, and takes what the text encoders `text` give: on tensors without memory."""
+def check_conditioning(unet: Mapping[str, Any], text: Mapping[str, CLIPTextConfig], *, family: str, name: str) -> None:
+    """That the U-Net can be built, and takes the embeddings of the text encoders `text`, by their parts."""
     width = sum(config.hidden_size for config in text.values())
-    if isinstance(taken := unet.get("cross_attention_dim", 1280), int) and taken != width:
-        raise UsageError(
-            f"{name}: its U-Net takes embeddings of {taken} numbers, its text encoders ({', '.join(text)}) give "
-            f"{width}; pass a model whose parts belong together."
-        )
     _check_layers(unet, _LAYERS, name)
     network = _build(UNet2DConditionModel, unet, f"{name}: its U-Net")
-    length = next(iter(text.values())).max_position_embeddings
-
-    def forward() -> torch.Size:
-        more = {}
-        if family == "sdxl":
-            pooled = torch.zeros(1, text["text_encoder_2"].projection_dim)
-            more["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": torch.zeros(1, _TIME_IDS)}
-        latents = torch.zeros(1, latent_channels, 64, 64)
-        return network(latents, torch.zeros(1, dtype=torch.int64), torch.zeros(1, length, width), **more).sample.shape
-
-    shape = _built(forward, f"{name}: its U-Net, with the embeddings of its text encoders,")
-    if shape != (1, latent_channels, 64, 64):
-        raise UsageError(f"{name}: its U-Net predicts {list(shape)} for latents of [1, {latent_channels}, 64, 64].")
+    for path, layer in network.named_modules():
+        if isinstance(layer, Attention) and layer.is_cross_attention and layer.cross_attention_dim != width:
+            raise UsageError(
+                f"{name}: its U-Net takes embeddings of {layer.cross_attention_dim} numbers ({path}), its text encoders "
+                f"({', '.join(text)}) give {width}; pass a model whose parts belong together."
+            )
+    if family == "sdxl":
+        expected = text["text_encoder_2"].projection_dim + _TIME_IDS * network.add_time_proj.num_channels
+        taken = network.add_embedding.linear_1.in_features
+        if taken != expected:
+            raise UsageError(
+                f"{name}: its U-Net takes {taken} numbers for the pooled embedding and the sizes "
+                f"(projection_class_embeddings_input_dim), where SDXL's has {expected}; {SUPPORTED}."
+            )
+    if unet.get("resnet_time_scale_shift", "default") not in ("default", "scale_shift"):
+        raise UsageError(
+            f"{name}: its U-Net's resnet_time_scale_shift is {unet['resnet_time_scale_shift']!r}, as in Kandinsky 2.1; "
+            f"{SUPPORTED}."
+        )
 
 
 def check_not_refiner(unet: Mapping[str, Any], text_2: Mapping[str, Any], *, name: str) -> None:
@@ -286,7 +287,7 @@ def _build(kind: Any, config: Mapping[str, Any], name: str) -> Any:
 def _built(build: Callable[[], Any], name: str) -> Any:
     """What `build` returns, without memory for its tensors; `UsageError`, which calls it `name`, if that fails."""
     try:
-        with torch.device("meta"), torch.no_grad():
+        with init_empty_weights(), no_init_weights():  # the second saves most of the time
             return build()
     except Exception as error:  # odd values in a config: each raises another class
         raise UsageError(

@@ -342,7 +342,7 @@ def read_configs(teacher: Teacher, *, family: str, resolution: int, num_ddim_tim
     text = {part: teacher.read_text_config(part) for part in text_parts.values()}
     for part in text_parts:
         teacher.tokenizer(part)
-    support.try_out(unet, text, family=family, latent_channels=latent_channels, name=name)
+    support.check_conditioning(unet, text, family=family, name=name)
     if teacher.vae is not None:
         _compare_vaes(teacher, vae)
 
