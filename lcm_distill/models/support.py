@@ -16,7 +16,7 @@ from diffusers.models.attention_processor import Attention
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from transformers.initialization import no_init_weights
 
-from lcm_distill.errors import UsageError, brief
+from lcm_distill.errors import UsageError
 
 # The tokenizers of each family, and the text encoders that they feed.
 TEXT_PARTS: Mapping[str, Mapping[str, str]] = {
@@ -113,10 +113,10 @@ def check_channels(unet: Mapping[str, Any], latent_channels: int, *, name: str, 
 def check_text_encoder(config: Mapping[str, Any], *, part: str, name: str) -> CLIPTextConfig:
     """The config of the text encoder `part`, all defaults filled in; it has to be CLIP's, and one that can be built."""
     name = f"{name}: its {part}"
-    kind = config.get("model_type", "clip_text_model")
+    kind = config.get("model_type") or "clip_text_model"
     architectures = config.get("architectures") or ["CLIPTextModel"]
     if kind not in ("clip_text_model", "clip") or not str(architectures).startswith("['CLIP"):
-        raise UsageError(f"{name} is a {kind} ({architectures}); only CLIP's text encoder is supported.")
+        raise UsageError(f"{name} is of the kind {kind} ({architectures}); only CLIP's text encoder is supported.")
     _check_not_quantized(config, name)
     network = CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel
     _check_layers(config, ("num_hidden_layers",), name)
@@ -177,10 +177,9 @@ def check_scheduler(config: Mapping[str, Any], *, name: str) -> None:
     schedule = config.get("beta_schedule", "linear")
     betas = config.get("trained_betas")
     if betas is not None:
-        if not isinstance(betas, list) or len(betas) != steps or not all(map(_is_beta, betas)):
-            raise UsageError(
-                f"{name} trained_betas are not {steps} numbers above 0 and below 1, one for each timestep."
-            )
+        usable = isinstance(betas, list) and all(_is_beta(beta) or beta == 1 for beta in betas)
+        if not usable or len(betas) != steps:
+            raise UsageError(f"{name} trained_betas are not {steps} numbers from 0 to 1, one for each timestep.")
     elif schedule not in _BETA_SCHEDULES:
         raise UsageError(
             f"{name} beta_schedule is {schedule!r}, which LCMScheduler, the student's sampler, does not have; "
@@ -204,16 +203,18 @@ def check_conditioning(unet: Mapping[str, Any], text: Mapping[str, CLIPTextConfi
     for path, layer in network.named_modules():
         if isinstance(layer, Attention) and layer.is_cross_attention and layer.cross_attention_dim != width:
             raise UsageError(
-                f"{name}: its U-Net takes embeddings of {layer.cross_attention_dim} numbers ({path}), its text encoders "
-                f"({', '.join(text)}) give {width}; pass a model whose parts belong together."
+                f"{name}: its U-Net takes embeddings of {layer.cross_attention_dim} numbers ({path}), its text "
+                f"encoders ({', '.join(text)}) give {width}; pass a model whose parts belong together."
             )
     if family == "sdxl":
-        expected = text["text_encoder_2"].projection_dim + _TIME_IDS * network.add_time_proj.num_channels
+        each: Any = unet.get("addition_time_embed_dim")
+        pooled = text["text_encoder_2"].projection_dim
         taken = network.add_embedding.linear_1.in_features
-        if taken != expected:
+        if not isinstance(each, int) or taken != pooled + _TIME_IDS * each:
             raise UsageError(
                 f"{name}: its U-Net takes {taken} numbers for the pooled embedding and the sizes "
-                f"(projection_class_embeddings_input_dim), where SDXL's has {expected}; {SUPPORTED}."
+                f"(projection_class_embeddings_input_dim), where SDXL's takes {pooled} and {_TIME_IDS} times {each} "
+                f"(addition_time_embed_dim); {SUPPORTED}."
             )
     if unet.get("resnet_time_scale_shift", "default") not in ("default", "scale_shift"):
         raise UsageError(
@@ -245,7 +246,7 @@ def _refiner(name: str) -> UsageError:
 def _check_class(config: Mapping[str, Any], part: str, expected: str, name: str) -> None:
     kind = config.get("_class_name", expected)
     if kind != expected:
-        raise UsageError(f"{name}: its {part} is a {kind}, not a Diffusers {expected}; {SUPPORTED}.")
+        raise UsageError(f"{name}: its {part} is of the class {kind}, not Diffusers' {expected}; {SUPPORTED}.")
     _check_not_quantized(config, f"{name}: its {part}")
 
 
@@ -290,7 +291,8 @@ def _built(build: Callable[[], Any], name: str) -> Any:
         with init_empty_weights(), no_init_weights():  # the second saves most of the time
             return build()
     except Exception as error:  # odd values in a config: each raises another class
+        reason = " ".join(str(error).split())[:300]  # Transformers names the entry in the second line
         raise UsageError(
-            f"{name} cannot be built from its config ({brief(error)}); {SUPPORTED}. Compare the config with that of "
-            "the model that it was made from."
+            f"{name} cannot be built from its config ({type(error).__name__}: {reason}); {SUPPORTED}. Compare the "
+            "config with that of the model that it was made from."
         ) from None

@@ -17,6 +17,7 @@ from lcm_distill.models.files import ModelFiles, parse_object
 # Of `tokenizer_class`: CLIP's, and what Transformers calls a tokenizer of which it knows the files alone.
 _CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 _SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+_ONLY_CLIP = "only CLIP's is supported, that of Stable Diffusion 1.x, 2.x and SDXL"
 _WORD_END = "</w>"
 # Before 4.24, Transformers wrote this id for the end of a caption whatever the vocabulary; it then takes the place of
 # the highest id as the end.
@@ -50,7 +51,7 @@ def _check_files(files: ModelFiles, part: str, config: dict[str, Any], name: str
     """`UsageError` unless the files are those of a CLIP tokenizer, with its vocabulary and merges."""
     kind = config.get("tokenizer_class") or _CLASSES[0]
     if kind not in _CLASSES:
-        raise UsageError(f"{name} is a {kind}; only CLIP's is supported, that of Stable Diffusion 1.x, 2.x and SDXL.")
+        raise UsageError(f"{name} is of the class {kind}; {_ONLY_CLIP}.")
     complete, vocabulary, merges = (
         files.find(f"{part}/{file}") for file in ("tokenizer.json", "vocab.json", "merges.txt")
     )
@@ -59,15 +60,14 @@ def _check_files(files: ModelFiles, part: str, config: dict[str, Any], name: str
         model = model if isinstance(model, dict) else {}
         if model.get("type", "BPE") != "BPE" or model.get("end_of_word_suffix", _WORD_END) != _WORD_END:
             raise UsageError(
-                f"{name} is not CLIP's but {model.get('type', 'another')} (tokenizer.json); only CLIP's is supported, "
-                "that of Stable Diffusion 1.x, 2.x and SDXL."
+                f"{name} is not CLIP's but of another kind (tokenizer.json: {model.get('type', 'BPE')}); {_ONLY_CLIP}."
             )
         return
     if vocabulary is None or merges is None:
         other = [file for file in _SENTENCEPIECE if files.find(f"{part}/{file}") is not None]
         missing = "vocab.json" if merges is not None else "merges.txt" if vocabulary is not None else "vocabulary"
         raise UsageError(
-            f"{name} is a SentencePiece tokenizer ({other[0]}), as T5 has; only CLIP's is supported."
+            f"{name} is a SentencePiece tokenizer ({other[0]}), as T5 has; {_ONLY_CLIP}."
             if other
             else f"{name} has no {missing}: it needs {part}/tokenizer.json, or {part}/vocab.json and "
             f"{part}/merges.txt; copy them from the model that the teacher was made from."
@@ -84,6 +84,9 @@ def _check_vocabulary(tokenizer: CLIPTokenizer, model: dict[str, Any], name: str
             f"{name} has no tokens for {missing} of CLIP's 512 letters: its vocabulary is not complete; copy it from "
             "the model that the teacher was made from."
         )
+    for which in ("bos_token", "eos_token", "pad_token"):
+        if getattr(tokenizer, which) is None:
+            raise UsageError(f"{name} has no {which} (tokenizer_config.json); copy it from the model that it is of.")
     special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     words = {token for token in vocabulary.keys() - special if len(token.removesuffix(_WORD_END)) > 1}
     unreachable = len(words - {first + second for first, second in model["merges"]})
