@@ -228,11 +228,11 @@ def check_not_refiner(unet: Mapping[str, Any], text_2: Mapping[str, Any], *, nam
 
     `text_2` is the config of the second text encoder, whose pooled embedding both take.
     """
-    taken, step = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
+    taken, each = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
     pooled = text_2.get("projection_dim", 512)
-    if not all(isinstance(size, int) for size in (taken, step, pooled)):
+    if not (isinstance(taken, int) and isinstance(each, int) and isinstance(pooled, int)):
         return  # not a U-Net that can be built
-    if unet.get("cross_attention_dim") == text_2.get("hidden_size") or taken == pooled + _REFINER_TIME_IDS * step:
+    if unet.get("cross_attention_dim") == text_2.get("hidden_size") or taken == pooled + _REFINER_TIME_IDS * each:
         raise _refiner(name)
 
 
