@@ -216,11 +216,6 @@ def check_conditioning(unet: Mapping[str, Any], text: Mapping[str, CLIPTextConfi
                 f"(projection_class_embeddings_input_dim), where SDXL's takes {pooled} and {_TIME_IDS} times {each} "
                 f"(addition_time_embed_dim); {SUPPORTED}."
             )
-    if unet.get("resnet_time_scale_shift", "default") not in ("default", "scale_shift"):
-        raise UsageError(
-            f"{name}: its U-Net's resnet_time_scale_shift is {unet['resnet_time_scale_shift']!r}, as in Kandinsky 2.1; "
-            f"{SUPPORTED}."
-        )
 
 
 def check_not_refiner(unet: Mapping[str, Any], text_2: Mapping[str, Any], *, name: str) -> None:

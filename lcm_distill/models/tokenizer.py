@@ -86,7 +86,9 @@ def _check_vocabulary(tokenizer: CLIPTokenizer, model: dict[str, Any], name: str
         )
     for which in ("bos_token", "eos_token", "pad_token"):
         if getattr(tokenizer, which) is None:
-            raise UsageError(f"{name} has no {which} (tokenizer_config.json); copy it from the model that it is of.")
+            raise UsageError(
+                f"{name} has no {which}; copy its tokenizer_config.json from the model that the teacher was made from."
+            )
     special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     words = {token for token in vocabulary.keys() - special if len(token.removesuffix(_WORD_END)) > 1}
     unreachable = len(words - {first + second for first, second in model["merges"]})
