@@ -28,6 +28,7 @@ from lcm_distill.objective.schedule import NoiseSchedule
 logger = logging.getLogger(__name__)
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+_WEIGHTS = (".safetensors", ".bin")  # in a folder
 
 
 @dataclasses.dataclass
@@ -203,17 +204,23 @@ class Teacher:
             try:
                 loaded[name] = _from_folder(kind, self.model, dtypes[name], subfolder=name, **where)
             except Exception as error:  # a pickle that is none, shapes that do not fit: each raises another class
-                remedy = "download them again, or pass the model as .safetensors"
-                if isinstance(error, OSError):  # no such file
-                    remedy = (
-                        "if the model has only half-precision files, pass --variant fp16; if it has none, leave out "
-                        "--variant"
-                    )
                 variant = "" if self.variant is None else f" in the variant {self.variant}"
                 raise UsageError(
-                    f"{self}: the weights of its {name} cannot be loaded{variant}; {remedy}. ({brief(error)})"
+                    f"{self}: the weights of its {name} cannot be loaded{variant}; {self._remedy(name)}. "
+                    f"({brief(error)})"
                 ) from None
         return loaded
+
+    def _remedy(self, part: str) -> str:
+        """What to do if the weights of `part` of a folder or a Hub model cannot be loaded."""
+        files = [path.name.split(".") for path in Path(self.model, part).glob("*") if path.suffix in _WEIGHTS]
+        variants = {None if len(words) == 2 else words[1].partition("-")[0] for words in files}
+        if self.variant in variants:
+            return "download them again, or pass the model as .safetensors"
+        if variants:  # files such as diffusion_pytorch_model.fp16.safetensors
+            own = variants.pop()
+            return "leave out --variant" if own is None else f"pass --variant {own}"
+        return "if the model has only half-precision files, pass --variant fp16; if it has none, leave out --variant"
 
     def _load_single_file(self, parts: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
         """Part by part: a pipeline's `from_single_file` needs all parts, and confuses text encoders of equal width."""

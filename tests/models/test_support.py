@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from diffusers import UNet2DConditionModel
+import torch
 
 from benchmarks.architectures import UNETS
 from lcm_distill.errors import UsageError
@@ -39,7 +39,7 @@ def assert_refused(folder: Path, message: str, family: str = "sd") -> None:
         ({"in_channels": 7, "num_class_embeds": 1000}, "num_class_embeds is 1000"),
         ({"in_channels": 5}, "is conditioned on depth"),
         ({"in_channels": 16}, "its latents have 4 channels, the teacher's U-Net takes 16"),
-        ({"in_channels": None}, "its U-Net takes None"),
+        ({"in_channels": None}, "the teacher's U-Net takes None"),
         ({"out_channels": 8}, "takes 4 channels and predicts 8"),
         ({"out_channels": 3}, "takes 4 channels and predicts 3"),
         ({"class_embed_type": "projection", "projection_class_embeddings_input_dim": 8}, "Stable unCLIP"),
@@ -105,14 +105,14 @@ def make_refiner(folder: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | absent))
 
 
-@pytest.mark.parametrize("told_by", ["the index", "the U-Net", "the width of its embeddings alone"])
-def test_an_sdxl_refiner_is_refused(told_by, changed):
+@pytest.mark.parametrize("shown_by", ["the index", "the U-Net", "the width of its embeddings alone"])
+def test_an_sdxl_refiner_is_refused(shown_by, changed):
     """ "pass --variant fp16" was said, after the U-Net's weights had been read."""
     folder = changed("sdxl")
     make_refiner(folder)
-    if told_by != "the index":
+    if shown_by != "the index":
         (folder / "model_index.json").unlink()
-    if told_by == "the width of its embeddings alone":
+    if shown_by == "the width of its embeddings alone":
         path = folder / UNET
         path.write_text(json.dumps(json.loads(path.read_text()) | {"addition_time_embed_dim": 16}))
     assert_refused(folder, "is an SDXL refiner", "sdxl")
@@ -312,10 +312,9 @@ def test_schedulers_that_people_have_are_supported(entries, changed):
 
 def test_nothing_is_drawn_from_the_global_generator(teacher):
     """The networks are built without memory: a run's draws must not depend on that."""
-    import torch
-
     torch.manual_seed(3)
     before = torch.get_rng_state()
     read(Path(teacher))
     assert torch.equal(torch.get_rng_state(), before)
-    assert UNet2DConditionModel(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)).conv_in.weight.abs().sum() > 0  # fmt: skip
+    layer = torch.nn.Linear(4, 4)  # initialized as ever
+    assert layer.weight.device.type == "cpu" and layer.weight.abs().sum() > 0
