@@ -75,7 +75,7 @@ def test_the_tables_are_whole():
 # Every entry asks
 
 
-def command_line(name: str, teacher: str, shards: str, folder: Path) -> list[str]:
+def command_line(name: str, teacher: str, shards: str, student: str, folder: Path) -> list[str]:
     """A command line that would use this teacher."""
     common = ["--pretrained_teacher_model", teacher]
     if name.startswith("train"):
@@ -86,7 +86,7 @@ def command_line(name: str, teacher: str, shards: str, folder: Path) -> list[str
     return {
         "lcm_distill.sample": [*common, "--prompts", "a", "--output_dir", str(folder / "out")],
         "lcm_distill.evaluate": [*common, "--prompts", "a", "--output_dir", str(folder / "out")],
-        "lcm_distill.bench_inference": common,
+        "lcm_distill.bench_inference": [*common, "--student", student],
         "lcm_distill.encode_shards": [*common, shards, str(folder / "out"), "--resolution", "64"],
     }[name]
 
@@ -113,8 +113,9 @@ def command_line(name: str, teacher: str, shards: str, folder: Path) -> list[str
     ],
 )
 def test_every_program_and_command_refuses_before_weights_are_read(
-    name, what, message, teachers, shards, tmp_path, monkeypatch
+    name, what, message, teachers, shards, finished, tmp_path, monkeypatch
 ):
+    student = finished("style", "sd")
     family = "sdxl" if "sdxl" in name else "sd"
     folder = Path(shutil.copytree(teachers[family], tmp_path / "teacher"))
     change(folder, what)
@@ -122,4 +123,4 @@ def test_every_program_and_command_refuses_before_weights_are_read(
     monkeypatch.setattr(Teacher, "fingerprint", lambda *_, **__: pytest.fail("weights were read"))
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(UsageError, match=f"--pretrained_teacher_model .*{message}"):
-        importlib.import_module(name).main(command_line(name, str(folder), shards, tmp_path))
+        importlib.import_module(name).main(command_line(name, str(folder), shards, student, tmp_path))
