@@ -85,4 +85,4 @@ def scale_and_shift(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def vae_factor(config: dict) -> int:
     """Pixels per latent along each side, from the VAE's config: 8 for Stable Diffusion."""
-    return 2 ** (len(config["block_out_channels"]) - 1)
+    return 2 ** (len(config.get("block_out_channels", [64])) - 1)  # the default of Diffusers' class

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -64,6 +65,108 @@ def test_missing_weights_of_a_folder_are_reported(part, teacher, tmp_path):
         broken.load({name: kind}, {name: torch.float32})
 
 
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_pickled_weights_alone_are_read(part, teacher, tmp_path):
+    """As in the first releases of Stable Diffusion: PyTorch reads them without running anything."""
+    folder = Path(shutil.copytree(teacher, tmp_path / "teacher"))
+    (file,) = (folder / part).glob("*.safetensors")
+    stem = "pytorch_model" if part == "text_encoder" else "diffusion_pytorch_model"
+    torch.save(load_file(file), folder / part / f"{stem}.bin")
+    file.unlink()
+    read_configs(Teacher(str(folder)), **CONFIGS)
+    assert_same_networks(load(Teacher(str(folder)), "sd"), load(Teacher(teacher), "sd"))
+
+
+class RunsCode:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("kind", ["torch.save", "an older format", "pickle", "text"])
+def test_a_pickle_of_anything_but_weights_is_refused(kind, part, configs_only, tmp_path):
+    """A traceback after other networks had been loaded."""
+    stem = "pytorch_model" if part == "text_encoder" else "diffusion_pytorch_model"
+    path = configs_only / part / f"{stem}.bin"
+    content = {"weight": torch.zeros(2), "code": RunsCode(tmp_path / "touched")}
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    elif kind == "text":
+        path.write_text("<html>404</html>")
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=kind == "torch.save")
+    networks = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    message = f"--pretrained_teacher_model .*{path.name} is a pickle that holds code .*Path.*safetensors"
+    with pytest.raises(UsageError, match=message if kind == "torch.save" else f"the weights of its {part}") as info:
+        read_configs(Teacher(str(configs_only)), **CONFIGS)
+        assert kind != "torch.save"  # of which the code is seen before any weights are read
+        Teacher(str(configs_only)).load({part: networks[part]}, {part: torch.float32})
+    assert "\n" not in str(info.value) and "--variant" not in str(info.value)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_separate_vae_that_holds_code_is_refused(teacher, tmp_path):
+    shutil.copytree(f"{teacher}/vae", tmp_path / "vae", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save({"code": RunsCode(tmp_path / "touched")}, tmp_path / "vae" / "diffusion_pytorch_model.bin")
+    with pytest.raises(UsageError, match="--pretrained_vae_model_name_or_path .*model.bin is a pickle that holds code"):
+        read_configs(Teacher(teacher, vae=str(tmp_path / "vae")), **CONFIGS)
+    assert not (tmp_path / "touched").exists()
+
+
+# A separate VAE
+
+
+def scaled_vae(teacher: str, folder: Path, **entries) -> str:
+    """A copy of the teacher's VAE with `entries` in its config; None removes one."""
+    shutil.copytree(f"{teacher}/vae", folder)
+    config = json.loads((folder / "config.json").read_text()) | entries
+    config = {key: value for key, value in config.items() if entries.get(key, 0) is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "entries, key, separate, own",
+    [
+        ({"scaling_factor": 0.13025}, "scaling_factor", 0.13025, 0.45),
+        ({"scaling_factor": 1}, "scaling_factor", 1.0, 0.45),
+        ({"scaling_factor": None}, "scaling_factor", 0.18215, 0.45),  # left out: Stable Diffusion's
+        ({"shift_factor": 0.1}, "shift_factor", 0.1, None),
+    ],
+)
+def test_a_separate_vae_with_another_scale_is_said(entries, key, separate, own, teacher, tmp_path, caplog):
+    """Its latents have another size than those that the U-Net was trained on; nothing was said."""
+    vae = scaled_vae(teacher, tmp_path / "vae", **entries)
+    with caplog.at_level(logging.WARNING, "lcm_distill"):
+        read_configs(Teacher(teacher, vae=vae), **CONFIGS)
+    (record,) = caplog.records
+    assert f"--pretrained_vae_model_name_or_path {vae}: its {key} is {separate}," in record.message
+    assert f"the teacher's own VAE ({teacher}) {own}:" in record.message
+
+
+@pytest.mark.parametrize("entries", [{}, {"shift_factor": 0.0}, {"force_upcast": True}, {"sample_size": 512}])
+def test_nothing_is_said_of_a_vae_with_the_teacher_s_scale(entries, teacher, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "lcm_distill"):
+        read_configs(Teacher(teacher, vae=scaled_vae(teacher, tmp_path / "vae", **entries)), **CONFIGS)
+        read_configs(Teacher(teacher), **CONFIGS)
+    assert not caplog.records
+
+
+def test_a_teacher_without_a_vae_takes_a_separate_one(teacher, configs_only, caplog):
+    shutil.rmtree(configs_only / "vae")
+    with caplog.at_level(logging.WARNING, "lcm_distill"):
+        read_configs(Teacher(str(configs_only), vae=f"{teacher}/vae"), **CONFIGS)
+    assert not caplog.records
+    with pytest.raises(UsageError, match="contains no vae/config.json"):
+        read_configs(Teacher(str(configs_only)), **CONFIGS)
+
+
+# Single files
+
+
 @pytest.fixture(scope="module")
 def single_files(teachers, tmp_path_factory) -> dict[str, str]:
     """The toy teachers as single files in the original layout."""
@@ -76,12 +179,7 @@ def single_files(teachers, tmp_path_factory) -> dict[str, str]:
 @pytest.fixture()
 def configs_only(teacher, tmp_path) -> Path:
     """A copy of the teacher without weights, from which nothing can be loaded."""
-    copy = tmp_path / "teacher"
-    for part in ("unet", "vae", "scheduler"):
-        (copy / part).mkdir(parents=True)
-        for file in (Path(teacher) / part).glob("*.json"):
-            shutil.copy(file, copy / part)
-    return copy
+    return Path(shutil.copytree(teacher, tmp_path / "teacher", ignore=shutil.ignore_patterns("*.safetensors")))
 
 
 def test_mistakes_are_found_in_the_configs_before_weights_are_read(teacher, configs_only, tmp_path):
@@ -107,7 +205,7 @@ def test_mistakes_are_found_in_the_configs_before_weights_are_read(teacher, conf
     [
         ({"time_cond_proj_dim": 256}, "is an LCM"),
         ({"addition_embed_type": "text_time"}, "train_lcm_distill_sdxl_wds.py or train_lcm_distill_lora_sdxl_wds.py"),
-        ({"in_channels": 9}, "--pretrained_vae_model_name_or_path: its latents have 4 channels, .* takes 9"),
+        ({"in_channels": 9}, "is an inpainting model: its U-Net takes 9 channels, where latents have 4"),
     ],
 )
 def test_a_u_net_of_another_kind_is_refused(change, message, configs_only):
@@ -193,9 +291,6 @@ def test_a_teacher_of_the_other_family_is_refused(teachers):
         read_configs(Teacher(teachers["sdxl"]), **CONFIGS)
     with pytest.raises(UsageError, match="train_lcm_distill_sd_wds.py"):
         read_configs(Teacher(teachers["sd"]), **CONFIGS | {"family": "sdxl"})
-
-
-# Single files
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
