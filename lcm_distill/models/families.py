@@ -8,7 +8,8 @@ from diffusers import UNet2DConditionModel
 
 from lcm_distill.data.encoded import Encoding
 from lcm_distill.models import sd, sdxl
-from lcm_distill.models.teacher import Teacher, is_sdxl
+from lcm_distill.models.support import is_sdxl
+from lcm_distill.models.teacher import Teacher
 
 
 class Family(Protocol):

@@ -3,35 +3,32 @@
 import dataclasses
 import functools
 import hashlib
+import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from diffusers.loaders.single_file_utils import (
-    SingleFileComponentError,
-    create_diffusers_clip_model_from_ldm,
-    fetch_diffusers_config,
-)
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError, safe_open
+from transformers import CLIPTextConfig, CLIPTokenizer
 
 from lcm_distill.errors import UsageError, brief
 from lcm_distill.flags import TEACHER_FLAG, VAE_FLAG, TeacherFlags
-from lcm_distill.models.vae import vae_factor
-from lcm_distill.objective.schedule import NoiseSchedule
+from lcm_distill.models import support
+from lcm_distill.models.files import ModelFiles, check_pickles
+from lcm_distill.models.single_file import PREFIXES, SingleFile, from_original_layout
+from lcm_distill.models.tokenizer import load_tokenizer
+from lcm_distill.models.vae import scale_and_shift, vae_factor
+from lcm_distill.objective.schedule import NoiseSchedule, check_scheduler_class, complete_schedule
 
-_SD2_NAME = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+logger = logging.getLogger(__name__)
+
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-# The prefixes of each part's tensors in the original layout (LDM, SGM). The moving average, "model_ema.", is not read.
-_ORIGINAL = {
-    "unet": ("model.diffusion_model.",),
-    "vae": ("first_stage_model.", "vae."),
-    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
-    "text_encoder_2": ("conditioner.embedders.1.",),
-}
+_WEIGHTS = (".safetensors", ".bin")  # in a folder
 
 
 @dataclasses.dataclass
@@ -73,6 +70,10 @@ class Teacher:
             cache_dir=flags.cache_dir,
         )
 
+    def __str__(self) -> str:
+        """As in messages."""
+        return f"{TEACHER_FLAG} {self.model}"
+
     @property
     def is_single_file(self) -> bool:
         return self.model.endswith(".safetensors")
@@ -113,74 +114,118 @@ class Teacher:
                     f"--teacher_config is for a single-file teacher; {TEACHER_FLAG} {self.model} has its own configs."
                 )
             return self.model
-        if not Path(self.model).is_file():
-            raise UsageError(f"{TEACHER_FLAG} {self.model}: no such file.")
         if self.variant or self.revision:
-            raise UsageError(
-                f"{TEACHER_FLAG} {self.model} is a single file: leave out --variant and --teacher_revision."
-            )
-        try:
-            with safe_open(self.model, "pt") as file:
-                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-        except (OSError, SafetensorError) as error:
-            raise UsageError(
-                f"{TEACHER_FLAG} {self.model}: not a complete .safetensors file; download it again. ({brief(error)})"
-            ) from None
-        if self.config:
-            return self.config
-        if "v_pred" in shapes:  # the marker of such fine-tunes, which no model that Diffusers infers fits
-            raise UsageError(
-                f"{TEACHER_FLAG} {self.model} predicts v{' and ends at zero SNR' if 'ztsnr' in shapes else ''}: pass a "
-                "Diffusers folder or Hub id with such a scheduler config as --teacher_config."
-            )
-        if shapes.get(_SD2_NAME, [0])[-1] == 1024:  # some predict ε and some v; the file does not say which
-            raise UsageError(
-                f"{TEACHER_FLAG} {self.model} is a Stable Diffusion 2 model, of which some predict noise and some v: "
-                "pass a Diffusers folder or Hub id with the right scheduler config as --teacher_config."
-            )
-        # Diffusers infers the model from a few names and shapes: no weights need to be read.
-        tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-        return str(fetch_diffusers_config(tensors)["pretrained_model_name_or_path"])
+            raise UsageError(f"{self} is a single file: leave out --variant and --teacher_revision.")
+        file = self.file  # a damaged one is reported before its configs
+        return self.config or file.infer_configs()
 
-    def read_config(self, kind: Any, subfolder: str | None) -> dict[str, Any]:
-        """The config of one part, of the Diffusers class `kind`; `UsageError` if it cannot be read."""
+    @functools.cached_property
+    def file(self) -> SingleFile:
+        """The header of a single-file teacher. `UsageError` if the file is missing or damaged."""
+        return SingleFile.open(self.model, str(self))
+
+    @functools.cached_property
+    def files(self) -> ModelFiles:
+        """The files with the configs and tokenizers. `UsageError` if the teacher is a file that cannot be used."""
+        flag = "--teacher_config" if self.config else TEACHER_FLAG
+        return ModelFiles(self.config_source, flag, self.revision, self.cache_dir)
+
+    @functools.cached_property
+    def _parts_read(self) -> dict[str, Any]:
+        """Tokenizers and text encoders' configs, by their parts."""
+        return {}
+
+    def read_json(self, file: str, *, optional: bool = False) -> dict[str, Any]:
+        """The JSON object in a file beside the configs; `UsageError` if it cannot be used.
+
+        Without such a file: a `UsageError`, or an empty object if it is `optional`.
+        """
         source = self.config_source
         try:
-            return _config(
-                kind,
-                source,
-                "--teacher_config" if self.config else TEACHER_FLAG,
-                subfolder=subfolder,
-                revision=self.revision,
-                cache_dir=self.cache_dir,
-            )
+            return self.files.read_optional_json(file) if optional else self.files.read_json(file)
         except UsageError as error:
             if not self.is_single_file or self.config:
                 raise
             raise UsageError(
-                f"{TEACHER_FLAG} {self.model} is a single file, which has no configs, and those of {source}, the "
+                f"{self} is a single file, which has no configs, and those of {source}, the "
                 "model that it seems to be, cannot be read. Pass a Diffusers folder or Hub id with its configs as "
                 f"--teacher_config. ({error})"
             ) from None
 
+    def read_config(self, kind: Any, subfolder: str | None) -> dict[str, Any]:
+        """The config of one part, of the Diffusers class `kind`; `UsageError` if it cannot be read."""
+        return self.read_json(str(Path(subfolder or ".") / kind.config_name))
+
+    def read_scheduler_config(self) -> dict[str, Any]:
+        """The scheduler's config, with the class that decides what it leaves out; `UsageError` if it cannot be read.
+
+        That is the one that it names itself, since that class wrote it, else the one in model_index.json. A warning is
+        logged if both are named and their defaults give other schedules. `UsageError` if neither is named and the betas
+        are left out, or one is not of a discrete schedule of betas.
+        """
+        config = self.read_config(DDPMScheduler, "scheduler")
+        index = self.read_json("model_index.json", optional=True).get("scheduler")  # configs alone have none
+        listed = index[1] if isinstance(index, list) and len(index) == 2 else None
+        if listed is not None:
+            check_scheduler_class(listed)
+        if not config.get("_class_name"):
+            left_out = [key for key in ("beta_start", "beta_end", "beta_schedule") if key not in config]
+            if listed is None and left_out and not config.get("trained_betas"):
+                raise UsageError(
+                    f"{TEACHER_FLAG}: its scheduler_config.json has neither {left_out[0]} nor a _class_name, which "
+                    "would say what that is; add the schedule that the model was trained with."
+                )
+            return config if listed is None else config | {"_class_name": listed}
+        if listed not in (None, config["_class_name"]):
+            taken, other = complete_schedule(config), complete_schedule(config | {"_class_name": listed})
+            if different := [key for key in taken if taken[key] != other[key]]:
+                logger.warning(
+                    "%s: its scheduler_config.json is of %s and leaves out %s, but its model_index.json lists %s, "
+                    "which has another default (%s and %s). The first is taken; if the model was trained with the "
+                    "second, write that into scheduler_config.json.",
+                    TEACHER_FLAG,
+                    config["_class_name"],
+                    different[0],
+                    listed,
+                    taken[different[0]],
+                    other[different[0]],
+                )
+        return config
+
     def read_vae_config(self) -> dict[str, Any]:
         if self.vae is None:
             return self.read_config(AutoencoderKL, "vae")
-        return _config(AutoencoderKL, self.vae, VAE_FLAG, revision=self.vae_revision, cache_dir=self.cache_dir)
+        files = ModelFiles(self.vae, VAE_FLAG, self.vae_revision, self.cache_dir)
+        return files.read_json(AutoencoderKL.config_name)
+
+    def read_text_config(self, part: str) -> CLIPTextConfig:
+        """The config of the text encoder `part`; `UsageError` unless it is CLIP's."""
+        if part not in self._parts_read:
+            config = self.read_json(f"{part}/config.json")
+            self._parts_read[part] = support.check_text_encoder(config, part=part, name=str(self))
+        return self._parts_read[part]
+
+    def tokenizer(self, part: str) -> CLIPTokenizer:
+        """The tokenizer `part`, read once; `UsageError` unless it fits its text encoder."""
+        if part not in self._parts_read:
+            text_encoder = self.read_text_config(part.replace("tokenizer", "text_encoder"))
+            self._parts_read[part] = load_tokenizer(self.files, part, text_encoder)
+        return self._parts_read[part]
 
     def load(self, parts: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
         """Loads `parts`, Diffusers or Transformers classes by name; networks in `dtypes`, in eval mode, frozen.
 
         `UsageError` if weights are missing, cannot be loaded, or do not fit the configs.
         """
-        own = {name: kind for name, kind in parts.items() if name != "vae" or self.vae is None}
-        loaded = self._load_single_file(own, dtypes) if self.is_single_file else self._load_folder(own, dtypes)
+        own = {name: kind for name, kind in parts.items() if name in dtypes and (name != "vae" or self.vae is None)}
+        loaded: dict[str, Any] = {name: self.tokenizer(name) for name in parts if name not in dtypes}
+        loaded |= self._load_single_file(own, dtypes) if self.is_single_file else self._load_folder(own, dtypes)
         if self.vae is not None and "vae" in parts:
             try:
                 loaded["vae"] = _from_folder(
                     AutoencoderKL, self.vae, dtypes["vae"], revision=self.vae_revision, cache_dir=self.cache_dir
                 )
-            except (OSError, ValueError, RuntimeError) as error:
+            except Exception as error:  # a pickle that is none, shapes that do not fit: each raises another class
                 raise UsageError(f"{VAE_FLAG} {self.vae}: its weights cannot be loaded. ({brief(error)})") from None
         for name, part in loaded.items():
             if isinstance(part, torch.nn.Module):
@@ -189,49 +234,55 @@ class Teacher:
         return loaded
 
     def _load_folder(self, parts: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
-        hub: dict[str, Any] = dict(revision=self.revision, cache_dir=self.cache_dir)
+        where: dict[str, Any] = dict(variant=self.variant, revision=self.revision, cache_dir=self.cache_dir)
         loaded = {}
-        try:
-            for name, kind in parts.items():
-                if name not in dtypes:
-                    loaded[name] = kind.from_pretrained(self.model, subfolder=name, **hub)
-                else:
-                    where = dict(subfolder=name, variant=self.variant, **hub)
-                    loaded[name] = _from_folder(kind, self.model, dtypes[name], **where)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UsageError(
-                f"{TEACHER_FLAG} {self.model}: its weights cannot be loaded"
-                f"{'' if self.variant is None else f' in the variant {self.variant}'}; if the model has only "
-                "half-precision files, pass --variant fp16; if it has none, leave out --variant. "
-                f"({brief(error)})"
-            ) from None
+        for name, kind in parts.items():
+            try:
+                loaded[name] = _from_folder(kind, self.model, dtypes[name], subfolder=name, **where)
+            except Exception as error:  # a pickle that is none, shapes that do not fit: each raises another class
+                variant = "" if self.variant is None else f" in the variant {self.variant}"
+                raise UsageError(
+                    f"{self}: the weights of its {name} cannot be loaded{variant}; {self._remedy(name)}. "
+                    f"({brief(error)})"
+                ) from None
         return loaded
+
+    def _remedy(self, part: str) -> str:
+        """What to do if the weights of `part` of a folder or a Hub model cannot be loaded."""
+        files = [path.name.split(".") for path in Path(self.model, part).glob("*") if path.suffix in _WEIGHTS]
+        variants = {None if len(words) == 2 else words[1].partition("-")[0] for words in files}
+        if self.variant in variants:
+            return "download them again, or pass the model as .safetensors"
+        if variants:  # files such as diffusion_pytorch_model.fp16.safetensors
+            own = variants.pop()
+            return "leave out --variant" if own is None else f"pass --variant {own}"
+        return "if the model has only half-precision files, pass --variant fp16; if it has none, leave out --variant"
 
     def _load_single_file(self, parts: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
         """Part by part: a pipeline's `from_single_file` needs all parts, and confuses text encoders of equal width."""
         source = self.config_source
         loaded = {}
+        self.check_weight_files(parts)
         try:
             # Of Diffusers' classes, only pipelines respect cache_dir for the configs of `from_single_file`.
             configs = source if Path(source).is_dir() else self._download_configs(source, parts)
-            with safe_open(self.model, "pt") as file:
-                for name, kind in parts.items():
-                    if name not in dtypes:
-                        loaded[name] = kind.from_pretrained(configs, subfolder=name)
-                        continue
-                    weights = {key: file.get_tensor(key) for key in file.keys() if key.startswith(_ORIGINAL[name])}
-                    if not weights:
-                        remedy = f"pass one as {VAE_FLAG}" if name == "vae" else "use a file with all parts"
-                        raise UsageError(f"{TEACHER_FLAG} {self.model} contains no {name}; {remedy}.")
-                    loaded[name] = _from_original_layout(kind, weights, configs, name, dtypes[name])
-        except UsageError:
-            raise
+            for name, kind in parts.items():
+                loaded[name] = from_original_layout(kind, self.file.read(name), configs, name, dtypes[name])
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
             raise UsageError(
-                f"{TEACHER_FLAG} {self.model}: its weights do not fit the configs of {source}; "
+                f"{self}: its weights do not fit the configs of {source}; "
                 f"pass a Diffusers folder or Hub id with its own configs as --teacher_config. ({brief(error)})"
             ) from None
         return loaded
+
+    def check_weight_files(self, networks: Iterable[str]) -> None:
+        """`UsageError` unless a single file has all of `networks`, or if a local folder's are pickles with code."""
+        if self.is_single_file:
+            remedy = {"vae": f"pass one as {VAE_FLAG}"}
+            self.file.check_parts({name: remedy.get(name, "use a file with all parts") for name in networks})
+            return
+        for name in networks:
+            check_pickles(Path(self.model, name), f"{self}: {name}")
 
     def _download_configs(self, source: str, parts: Mapping[str, Any]) -> str:
         patterns = [f"{name}/{files}" for name in parts for files in ("*.json", "*.txt")]
@@ -261,7 +312,7 @@ class Teacher:
             for name, tensor in network.state_dict().items():
                 yield name, tensor[:1] if tensor.dim() > 1 else tensor
             return
-        prefixes = _ORIGINAL[part] if path == self.model else ("",)
+        prefixes = PREFIXES[part] if path == self.model else ("",)
         with safe_open(path, "pt") as file:
             for name in file.keys():
                 for prefix in prefixes:
@@ -302,94 +353,72 @@ def _from_folder(kind: Any, model: str, dtype: torch.dtype, **where: Any) -> tor
     return part
 
 
-def _from_original_layout(
-    kind: Any, weights: dict[str, torch.Tensor], configs: str, name: str, dtype: torch.dtype
-) -> torch.nn.Module:
-    """A network of class `kind` from its `weights` in the original layout; `ValueError` unless they all fit."""
-    if hasattr(kind, "from_single_file"):  # in float32: given a dtype, it warns about modules that are missing
-        part = kind.from_single_file(weights, config=configs, subfolder=name)
-    else:
-        part = create_diffusers_clip_model_from_ldm(
-            kind, checkpoint=weights, config=configs, subfolder=name, torch_dtype=dtype
-        )
-    state = part.state_dict()
-    missing = [key for key, tensor in state.items() if tensor.is_meta]
-    if missing:
-        raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}")
-    if kind is UNet2DConditionModel and len(weights) != len(state):  # the same tensors in both layouts
-        raise ValueError(f"{name} has {len(weights)} tensors in the file, {len(state)} by its config")
-    return part
-
-
 def read_configs(teacher: Teacher, *, family: str, resolution: int, num_ddim_timesteps: int) -> TeacherConfigs:
     """Reads the configs of `teacher` and checks that the programs of `family`, "sd" or "sdxl", can use them.
 
-    `UsageError` if there is no such model, it is of the other family or already an LCM, its VAE does not fit or is not
-    supported, `resolution` (pixels) is not a multiple of the VAE's factor, or the solver's grid is finer than the
-    training timesteps.
+    Tokenizers, too; no weights. `UsageError` if there is no such model, it is not one that `support` knows, it is of
+    the other family or already an LCM, a part of it does not fit another, `resolution` (pixels) is not a multiple of
+    the VAE's factor, or the solver's grid is finer than the training timesteps. A separate VAE that scales latents
+    unlike the teacher's own is logged.
     """
+    name = str(teacher)
+    _check_pipeline(teacher)
     unet = teacher.read_config(UNet2DConditionModel, "unet")
-    check_teacher_config(unet, family=family)
-    scheduler = teacher.read_config(DDPMScheduler, "scheduler")
-    vae = teacher.read_vae_config()
+    text_parts = support.TEXT_PARTS[family]
+    networks = ["unet", *["vae"] * (teacher.vae is None), *text_parts.values()]
+    teacher.check_weight_files(networks)
+    support.check_unet(unet, family=family, name=name)
+    vae, vae_name = teacher.read_vae_config(), f"{VAE_FLAG} {teacher.vae}" if teacher.vae else name
+    support.check_vae(vae, name=vae_name)
+    latent_channels = vae.get("latent_channels", 4)
+    found = teacher.file.unet_config(unet) if teacher.is_single_file else unet
+    support.check_channels(found, latent_channels, name=name, vae_name=vae_name)
+    scheduler = teacher.read_scheduler_config()
+    support.check_scheduler(scheduler, name=name)
+    if teacher.is_single_file:
+        teacher.file.check_scheduler(scheduler, teacher.config_source)
+    NoiseSchedule.from_config(scheduler)  # fails for one of another kind, or an unknown prediction type
+    if family == "sdxl":
+        support.check_not_refiner(unet, teacher.read_json("text_encoder_2/config.json"), name=name)
+    text = {part: teacher.read_text_config(part) for part in text_parts.values()}
+    for part in text_parts:
+        teacher.tokenizer(part)
+    support.check_conditioning(unet, text, family=family, name=name)
+    if teacher.vae is not None:
+        check_pickles(Path(teacher.vae), vae_name)
+        _compare_vaes(teacher, vae)
+
     factor = math.lcm(8, vae_factor(vae))  # the pipelines need a multiple of 8 whatever the VAE
     if resolution % factor:
         raise UsageError(
             f"--resolution {resolution} is not a multiple of {factor}, which the VAE and the pipelines need; "
             f"the nearest are {resolution // factor * factor or factor} and {-(-resolution // factor) * factor}."
         )
-    latent_channels, in_channels = vae.get("latent_channels", 4), unet.get("in_channels", 4)
-    if latent_channels != in_channels:
-        raise UsageError(
-            f"{VAE_FLAG}: its latents have {latent_channels} channels, the teacher's U-Net takes {in_channels}."
-        )
-    if vae.get("latents_mean") or vae.get("latents_std"):
-        raise UsageError(
-            f"{VAE_FLAG}: its latents are normalized per channel (latents_mean, latents_std), as in Playground v2.5; "
-            "such models are not supported."
-        )
     train_timesteps = scheduler.get("num_train_timesteps", 1000)
     if num_ddim_timesteps > train_timesteps:
         raise UsageError(
             f"--num_ddim_timesteps {num_ddim_timesteps} is above the teacher's {train_timesteps} training timesteps."
         )
-    NoiseSchedule.from_config(scheduler)  # fails for an unknown prediction type
     return TeacherConfigs(unet=unet, vae=vae, scheduler=scheduler)
 
 
-def is_sdxl(unet_config: Mapping[str, Any]) -> bool:
-    """Whether a U-Net is one of SDXL's family, by its config."""
-    return unet_config.get("addition_embed_type") == "text_time"
+def _check_pipeline(teacher: Teacher) -> None:
+    """`UsageError`, which names the kind of model, if its pipeline has no U-Net such as Stable Diffusion's."""
+    index = teacher.read_json("model_index.json", optional=True)
+    if index:
+        support.check_pipeline(index, name=str(teacher))
 
 
-def check_teacher_config(config: Mapping[str, Any], *, family: str) -> None:
-    """`UsageError` if the programs of `family`, "sd" or "sdxl", cannot distil a teacher with this U-Net config."""
-    found_sdxl = is_sdxl(config)
-    if found_sdxl != (family == "sdxl"):
-        right = "sdxl" if found_sdxl else "sd"
-        raise UsageError(
-            f"--pretrained_teacher_model is a Stable Diffusion {'XL ' if found_sdxl else ''}model; "
-            f"distil it with train_lcm_distill_{right}_wds.py or train_lcm_distill_lora_{right}_wds.py."
-        )
-    if config.get("time_cond_proj_dim") is not None:
-        raise UsageError(
-            "--pretrained_teacher_model already has a guidance embedding: it is an LCM, not a teacher. "
-            "Pass the model that it was distilled from."
-        )
-
-
-def _config(kind: Any, model: str, flag: str, *, subfolder: str | None = None, **where: Any) -> dict[str, Any]:
-    """A model's config; `UsageError`, which names `flag`, if it cannot be read."""
-    file = str(Path(subfolder or ".") / kind.config_name)
-    if Path(model).exists():
-        if not (Path(model) / file).is_file():
-            raise UsageError(f"{flag} {model} contains no {file}; pass a Diffusers pipeline folder, which has {file}.")
-    elif model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise UsageError(f"{flag} {model}: no such folder; pass a Diffusers pipeline folder or a Hub id.")
-    try:
-        return dict(kind.load_config(model, subfolder=subfolder, **where))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{flag} {model}: neither a local folder nor a model that the Hub provides; check the name, the revision "
-            f"and the connection. ({brief(error)})"
-        ) from None
+def _compare_vaes(teacher: Teacher, vae: Mapping[str, Any]) -> None:
+    """Logs a warning if a separate VAE scales latents unlike the teacher's own, if that has one."""
+    own = teacher.read_json(f"vae/{AutoencoderKL.config_name}", optional=True)
+    if not own or not support.has_usable_scale(own):
+        return
+    separate, expected = scale_and_shift(vae), scale_and_shift(own)
+    differing = [key for key, value in expected.items() if (value or 0) != (separate[key] or 0)]
+    for key in differing:
+        logger.warning(
+            "%s %s: its %s is %s, that of the teacher's own VAE (%s) %s: the U-Net was trained on latents of that "
+            "scale; use this VAE only if it was made for this teacher.",
+            VAE_FLAG, teacher.vae, key, separate[key], teacher.model, expected[key],
+        )  # fmt: skip

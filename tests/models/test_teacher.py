@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from lcm_distill.errors import UsageError
 from lcm_distill.models import sd, sdxl
 from lcm_distill.models.teacher import Teacher, read_configs
 from lcm_distill.models.vae import vae_factor
+from lcm_distill.objective.schedule import complete_schedule
 
 CONFIGS = {"family": "sd", "resolution": 64, "num_ddim_timesteps": 50}
 MODULES = {"sd": sd, "sdxl": sdxl}
@@ -63,6 +65,108 @@ def test_missing_weights_of_a_folder_are_reported(part, teacher, tmp_path):
         broken.load({name: kind}, {name: torch.float32})
 
 
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_pickled_weights_alone_are_read(part, teacher, tmp_path):
+    """As in the first releases of Stable Diffusion: PyTorch reads them without running anything."""
+    folder = Path(shutil.copytree(teacher, tmp_path / "teacher"))
+    (file,) = (folder / part).glob("*.safetensors")
+    stem = "pytorch_model" if part == "text_encoder" else "diffusion_pytorch_model"
+    torch.save(load_file(file), folder / part / f"{stem}.bin")
+    file.unlink()
+    read_configs(Teacher(str(folder)), **CONFIGS)
+    assert_same_networks(load(Teacher(str(folder)), "sd"), load(Teacher(teacher), "sd"))
+
+
+class RunsCode:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("kind", ["torch.save", "an older format", "pickle", "text"])
+def test_a_pickle_of_anything_but_weights_is_refused(kind, part, configs_only, tmp_path):
+    """A traceback after other networks had been loaded."""
+    stem = "pytorch_model" if part == "text_encoder" else "diffusion_pytorch_model"
+    path = configs_only / part / f"{stem}.bin"
+    content = {"weight": torch.zeros(2), "code": RunsCode(tmp_path / "touched")}
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    elif kind == "text":
+        path.write_text("<html>404</html>")
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=kind == "torch.save")
+    networks = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    message = f"--pretrained_teacher_model .*{path.name} is a pickle that holds code .*Path.*safetensors"
+    with pytest.raises(UsageError, match=message if kind == "torch.save" else f"the weights of its {part}") as info:
+        read_configs(Teacher(str(configs_only)), **CONFIGS)
+        assert kind != "torch.save"  # of which the code is seen before any weights are read
+        Teacher(str(configs_only)).load({part: networks[part]}, {part: torch.float32})
+    assert "\n" not in str(info.value) and "--variant" not in str(info.value)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_separate_vae_that_holds_code_is_refused(teacher, tmp_path):
+    shutil.copytree(f"{teacher}/vae", tmp_path / "vae", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save({"code": RunsCode(tmp_path / "touched")}, tmp_path / "vae" / "diffusion_pytorch_model.bin")
+    with pytest.raises(UsageError, match="--pretrained_vae_model_name_or_path .*model.bin is a pickle that holds code"):
+        read_configs(Teacher(teacher, vae=str(tmp_path / "vae")), **CONFIGS)
+    assert not (tmp_path / "touched").exists()
+
+
+# A separate VAE
+
+
+def scaled_vae(teacher: str, folder: Path, **entries) -> str:
+    """A copy of the teacher's VAE with `entries` in its config; None removes one."""
+    shutil.copytree(f"{teacher}/vae", folder)
+    config = json.loads((folder / "config.json").read_text()) | entries
+    config = {key: value for key, value in config.items() if entries.get(key, 0) is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "entries, key, separate, own",
+    [
+        ({"scaling_factor": 0.13025}, "scaling_factor", 0.13025, 0.45),
+        ({"scaling_factor": 1}, "scaling_factor", 1.0, 0.45),
+        ({"scaling_factor": None}, "scaling_factor", 0.18215, 0.45),  # left out: Stable Diffusion's
+        ({"shift_factor": 0.1}, "shift_factor", 0.1, None),
+    ],
+)
+def test_a_separate_vae_with_another_scale_is_said(entries, key, separate, own, teacher, tmp_path, caplog):
+    """Its latents have another size than those that the U-Net was trained on; nothing was said."""
+    vae = scaled_vae(teacher, tmp_path / "vae", **entries)
+    with caplog.at_level(logging.WARNING, "lcm_distill"):
+        read_configs(Teacher(teacher, vae=vae), **CONFIGS)
+    (record,) = caplog.records
+    assert f"--pretrained_vae_model_name_or_path {vae}: its {key} is {separate}," in record.message
+    assert f"the teacher's own VAE ({teacher}) {own}:" in record.message
+
+
+@pytest.mark.parametrize("entries", [{}, {"shift_factor": 0.0}, {"force_upcast": True}, {"sample_size": 512}])
+def test_nothing_is_said_of_a_vae_with_the_teacher_s_scale(entries, teacher, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "lcm_distill"):
+        read_configs(Teacher(teacher, vae=scaled_vae(teacher, tmp_path / "vae", **entries)), **CONFIGS)
+        read_configs(Teacher(teacher), **CONFIGS)
+    assert not caplog.records
+
+
+def test_a_teacher_without_a_vae_takes_a_separate_one(teacher, configs_only, caplog):
+    shutil.rmtree(configs_only / "vae")
+    with caplog.at_level(logging.WARNING, "lcm_distill"):
+        read_configs(Teacher(str(configs_only), vae=f"{teacher}/vae"), **CONFIGS)
+    assert not caplog.records
+    with pytest.raises(UsageError, match="contains no vae/config.json"):
+        read_configs(Teacher(str(configs_only)), **CONFIGS)
+
+
+# Single files
+
+
 @pytest.fixture(scope="module")
 def single_files(teachers, tmp_path_factory) -> dict[str, str]:
     """The toy teachers as single files in the original layout."""
@@ -75,12 +179,7 @@ def single_files(teachers, tmp_path_factory) -> dict[str, str]:
 @pytest.fixture()
 def configs_only(teacher, tmp_path) -> Path:
     """A copy of the teacher without weights, from which nothing can be loaded."""
-    copy = tmp_path / "teacher"
-    for part in ("unet", "vae", "scheduler"):
-        (copy / part).mkdir(parents=True)
-        for file in (Path(teacher) / part).glob("*.json"):
-            shutil.copy(file, copy / part)
-    return copy
+    return Path(shutil.copytree(teacher, tmp_path / "teacher", ignore=shutil.ignore_patterns("*.safetensors")))
 
 
 def test_mistakes_are_found_in_the_configs_before_weights_are_read(teacher, configs_only, tmp_path):
@@ -106,7 +205,7 @@ def test_mistakes_are_found_in_the_configs_before_weights_are_read(teacher, conf
     [
         ({"time_cond_proj_dim": 256}, "is an LCM"),
         ({"addition_embed_type": "text_time"}, "train_lcm_distill_sdxl_wds.py or train_lcm_distill_lora_sdxl_wds.py"),
-        ({"in_channels": 9}, "--pretrained_vae_model_name_or_path: its latents have 4 channels, .* takes 9"),
+        ({"in_channels": 9}, "is an inpainting model: its U-Net takes 9 channels, where latents have 4"),
     ],
 )
 def test_a_u_net_of_another_kind_is_refused(change, message, configs_only):
@@ -114,6 +213,66 @@ def test_a_u_net_of_another_kind_is_refused(change, message, configs_only):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UsageError, match=message):
         read_configs(Teacher(str(configs_only)), **CONFIGS)
+
+
+def with_scheduler(folder: Path, config: dict, listed: str | None = None) -> Teacher:
+    """The teacher in `folder`, with another scheduler config and `listed` in its model_index.json, None: without."""
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    (folder / "model_index.json").unlink(missing_ok=True)
+    if listed is not None:
+        (folder / "model_index.json").write_text(json.dumps({"scheduler": ["diffusers", listed]}))
+    return Teacher(str(folder))
+
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+COSXL = {
+    "_class_name": "EDMEulerScheduler", "num_train_timesteps": 1000, "prediction_type": "v_prediction",
+    "sigma_data": 1.0, "sigma_max": 120.0, "sigma_min": 0.002, "sigma_schedule": "exponential",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config, listed, words",
+    [
+        (COSXL, None, r"EDMEulerScheduler\) has the continuous noise levels of EDM"),
+        (COSXL, "DDIMScheduler", "EDM"),
+        ({key: value for key, value in COSXL.items() if key != "_class_name"}, "DDIMScheduler", "EDM"),
+        ({"num_train_timesteps": 1000}, "EDMEulerScheduler", "EDM"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}, None, "flow matching"),
+        ({"_class_name": "DDIMScheduler"} | BETAS, "FlowMatchEulerDiscreteScheduler", "flow matching"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True} | BETAS, None, "flow matching"),
+        ({"_class_name": "DDIMScheduler"} | BETAS, "MyScheduler", "MyScheduler.*not known"),
+        ({"num_train_timesteps": 1000}, None, "has neither beta_start nor a _class_name"),
+        ({"beta_start": 0.1, "beta_schedule": "linear"}, None, "has neither beta_end nor a _class_name"),
+        ({"_class_name": "DDIMScheduler", "prediction_type": "flow_prediction"} | BETAS, None, "flow_prediction"),
+        ({"_class_name": "PNDMScheduler", "rescale_betas_zero_snr": True} | BETAS, None, "pure noise"),
+    ],
+)
+def test_a_scheduler_that_cannot_be_distilled_is_refused(config, listed, words, configs_only):
+    """Before any weights are read; a student of an EDM or flow-matching teacher was trained on invented betas."""
+    with pytest.raises(UsageError, match=f"^--pretrained_teacher_model: its scheduler.*{words}"):
+        read_configs(with_scheduler(configs_only, config, listed), **CONFIGS)
+
+
+def test_the_class_that_decides_a_scheduler_s_defaults(configs_only, caplog):
+    """The one that its config names, which wrote it; else the one that the pipeline's index lists."""
+
+    def betas(config, listed=None):
+        chosen = complete_schedule(read_configs(with_scheduler(configs_only, config, listed), **CONFIGS).scheduler)
+        return chosen["beta_start"], chosen["beta_end"], chosen["beta_schedule"]
+
+    assert betas({"_class_name": "DDPMScheduler"}) == (0.0001, 0.02, "linear")
+    assert betas({"_class_name": "HeunDiscreteScheduler"}, "HeunDiscreteScheduler") == (0.00085, 0.012, "linear")
+    assert betas({}, "TCDScheduler") == (0.00085, 0.012, "scaled_linear")
+    assert betas({"_class_name": None, "beta_end": 0.03}, "DDIMScheduler") == (0.0001, 0.03, "linear")
+    assert betas({"_class_name": "LCMScheduler"} | BETAS, "PNDMScheduler") == tuple(BETAS.values())
+    assert betas({"_class_name": "DDIMScheduler"}, "PNDMScheduler") == (0.0001, 0.02, "linear")
+    assert not caplog.records
+    assert betas({"_class_name": "HeunDiscreteScheduler"}, "PNDMScheduler") == (0.00085, 0.012, "linear")
+    assert "is of HeunDiscreteScheduler and leaves out beta_start" in caplog.text
+    assert "lists PNDMScheduler, which has another default (0.00085 and 0.0001)" in caplog.text
+    (configs_only / "model_index.json").unlink()
+    assert betas(BETAS) == tuple(BETAS.values())  # there is nothing to decide
 
 
 def test_a_folder_without_a_u_net_is_refused(configs_only):
@@ -133,9 +292,6 @@ def test_a_teacher_of_the_other_family_is_refused(teachers):
         read_configs(Teacher(teachers["sdxl"]), **CONFIGS)
     with pytest.raises(UsageError, match="train_lcm_distill_sd_wds.py"):
         read_configs(Teacher(teachers["sd"]), **CONFIGS | {"family": "sdxl"})
-
-
-# Single files
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from lcm_distill.errors import UsageError
 from lcm_distill.models import unets
-from lcm_distill.models.teacher import check_teacher_config
+from lcm_distill.models.support import check_unet
 from lcm_distill.models.unets import architecture, enable_xformers, student_from_teacher, target_from_student
 from lcm_distill.objective.consistency import guidance_embedding
 
@@ -78,11 +78,11 @@ def test_architectures_differ_by_shape_and_not_by_name(toy_unet):
 
 def test_a_teacher_of_another_kind_is_refused_and_the_right_program_named():
     with pytest.raises(UsageError, match="train_lcm_distill_sdxl_wds.py"):
-        check_teacher_config({"addition_embed_type": "text_time"}, family="sd")
+        check_unet({"addition_embed_type": "text_time"}, name="--pretrained_teacher_model x", family="sd")
     with pytest.raises(UsageError, match="train_lcm_distill_sd_wds.py"):
-        check_teacher_config({}, family="sdxl")
+        check_unet({}, name="--pretrained_teacher_model x", family="sdxl")
     with pytest.raises(UsageError, match="is an LCM"):
-        check_teacher_config({"time_cond_proj_dim": 256}, family="sd")
+        check_unet({"time_cond_proj_dim": 256}, name="--pretrained_teacher_model x", family="sd")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests what happens without a GPU")
