@@ -3,9 +3,11 @@
 import contextlib
 import io
 import re
+from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 
 from lcm_distill.data.filters import FILTERED
 from lcm_distill.data.raw import DAMAGED_PICTURE, HUGE_PICTURE, NOT_A_PICTURE, BadSample
@@ -53,10 +55,17 @@ def open_picture(content: bytes) -> Image.Image:
     return image
 
 
-def decode_picture(
-    content: bytes, *, resolution: int | None = None, min_image_size: int = 0
-) -> tuple[Image.Image, tuple[int, int]]:
-    """Returns (an upright RGB picture, its true (height, width)); transparent parts become white.
+@dataclass(frozen=True)
+class Picture:
+    """A decoded picture."""
+
+    image: Image.Image  # 8-bit RGB, upright; possibly smaller than `size`
+    size: tuple[int, int]  # the true (height, width), upright
+    turned: bool  # the EXIF orientation turned it by 90 degrees
+
+
+def read_picture(content: bytes, *, resolution: int | None = None, min_image_size: int = 0) -> Picture:
+    """Decodes a picture; transparent parts become white.
 
     Args:
         content: the bytes of a picture's file.
@@ -73,13 +82,33 @@ def decode_picture(
     try:
         if resolution is not None:
             image.draft(image.mode, (resolution, resolution))
-        image.load()
-        stored_size = image.size
-        with contextlib.suppress(Exception):  # broken EXIF: use the picture as it is stored
-            ImageOps.exif_transpose(image, in_place=True)  # in place: otherwise upright pictures are copied
-        return to_rgb(image), ((width, height) if image.size != stored_size else (height, width))
+        turned = load_upright(image)
+        if image.format == "TIFF":  # its size is that of the upright picture from the start, or, in older Pillows, not
+            width, height = image.size
+        elif turned:
+            width, height = height, width
+        return Picture(to_rgb(image), (height, width), turned)
     except Exception:  # noqa: BLE001 - decoders raise nearly anything
         raise BadSample(DAMAGED_PICTURE) from None
+
+
+def decode_picture(content: bytes, *, resolution: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """Returns (an upright RGB picture, its true (height, width)); arguments and errors as in `read_picture`."""
+    picture = read_picture(content, resolution=resolution)
+    return picture.image, picture.size
+
+
+def load_upright(image: Image.Image) -> bool:
+    """Decodes an opened picture and turns it upright, in place; returns whether that swapped width and height.
+
+    With broken EXIF the picture stays as it is stored.
+    """
+    by_pillow = image.tag_v2.get(ExifTags.Base.Orientation) if isinstance(image, TiffImageFile) else None
+    image.load()  # turns TIFFs
+    stored_size = image.size
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)  # in place: otherwise upright pictures are copied
+    return image.size != stored_size or by_pillow in (5, 6, 7, 8)
 
 
 def check_size(size: tuple[int, int], min_image_size: int) -> None:

@@ -21,11 +21,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm.auto import tqdm
 
 from lcm_distill.data.captions import CAPTION_EXTENSIONS, CAPTION_KEYS, clean_text
-from lcm_distill.data.decode import open_picture, to_rgb
+from lcm_distill.data.decode import load_upright, open_picture, to_rgb
 from lcm_distill.data.raw import (
     CAPTION_NOT_UTF8,
     DAMAGED_PICTURE,
@@ -35,6 +35,7 @@ from lcm_distill.data.raw import (
     list_counts,
 )
 from lcm_distill.data.shards import MAX_FILE_BYTES, MAX_TEXT_BYTES
+from lcm_distill.data.sizes import ORIGINAL_SIZE, size_in_json
 from lcm_distill.data.tar import PARTIAL, RESUME_HINT, atomic_tar
 from lcm_distill.errors import UsageError
 
@@ -220,11 +221,14 @@ def make_sample(images: str, picture: Picture, settings: Settings) -> dict[str, 
         UsageError: a file that existed before cannot be read any more.
     """
     captions, meta = _read_captions(images, picture, settings.caption_column)
-    content, extension, size, true_size = _read_picture(_read(images, picture.path), settings.max_size)
-    meta |= {"file_name": picture.path, "width": size[0], "height": size[1]}
-    original_size = _original_size(meta) or true_size
-    if original_size != size:
-        meta |= {"original_width": original_size[0], "original_height": original_size[1]}
+    stored = _read_picture(_read(images, picture.path), settings.max_size)
+    height, width = stored.size
+    meta |= {"file_name": picture.path, "width": width, "height": height}
+    original_size = size_in_json(meta, stored.true_size, turned=stored.turned, keys=(ORIGINAL_SIZE,))
+    original_size = original_size or stored.true_size
+    if original_size != stored.size or any(key in meta for key in ORIGINAL_SIZE):
+        meta |= dict(zip(ORIGINAL_SIZE, original_size, strict=True))
+    content, extension = stored.content, stored.extension
     files = {extension: content}
     if len(captions) > 1:
         meta["caption"] = captions
@@ -267,23 +271,21 @@ def _read_captions(images: str, picture: Picture, caption_column: str | None) ->
     raise BadSample(reason)
 
 
-def _original_size(meta: dict) -> tuple[int, int] | None:
-    """(width, height) before the author of the dataset shrank the picture, if given; a .csv has them as text."""
-    try:
-        width, height = int(meta["original_width"]), int(meta["original_height"])
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return None
-    return (width, height) if min(width, height) > 0 else None
+class _Stored(NamedTuple):
+    """A picture as it is stored; sizes are (height, width), upright."""
+
+    content: bytes
+    extension: str
+    size: tuple[int, int]
+    true_size: tuple[int, int]  # before it was shrunk
+    turned: bool  # the EXIF orientation turns it by 90 degrees
 
 
-def _read_picture(content: bytes, max_size: int | None) -> tuple[bytes, str, tuple[int, int], tuple[int, int]]:
-    """Returns (the bytes to store, their extension, the stored picture's (width, height), the true one), upright."""
+def _read_picture(content: bytes, max_size: int | None) -> _Stored:
     image = open_picture(content)
     extension = STORED_UNCHANGED.get(image.format or "")
     try:
-        image.load()
-        with contextlib.suppress(Exception):  # broken EXIF: use the picture as it is stored, as the readers do
-            image = ImageOps.exif_transpose(image)
+        turned = load_upright(image)
         true_size = image.size
         if max_size and min(true_size) > max_size:
             image = _shrink(image, max_size)
@@ -295,7 +297,7 @@ def _read_picture(content: bytes, max_size: int | None) -> tuple[bytes, str, tup
             content = _encode(image, extension)
     except Exception:  # noqa: BLE001 - decoders raise nearly anything
         raise BadSample(DAMAGED_PICTURE) from None
-    return content, extension, image.size, true_size
+    return _Stored(content, extension, image.size[::-1], true_size[::-1], turned)
 
 
 def _shrink(image: Image.Image, short: int) -> Image.Image:

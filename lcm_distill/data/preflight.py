@@ -14,7 +14,7 @@ import numpy as np
 from lcm_distill.data.captions import caption_reasons, read_captions, read_json
 from lcm_distill.data.encoded import Encoding, read_encoding
 from lcm_distill.data.filters import is_filtered
-from lcm_distill.data.preparation import MixedShards, Preparation, prepare_sample
+from lcm_distill.data.preparation import MixedShards, Preparation, filters_that_cannot_compare, prepare_sample
 from lcm_distill.data.raw import UNREADABLE_SHARD, BadSample, RawSample, list_counts, printable
 from lcm_distill.data.shards import SHARD_FORMAT, read_shard
 from lcm_distill.errors import UsageError
@@ -35,6 +35,7 @@ class ShardReport:
     caption_sources: Counter = field(default_factory=Counter)
     json_keys: Counter = field(default_factory=Counter)
     dropped: Counter = field(default_factory=Counter)
+    not_compared: Counter = field(default_factory=Counter)  # of samples that a filter could not judge
     smallest: tuple[int, int] | None = None  # (height, width) of the usable picture with the fewest pixels
     largest: tuple[int, int] | None = None
     captions: list[str] = field(default_factory=list)  # the first four distinct ones
@@ -62,6 +63,8 @@ class ShardReport:
             lines.append(f"  {self.enlarged} of {self.usable} pictures are enlarged to --resolution {resolution}")
         if self.preparation.min_image_size or self.preparation.filters:
             lines.append(f"  filters:         {self.seen - self.filtered} of {self.seen} samples pass")
+        if self.not_compared:
+            lines.append(f"  not compared:    {list_counts(self.not_compared)}; these samples pass")
         if self.dropped:
             lines.append(f"  dropped:         {list_counts(self.dropped)}")
         return "\n".join(lines + [f"  unreadable:      {problem}" for problem in self.problems[:3]])
@@ -175,6 +178,9 @@ def _inspect_sample(raw: RawSample, report: ShardReport) -> None:
     report.seen += 1
     meta = read_json(raw)
     report.json_keys.update(meta.keys())
+    filters = report.preparation.filters
+    report.not_compared.update(filters_that_cannot_compare(meta, filters))
+    report.not_compared.update(f"{one.flag} (no such key)" for one in filters if one.finds_nothing(meta))
     try:
         # Only whether it decodes matters, so resize quickly. (The resolution of latents is that of the encoding.)
         quick = replace(report.preparation, resolution=1, interpolation="nearest", proportion_empty_prompts=0.0)

@@ -236,6 +236,7 @@ class StreamIterator:
         self.offset: int | None = 0  # which begins at this byte; None: not known, as in a compressed shard
         self.place = 0  # samples of the block, in its shuffled order, that are used up
         self.dropped: Counter = Counter()
+        self._not_compared: Counter = Counter()  # since this process began
         self._dropped_in_a_row = 0  # since the last usable sample
         self._tally = (_new_tally(workers) if stream.tally is None else stream.tally).numpy()  # faster to index
         self._samples = self._generate_samples()
@@ -296,6 +297,7 @@ class StreamIterator:
                         raise StreamError(f"{error} It is in {stream.shards[read.part.shard]}.") from None
                     is_empty = False
                     self._count(bad=False)
+                    self._note_not_compared(sample)
                     yield sample
                 (self.part, self.sample, self.offset), self.block, self.place = next_start, self.block + 1, 0
             self.epoch, self.block, self.part, self.sample, self.offset, self.place = self.epoch + 1, 0, 0, 0, 0, 0
@@ -363,6 +365,19 @@ class StreamIterator:
             )
         if not is_filtered(reason):
             self._count(bad=True)
+
+    def _note_not_compared(self, sample: Sample) -> None:
+        """Counts the filters that could not judge a sample; logs the first one, and then the counts now and then."""
+        for reason in sample.not_compared:
+            self._not_compared[reason] += 1
+            count = self._not_compared[reason]
+            if count == 1 or (count >= WARN_AFTER_DROPS and count.bit_count() == 1):
+                logger.warning(
+                    "worker %d of %d: samples pass whose value a filter cannot compare; so far: %s",
+                    self.worker,
+                    max(1, self.workers),
+                    list_counts(self._not_compared),
+                )
 
     def _count(self, *, bad: bool) -> None:
         """Counts one more sample of this process; `StreamError` if too many of them are bad."""

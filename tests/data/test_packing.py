@@ -230,6 +230,29 @@ def test_sizes_are_upright_and_original(tmp_path):
         assert trained.original_size == size
 
 
+@pytest.mark.parametrize("max_size", [None, 16])
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])  # stored as it is, and made a PNG
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"original_width": 600, "original_height": 400}, (600, 400)),  # before turning
+        ({"original_width": "400", "original_height": "600.0"}, (600, 400)),  # as seen
+        ({"original_width": 60, "original_height": 40}, (60, 40)),
+        ({"original_width": "?", "original_height": 40}, (60, 40)),
+    ],
+)
+def test_original_sizes_of_turned_pictures(tmp_path, max_size, suffix, given, expected):
+    """Whether EXIF still turns the stored picture or not, the stream finds (height, width) of the upright one."""
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    save(tmp_path / "in" / f"a.{suffix}", 1, (60, 40), exif=exif)
+    write_jsonl(tmp_path / "in", {"file_name": f"a.{suffix}", "text": "an a"} | given)
+    pack(tmp_path / "in", tmp_path / "out", max_size=max_size)
+    ((_, raw, meta),) = read(tmp_path / "out").values()
+    assert prepare_sample(raw, PREPARATION, draws=np.zeros(5)).original_size == expected
+    assert (meta["original_height"], meta["original_width"]) == expected
+
+
 # ----------------------------------------------------------------------------------------------- captions
 
 

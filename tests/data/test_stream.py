@@ -473,6 +473,29 @@ def test_filters_reject_by_their_condition_and_never_for_a_missing_key(tmp_path,
     assert f"{len(expected)} of 20 samples pass" in str(report) and reason in str(report)
 
 
+def test_values_of_another_kind_are_counted_and_reported(tmp_path, caplog):
+    """A filter that could compare nothing let everything pass in silence."""
+    values = [0.1, "unknown", "unknown", True, [1]]
+    files = [
+        file
+        for n, value in enumerate(values)
+        for file in ((f"{n}.png", GOOD), (f"{n}.txt", str(n)), (f"{n}.json", json.dumps({"punsafe": value})))
+    ]
+    filters = parse_filters(["punsafe<0.5", "nsfw=false"])
+    shards = [write_tar(tmp_path / "0.tar", files)]
+    report = inspect_shards(shards, Preparation(resolution=16, filters=filters))
+    assert report.usable == 4 and report.not_compared == {
+        "--filter 'punsafe<0.5' (the value is text)": 2,
+        "--filter 'punsafe<0.5' (the value is a list)": 1,
+        "--filter 'nsfw=false' (no such key)": 5,
+    }
+    assert "not compared:    5 x --filter 'nsfw=false' (no such key), 2 x" in str(report)
+    take(iter(make_stream(shards, filters=filters)), 4)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2 and all("a filter cannot compare" in message for message in messages)
+    assert any("the value is text" in message for message in messages) and "no such key" not in "".join(messages)
+
+
 def test_filters_that_let_nothing_pass_are_reported(tmp_path):
     preparation = Preparation(resolution=16, filters=parse_filters(["aesthetic>99", "other>1"]))
     with pytest.raises(UsageError, match=r"20 of 20 samples are filtered out: give milder filters") as error:
@@ -658,6 +681,7 @@ def test_transparent_palette_becomes_white():
         ({"original_height": 0, "original_width": 1200, "height": 90.0, "width": 120.0}, [90, 120]),
         ({"original_height": "x", "original_width": True, "height": 10**30, "width": float("nan")}, [16, 20]),
         ({"HEIGHT": 5}, [16, 20]),
+        ({"original_width": "3000", "original_height": "2000"}, [2000, 3000]),
         ([1, 2], [16, 20]),
         ("{broken", [16, 20]),
         (b"\xff\xfe{", [16, 20]),
@@ -672,6 +696,32 @@ def test_original_size(tmp_path, meta, expected):
         files.append(("a.json", meta if isinstance(meta, (str, bytes)) else json.dumps(meta)))
     (batch,) = take(iter(make_stream([write_tar(tmp_path / "0.tar", files)])), 1)
     assert batch["original_sizes"].tolist() == [expected]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_original_size_of_a_turned_picture(tmp_path, kind, orientation):
+    """img2dataset writes the sides as they are stored; SDXL is given those of the picture that it learns."""
+    if kind not in decode.PILLOW_FORMATS:
+        pytest.skip(f"this Pillow has no {kind}")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encode(Image.new("RGB", (100, 60)), kind, exif=exif)
+    upright = [100, 60] if orientation >= 5 else [60, 100]  # (height, width)
+    sizes = [{"width": 100, "height": 60}, {"width": upright[1], "height": upright[0]}, {}]
+    sizes += [{"original_width": "1000", "original_height": "600", "width": 100, "height": 60}]
+    files = [
+        file
+        for n, meta in enumerate(sizes)
+        for file in ((f"{n}.jpg", content), (f"{n}.txt", str(n)), (f"{n}.json", json.dumps(meta)))
+    ]
+    batches = take(iter(make_stream([write_tar(tmp_path / "0.tar", files)], shuffle_window=1)), 4)
+    assert [batch["original_sizes"].tolist() for batch in batches] == [
+        [upright],
+        [upright],
+        [upright],
+        [[10 * side for side in upright]],
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- captions
