@@ -81,6 +81,7 @@ from lcm_distill.data.encoded import Encoding, read_encoding
 from lcm_distill.data.preflight import inspect_shards
 from lcm_distill.data.preparation import Preparation, Sample, prepare_sample
 from lcm_distill.data.raw import (
+    DOTTED_NAME,
     DUPLICATE_NAME,
     LATENTS_EXTENSION,
     PICTURE_EXTENSIONS,
@@ -317,7 +318,10 @@ def _prepare_samples(
     waiting: deque = deque()
     with ThreadPoolExecutor(encoder.num_workers) as pool:
         try:
-            for raw in read_shard(shard, caption_column=preparation.caption_column):
+            column = preparation.caption_column
+            for raw in read_shard(
+                shard, caption_column=column, on_dotted=lambda name: dropped[DOTTED_NAME].append(name)
+            ):
                 waiting.append(pool.submit(prepare, raw))
                 if len(waiting) > encoder.batch_size + encoder.num_workers:
                     yield waiting.popleft().result()

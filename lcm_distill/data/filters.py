@@ -56,7 +56,7 @@ class Filter:
         return operand is None or _COMPARISONS[self.comparison](operand, self.value)
 
     def not_compared(self, meta: dict) -> str | None:
-        """The kind of a value that this cannot compare, such as "the value is text"; None if it can, or there is none."""
+        """The kind of a value that this cannot compare ("the value is text"); None if it can, or there is none."""
         found = self._find(meta)
         if found is None or self._operand(found) is not None:
             return None

@@ -15,7 +15,7 @@ from lcm_distill.data.captions import caption_reasons, read_captions, read_json
 from lcm_distill.data.encoded import Encoding, read_encoding
 from lcm_distill.data.filters import is_filtered
 from lcm_distill.data.preparation import MixedShards, Preparation, filters_that_cannot_compare, prepare_sample
-from lcm_distill.data.raw import UNREADABLE_SHARD, BadSample, RawSample, list_counts, printable
+from lcm_distill.data.raw import DOTTED_NAME, UNREADABLE_SHARD, BadSample, RawSample, list_counts, printable
 from lcm_distill.data.shards import SHARD_FORMAT, read_shard
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import SHARDS_FLAG
@@ -104,7 +104,13 @@ def inspect_shards(
             if not report.seen:
                 report.preparation = _match_encoding(preparation, read_encoding(shard))
             column = report.preparation.caption_column
-            for raw in read_shard(shard, caption_column=column, extensions=report.extensions):
+            samples = read_shard(
+                shard,
+                caption_column=column,
+                extensions=report.extensions,
+                on_dotted=lambda _: report.dropped.update([DOTTED_NAME]),
+            )
+            for raw in samples:
                 _inspect_sample(raw, report)
                 if is_done():
                     break

@@ -40,7 +40,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from lcm_distill.data.filters import is_filtered
 from lcm_distill.data.preflight import inspect_shards
 from lcm_distill.data.preparation import MixedShards, Preparation, Sample, prepare_sample
-from lcm_distill.data.raw import UNREADABLE_SHARD, BadSample, RawSample, list_counts
+from lcm_distill.data.raw import DOTTED_NAME, UNREADABLE_SHARD, BadSample, RawSample, list_counts
 from lcm_distill.data.shards import read_shard
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import SHARDS_FLAG, StreamingFlags
@@ -319,6 +319,16 @@ class StreamIterator:
             consumers=self.consumers,
             resampled=self.stream.resampled,
         )
+        part, first, index, offset = ShardSlice(0, 0, 0, 0), 0, 0, 0
+
+        def is_own() -> bool:
+            """Whether this consumer reads, and counts what is wrong with, the sample `index` of the shard."""
+            return index >= first and part.low <= (index + epoch) % self.consumers < part.high
+
+        def drop_dotted(_: str) -> None:
+            if is_own():
+                self._drop(DOTTED_NAME)
+
         for number in range(start_part, len(parts)):
             part, first, index, offset = parts[number], 0, 0, 0
             if number == start_part and self.offset is not None:
@@ -327,13 +337,13 @@ class StreamIterator:
                 first = self.sample
             shard = self.stream.shards[part.shard]
             try:
-                for raw in read_shard(shard, caption_column=caption_column, offset=offset):
-                    if index >= first and part.low <= (index + epoch) % self.consumers < part.high:
+                for raw in read_shard(shard, caption_column=caption_column, on_dotted=drop_dotted, offset=offset):
+                    if is_own():
                         following = (number + 1, 0, 0) if raw.last else (number, index + 1, raw.end)
                         yield _Read(raw, part, index, following)
                     index += 1
             except Exception as error:  # noqa: BLE001 - opener, decompressor and tar reader raise nearly anything
-                if part.low <= (index + epoch) % self.consumers < part.high:  # only one of its consumers counts it
+                if is_own():  # only one of its consumers counts it
                     logger.info("%s, sample %d: %s", shard, index, error)
                     self._drop(UNREADABLE_SHARD)
 

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 
 from lcm_distill.data import decode, raw, sources
+from lcm_distill.data import shards as shards_module
 from lcm_distill.data import stream as stream_module
 from lcm_distill.data.decode import decode_picture
 from lcm_distill.data.filters import FILTERED, parse_filters
@@ -1001,6 +1002,88 @@ def test_each_kind_of_bad_sample_has_its_reason(tmp_path, reason_and_files):
     assert (report.usable, report.seen) == (1, 1 + sum(batch["dropped"].values()))
     assert dict(report.dropped) == batch["dropped"]
     assert reason in str(report)
+
+
+def named(*names):
+    """Files of these names: pictures, captions, or something else."""
+    return [
+        (name, GOOD if name.endswith(".png") else f"of {name}" if name.endswith(".txt") else "{}") for name in names
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "lost", "reasons"),
+    [
+        ([f"photo v1.{i}.{e}" for i in range(9) for e in ("png", "txt")], 9, {}),
+        ([f"d.ot/photo v1.{i}.{e}" for e in ("png", "txt") for i in range(9)], 9, {}),
+        (["a.b.c.png", "a.b.c.txt", "a.b.d.PNG", "a.b.d.txt"], 2, {}),
+        (["a.1.png", "b.1.png"], 2, {}),  # without a caption, too
+        (["a.1.png", "a.1.json", "b.2.cls"], 1, {}),
+        (["a.1.png", "a.1.txt", "a.png", "a.txt"], 1, {}),  # beside a sample of that key, before or after it
+        (["a.png", "a.txt", "a.1.png", "a.1.txt"], 1, {}),
+        (["a.png", "a.txt", "a.mask.png", "a.blip.txt"], 0, {}),  # other files of a sample
+        (["a.mask.png", "a.png", "a.txt"], 0, {}),
+        (["a.mask.png", "a.txt"], 0, {raw.NO_PICTURE: 1}),  # counted as a sample
+        (["._a.b.png", "d/.a.b.png", "a.b.c.txt"], 0, {}),  # hidden files, and no picture
+    ],
+)
+def test_pictures_with_dots_in_their_names_are_counted(tmp_path, names, lost, reasons):
+    """Half of a shard was missing from the training, and no message said so."""
+    files = [*named("0.png", "0.txt"), *named(*names), *named("z.png", "z.txt")]
+    shards = [write_tar(tmp_path / "0.tar", files)]
+    expected = ({raw.DOTTED_NAME: lost} if lost else {}) | reasons
+    report = inspect_shards(shards, Preparation(resolution=16))
+    assert report.dropped == expected and report.extensions.total() == len(files) - sum("/." in f"/{n}" for n in names)
+    assert (raw.DOTTED_NAME in str(report)) == bool(lost)
+    iterator = StreamIterator(make_stream(shards), worker=0, workers=0)
+    delivered, dropped = [], {}
+    while iterator.epoch == 0:
+        dropped = dict(iterator.dropped)  # without those of the next epoch
+        delivered += next(iterator)["captions"]
+    assert dropped == expected and {"of 0.txt", "of z.txt"} <= set(delivered)
+    for workers in (2, 3):  # which share the shard: one of them counts each
+        total = Counter()
+        for worker in range(workers):
+            iterator = StreamIterator(make_stream(shards), worker=worker, workers=workers)
+            for _ in iterator._read_epoch():
+                pass
+            total += iterator.dropped
+        assert total == Counter({raw.DOTTED_NAME: lost})
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
+def test_restore_counts_dotted_names_once(tmp_path, suffix):
+    files = [f for i in range(12) for f in named(f"{i}.1.png", f"{i}.1.txt", f"{i}.png", f"{i}.txt", f"{i}x.y.png")]
+    shards = [write_tar(tmp_path / f"{n}.{suffix}", files, "w:gz" if "gz" in suffix else "w") for n in range(2)]
+    stream = make_stream(shards, shuffle_window=3)
+    iterator, states, batches = iter(stream), [], []
+    for _ in range(30):
+        states.append(iterator.state_dict())
+        batches.append(next(iterator))
+    assert batches[24]["dropped"][raw.DOTTED_NAME] >= 48
+    for state, expected in zip(states, batches, strict=True):
+        again = iter(stream)
+        again.load_state_dict(state)
+        assert_same_batches([next(again)], [expected])
+
+
+def test_a_shard_of_a_million_dotted_names_takes_no_memory(tmp_path, monkeypatch):
+    """Names are remembered until another key follows; a hostile tar has no other key."""
+    monkeypatch.setattr(shards_module._Names, "MAX_REMEMBERED", 10)
+    files = [*named("0.png", "0.txt"), *((f"a.{i}.png", "") for i in range(200))]
+    report = inspect_shards([write_tar(tmp_path / "0.tar", files)], Preparation(resolution=16))
+    assert report.dropped == {raw.DOTTED_NAME: 200}
+
+
+@pytest.mark.parametrize(
+    "extensions", [("png", "txt"), ("cls", "png", "txt"), ("txt", "png", "x.npy"), ("0.cls", "png", "json", "txt")]
+)
+def test_the_preflight_counts_the_files_of_the_samples_it_tried(tmp_path, extensions):
+    """It said "16 of 16 samples" and "17 x jpg": the first file of the next sample was counted, too."""
+    shards = [write_tar(tmp_path / "0.tar", named(*(f"{i}.{e}" for i in range(20) for e in extensions)))]
+    for limit in (1, 16, 20):
+        report = inspect_shards(shards, Preparation(resolution=16), limit=limit)
+        assert report.seen == limit and report.extensions == dict.fromkeys(extensions, limit)
 
 
 def test_nothing_in_a_shard_is_executed(tmp_path):
