@@ -1,7 +1,7 @@
 """The Stable Diffusion 1.x / 2.x family: frozen parts, conditioning, pipeline."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionPipeline, UNet
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lcm_distill.data.encoded import Encoding
+from lcm_distill.models import tokens
 from lcm_distill.models.frozen import FrozenParts, empty_batch
 from lcm_distill.models.teacher import Teacher
 
@@ -76,10 +77,15 @@ def base_model_version(unet_config: Mapping[str, Any]) -> str:
     return "sd_v2" if unet_config.get("cross_attention_dim") == 1024 else "sd_v1"
 
 
+def count_tokens(teacher: Teacher, captions: Sequence[str]) -> list[tuple[int, int]]:
+    """`tokens.count_tokens` by the teacher's tokenizer, the only part that is loaded."""
+    return tokens.count_tokens(teacher.load({"tokenizer": CLIPTokenizer}, {}).values(), captions)
+
+
 @torch.no_grad()
 def encode_captions(frozen: Frozen, captions: list[str]) -> dict[str, torch.Tensor]:
     """The U-Net's conditioning of `captions`: `encoder_hidden_states` `[B, tokens, dim]`."""
-    tokens = frozen.tokenizer(
+    tokenized = frozen.tokenizer(
         captions,
         padding="max_length",
         max_length=frozen.tokenizer.model_max_length,
@@ -89,8 +95,8 @@ def encode_captions(frozen: Frozen, captions: list[str]) -> dict[str, torch.Tens
     # As in the pipelines, the mask is used only if the text encoder's config asks for it.
     use_mask = getattr(frozen.text_encoder.config, "use_attention_mask", False)
     device = frozen.text_encoder.device
-    mask = tokens.attention_mask.to(device, non_blocking=True) if use_mask else None
-    output = frozen.text_encoder(tokens.input_ids.to(device, non_blocking=True), attention_mask=mask)
+    mask = tokenized.attention_mask.to(device, non_blocking=True) if use_mask else None
+    output = frozen.text_encoder(tokenized.input_ids.to(device, non_blocking=True), attention_mask=mask)
     return {"encoder_hidden_states": output.last_hidden_state}
 
 

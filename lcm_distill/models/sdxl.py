@@ -1,7 +1,7 @@
 """The Stable Diffusion XL family (SSD-1B too): frozen parts, conditioning on captions and sizes, pipeline."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline, UN
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lcm_distill.data.encoded import Encoding
+from lcm_distill.models import tokens
 from lcm_distill.models.frozen import FrozenParts, empty_batch
 from lcm_distill.models.teacher import Teacher
 
@@ -90,6 +91,13 @@ def load_frozen(
 def base_model_version(unet_config: Mapping[str, Any]) -> str:
     """The model's name in the metadata of kohya-format LoRAs, by which other programs know what a LoRA fits."""
     return "sdxl_base_v1-0"
+
+
+def count_tokens(teacher: Teacher, captions: Sequence[str]) -> list[tuple[int, int]]:
+    """`tokens.count_tokens` by the teacher's tokenizers, the only parts that are loaded."""
+    return tokens.count_tokens(
+        teacher.load(dict.fromkeys(("tokenizer", "tokenizer_2"), CLIPTokenizer), {}).values(), captions
+    )
 
 
 @torch.no_grad()
