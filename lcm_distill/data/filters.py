@@ -117,11 +117,10 @@ def parse_filters(
         if match is None:
             raise UsageError(f"--filter {text!r} cannot be parsed; write KEY>=NUMBER in quotes, like 'aesthetic>=5'.")
         key, comparison, word = match["key"], match["comparison"].replace("==", "="), match["value"]
-        value: float | str | bool | None = as_number(word)
-        if value is None:
-            if comparison not in ("=", "!="):
-                raise UsageError(f"--filter {text!r}: {word!r} is not a number; compare words by = or !=.")
-            value = _BOOLEANS.get(word.lower(), word)
+        number = as_number(word)
+        if number is None and comparison not in ("=", "!="):
+            raise UsageError(f"--filter {text!r}: {word!r} is not a number; compare words by = or !=.")
+        value = _BOOLEANS.get(word.lower(), word) if number is None else number
         filters.append(Filter(f"--filter '{text.strip()}'", (key,), comparison, value))
     if max_pwatermark is not None:
         filters.append(Filter(f"--max_pwatermark {max_pwatermark:g}", WATERMARK_KEYS, "<=", max_pwatermark))

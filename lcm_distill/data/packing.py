@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -25,10 +26,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from lcm_distill.data.captions import CAPTION_EXTENSIONS, CAPTION_KEYS, clean_text
-from lcm_distill.data.decode import load_upright, open_picture, to_rgb
+from lcm_distill.data.colour import to_srgb
+from lcm_distill.data.decode import PILLOW_FORMATS, fills_16_bits, load_upright, open_picture, to_8_bits, to_rgb
 from lcm_distill.data.raw import (
     CAPTION_NOT_UTF8,
     DAMAGED_PICTURE,
+    HEIC,
     HUGE_FILE,
     PICTURE_EXTENSIONS,
     BadSample,
@@ -44,9 +47,17 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 # Formats that are stored byte for byte, with their extension: by content, since names are often wrong.
 STORED_UNCHANGED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
+HEIC_EXTENSIONS = ("heic", "heif", "hif")  # read where pillow-heif is installed
+# Of other pictures, which nothing here reads: they are named, so that none is missing in silence.
+OTHER_PICTURES = frozenset(
+    "jxl jp2 j2k jpx jpf psd psb svg svgz eps ai tga ico icns ppm pgm pbm pnm exr hdr dds pcx xcf jxr wdp qoi "
+    "raw dng cr2 cr3 crw nef nrw arw srf sr2 orf rw2 raf pef srw x3f 3fr iiq rwl".split()
+)
+
 # Why a picture is skipped, besides the reasons of `data.raw`.
 EMPTY_FILE = "empty file (zero bytes)"
 NO_CAPTION = "no caption, or an empty one"
+OTHER_KIND = "picture of a kind that is not read (save it as JPEG, PNG, WebP or TIFF)"
 NO_FILE = "row of the metadata without its picture"
 UNREADABLE = "not a file, a link to nothing, or no permission to read it"
 
@@ -121,9 +132,11 @@ def find_pictures(images: str, out: str, caption_column: str | None = None) -> t
         for name in sorted(name for name in names if not name.startswith(".")):
             stem, dotted = os.path.splitext(name)
             suffix = dotted.lower().removeprefix(".")
-            if suffix in PICTURE_EXTENSIONS:
+            if suffix in PICTURE_EXTENSIONS or (suffix in HEIC_EXTENSIONS and heif_formats()):
                 pictures.append((stem, name))
                 continue
+            if suffix in HEIC_EXTENSIONS or suffix in OTHER_PICTURES:
+                skipped[HEIC if suffix in HEIC_EXTENSIONS else OTHER_KIND].append(prefix + name)
             other_files[dotted.lower() or "other file"] += 1
             if suffix in CAPTION_EXTENSIONS and caption_column is None:
                 texts.setdefault(stem, {})[suffix] = prefix + name
@@ -271,6 +284,17 @@ def _read_captions(images: str, picture: Picture, caption_column: str | None) ->
     raise BadSample(reason)
 
 
+@functools.cache
+def heif_formats() -> tuple[str, ...]:
+    """Pillow's name of HEIC, which it then reads in this process, if pillow-heif is installed."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return ()
+    pillow_heif.register_heif_opener()
+    return ("HEIF",)
+
+
 class _Stored(NamedTuple):
     """A picture as it is stored; sizes are (height, width), upright."""
 
@@ -282,7 +306,7 @@ class _Stored(NamedTuple):
 
 
 def _read_picture(content: bytes, max_size: int | None) -> _Stored:
-    image = open_picture(content)
+    image = open_picture(content, (*PILLOW_FORMATS, *heif_formats()))
     extension = STORED_UNCHANGED.get(image.format or "")
     try:
         turned = load_upright(image)
@@ -292,18 +316,27 @@ def _read_picture(content: bytes, max_size: int | None) -> _Stored:
             extension = "jpg" if extension in ("jpg", "webp") else "png"
             content = _encode(image, extension)
         elif extension is None:
-            image = image if image.mode in ("1", "L", "LA", "P", "RGBA", "I;16") else image.convert("RGB")
             extension = "png"
-            content = _encode(image, extension)
+            content = _encode(_for_png(image), extension)
+    except BadSample:
+        raise
     except Exception:  # noqa: BLE001 - decoders raise nearly anything
         raise BadSample(DAMAGED_PICTURE) from None
     return _Stored(content, extension, image.size[::-1], true_size[::-1], turned)
 
 
+def _for_png(image: Image.Image) -> Image.Image:
+    """The picture in sRGB and in a mode that PNG has, as the readers would see it: deep grey as 8 bits, or all 16."""
+    if not (image.mode == "I;16" and fills_16_bits(image)) or image.info.get("icc_profile"):
+        image = to_8_bits(image)
+    image, _ = to_srgb(image)
+    return image if image.mode in ("1", "L", "LA", "P", "RGBA", "I;16") else image.convert("RGB")
+
+
 def _shrink(image: Image.Image, short: int) -> Image.Image:
     """An RGB picture whose shorter side has `short` pixels."""
     width, height = (round(side * short / min(image.size)) for side in image.size)
-    return to_rgb(image).resize((width, height), Image.Resampling.LANCZOS)
+    return to_rgb(image)[0].resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _encode(image: Image.Image, extension: str) -> bytes:

@@ -39,6 +39,7 @@ class ShardReport:
     not_compared: Counter = field(default_factory=Counter)  # of samples that a filter could not judge
     smallest: tuple[int, int] | None = None  # (height, width) of the usable picture with the fewest pixels
     largest: tuple[int, int] | None = None
+    colours: Counter = field(default_factory=Counter)  # colour profiles, and what is done about them
     captions: list[str] = field(default_factory=list)  # the first four distinct ones
     cut: str | None = None  # how many captions are longer than the text encoder, in words; None: none is
     problems: list[str] = field(default_factory=list)  # shards that cannot be read, and why
@@ -62,6 +63,8 @@ class ShardReport:
         if self.smallest and self.largest:
             smallest, largest = (f"{width}x{height}" for height, width in (self.smallest, self.largest))
             lines.append(f"  picture sizes:   {smallest} to {largest} (width x height)")
+        if self.colours:
+            lines.append(f"  colour profiles: {list_counts(self.colours)}")
         if self.enlarged:
             resolution = self.preparation.resolution
             lines.append(f"  {self.enlarged} of {self.usable} pictures are enlarged to --resolution {resolution}")
@@ -209,6 +212,7 @@ def _inspect_sample(raw: RawSample, report: ShardReport) -> list[str]:
     height, width = sample.picture_size
     report.usable += 1
     report.caption_sources[source] += 1
+    report.colours.update([sample.colours] * bool(sample.colours))
     report.enlarged += min(height, width) < report.preparation.resolution
     report.smallest = min(report.smallest or sample.picture_size, sample.picture_size, key=math.prod)
     report.largest = max(report.largest or sample.picture_size, sample.picture_size, key=math.prod)

@@ -124,6 +124,7 @@ class Sample:
     original_size: tuple[int, int]  # (height, width)
     crop_top_left: tuple[int, int]
     picture_size: tuple[int, int]  # (height, width) of the picture in the shard, upright
+    colours: str = ""  # what was done about the picture's colour profile (`to_srgb`)
     not_compared: tuple[str, ...] = ()  # filters that could not compare the JSON's value, and why
 
 
@@ -246,7 +247,14 @@ def _decode_sample(
         square = torch.from_numpy(square).flip(1).numpy()  # NumPy copies three bytes at a time
         x = resized_width - resolution - x
     original_size = size_in_json(meta, true_size, turned=picture.turned) or true_size
-    return Sample({"pixels": square}, "", original_size=original_size, crop_top_left=(y, x), picture_size=true_size)
+    return Sample(
+        {"pixels": square},
+        "",
+        original_size=original_size,
+        crop_top_left=(y, x),
+        picture_size=true_size,
+        colours=picture.colours,
+    )
 
 
 def _unpack_sample(
