@@ -148,17 +148,20 @@ def load_upright(image: Image.Image) -> bool:
     With broken EXIF the picture stays as it is stored. `BadSample` if Pillow cuts off the bits that hold the picture.
     """
     # Pillow turns TIFFs when it loads them, pillow-heif HEIC when it opens them.
-    turned_already = (_tag(image, "Orientation") or image.info.get("original_orientation")) in (5, 6, 7, 8)
-    has_16_bits = len(image.getbands()) > 1 and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+    orientation = _tag(image, "Orientation") or image.info.get("original_orientation")
+    has_16_bits = image.mode in ("RGB", "RGBA", "LA") and any(
+        ";16" in str(tile[3]) for tile in getattr(image, "tile", ())
+    )
     image.load()
     if has_16_bits:  # of which Pillow keeps the upper 8
         colours = len(image.getbands()) - ("A" in image.getbands())
         if 0 < np.asarray(image.getextrema())[:colours, 1].max() < 16:
             raise BadSample(NOT_ALL_BITS)
-    stored_size = image.size
     with contextlib.suppress(Exception):
+        by_exif = image.getexif().get(_TAGS["Orientation"])
         ImageOps.exif_transpose(image, in_place=True)  # in place: otherwise upright pictures are copied
-    return image.size != stored_size or turned_already
+        orientation = orientation or by_exif
+    return orientation in (5, 6, 7, 8)
 
 
 def check_size(size: tuple[int, int], min_image_size: int) -> None:

@@ -613,6 +613,15 @@ def test_a_large_jpeg_is_decoded_small_and_shows_the_same():
     assert size == (1801, 1200) and upright.size == (150, 226)
 
 
+def test_the_size_of_a_turned_jpeg_that_is_nearly_square():
+    """Decoded at an eighth it is square, and its true size was that of the picture before it was turned."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encode(Image.new("RGB", (800, 797)), "JPEG", exif=exif)
+    picture = decode.read_picture(content, resolution=90)
+    assert picture.image.size == (100, 100) and picture.size == (800, 797) and picture.turned
+
+
 @pytest.mark.parametrize("extension", PICTURE_EXTENSIONS)
 def test_every_kind_of_picture_is_read(tmp_path, extension):
     kind = {"jpg": "JPEG", "jpeg": "JPEG", "jfif": "JPEG", "tif": "TIFF"}.get(extension, extension.upper())
