@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(PROGRAM, args.launch, args.streaming, architecture, args.flat(), argv=argv)
     accelerator, device = run.accelerator, run.accelerator.device
     initial = InitialStudent.find(None if run.resumed else args.student, args.teacher, family, configs.unet)
-    preflight = run.inspect(shards, preparation)
+    preflight = run.inspect(shards, preparation, partial(family.count_tokens, teacher))
     preparation = preflight.preparation
     check_encoding(preparation.encoding, teacher, family.text_fingerprint)
     counted = partial(count_samples, shards, caption_column=preparation.caption_column)

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator, device = run.accelerator, run.accelerator.device
     check_matching(args.matching, accelerator)
     initial = InitialStudent.find(None if run.resumed else args.student, args.teacher, family, configs.unet)
-    preflight = run.inspect(shards, preparation)
+    preflight = run.inspect(shards, preparation, partial(family.count_tokens, teacher))
     preparation = preflight.preparation
     check_encoding(preparation.encoding, teacher, family.text_fingerprint)
     counted = partial(count_samples, shards, caption_column=preparation.caption_column)

@@ -452,7 +452,7 @@ def timed_stream(watch: Stopwatch) -> Iterator[None]:
     patches = [
         mock.patch.object(module, name, watch.wrap(getattr(module, name), section))
         for module, name, section in (
-            (lcm_distill.data.preparation, "decode_picture", "decode"),
+            (lcm_distill.data.preparation, "read_picture", "decode"),
             (lcm_distill.data.preparation, "resize_and_crop", "resize, crop"),
             (lcm_distill.data.preparation, "read_json", "captions, JSON"),
             (lcm_distill.data.preparation, "read_captions", "captions, JSON"),

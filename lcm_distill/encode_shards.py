@@ -57,6 +57,7 @@ if __name__ == "__main__":
     parse_args()  # answers --help and mistyped flags here, before the imports below, which take seconds
 
 import contextlib
+import functools
 import glob
 import hashlib
 import json
@@ -81,6 +82,7 @@ from lcm_distill.data.encoded import Encoding, read_encoding
 from lcm_distill.data.preflight import inspect_shards
 from lcm_distill.data.preparation import Preparation, Sample, prepare_sample
 from lcm_distill.data.raw import (
+    DOTTED_NAME,
     DUPLICATE_NAME,
     LATENTS_EXTENSION,
     PICTURE_EXTENSIONS,
@@ -113,6 +115,7 @@ class EncodeResult:
     samples: int = 0
     bytes: int = 0
     dropped: Counter = field(default_factory=Counter)
+    not_compared: Counter = field(default_factory=Counter)  # filters that could not compare a sample's value, and why
 
 
 @dataclass(frozen=True)
@@ -206,9 +209,12 @@ def encode_shards(
         result.already_encoded = len(own) - len(todo)
         if not todo:
             return result
-        report = inspect_shards(shards, preparation)
+        count_tokens = functools.partial(family.count_tokens, teacher) if captions else None
+        report = inspect_shards(shards, preparation, count_tokens=count_tokens)
         if report.preparation.encoding is not None:
             raise UsageError(f"IN contains encoded shards ({report.preparation.encoding}); give shards of pictures.")
+        if rank == 0:
+            print(report, file=sys.stderr)
         if captions:
             empty = _embeddings(family.encode_captions(frozen, [""]))
             first = {name: tensor[0].cpu().numpy() for name, tensor in empty.items()}
@@ -220,7 +226,7 @@ def encode_shards(
                 for partial in out.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):  # from a killed process
                     partial.unlink(missing_ok=True)
                 with atomic_tar(path) as tar:
-                    samples, dropped = _encode_shard(shard, path.name, encoder, tar, bar)
+                    samples, dropped = _encode_shard(shard, path.name, encoder, tar, bar, result.not_compared)
                 result.shards += 1
                 result.samples += samples
                 result.bytes += tar.size
@@ -262,9 +268,12 @@ def _find_encoded(out: Path, encoding: Encoding) -> set[str]:
 
 
 def _encode_shard(
-    shard: str, name: str, encoder: Encoder, tar: TarWriter, bar: tqdm
+    shard: str, name: str, encoder: Encoder, tar: TarWriter, bar: tqdm, not_compared: Counter
 ) -> tuple[int, dict[str, list[str]]]:
-    """Fills `tar` from a shard; returns (the number of its samples, the names of those left out by reason)."""
+    """Fills `tar` from a shard; returns (the number of its samples, the names of those left out by reason).
+
+    Adds to `not_compared`.
+    """
     for file, content in encoder.encoding.header_files().items():
         tar.add(file, content)
     dropped: dict[str, list[str]] = defaultdict(list)
@@ -279,6 +288,7 @@ def _encode_shard(
             dropped[DUPLICATE_NAME].append(printable(raw.key))
         else:
             batch.append((raw, sample_or_reason))
+            not_compared.update(sample_or_reason.not_compared)
             last_key = raw.key
         if len(batch) == encoder.batch_size:
             encoded.append(_encode_batch(batch, encoder))
@@ -317,7 +327,10 @@ def _prepare_samples(
     waiting: deque = deque()
     with ThreadPoolExecutor(encoder.num_workers) as pool:
         try:
-            for raw in read_shard(shard, caption_column=preparation.caption_column):
+            column = preparation.caption_column
+            for raw in read_shard(
+                shard, caption_column=column, on_dotted=lambda name: dropped[DOTTED_NAME].append(name)
+            ):
                 waiting.append(pool.submit(prepare, raw))
                 if len(waiting) > encoder.batch_size + encoder.num_workers:
                     yield waiting.popleft().result()
@@ -446,6 +459,8 @@ def main(argv: list[str] | None = None) -> None:
     earlier = f" (and {result.already_encoded} encoded earlier)" if result.already_encoded else ""
     if result.dropped:
         print(f"{process}left out; listed in the {DROPPED} of each shard: {list_counts(result.dropped)}")
+    if result.not_compared:
+        print(f"{process}kept, since a filter cannot compare their value: {list_counts(result.not_compared)}")
     print(
         f"{process}{result.shards} shard{'s' * (result.shards != 1)}{earlier}, {result.samples} samples, "
         f"{result.bytes / 10**6:.1f} MB: train with {SHARDS_FLAG} {shlex.quote(args.out)} "

@@ -101,7 +101,13 @@ from lcm_distill.environment import check_writable, choose_device, device_name, 
 from lcm_distill.models.teacher import Teacher
 from lcm_distill.objective.schedule import build_lcm_scheduler
 from lcm_distill.sampling.finished import Student, find_students, load_teacher, native_resolution
-from lcm_distill.sampling.generate import build_teacher_sampler, check_steps, generate_latents, read_prompts
+from lcm_distill.sampling.generate import (
+    build_teacher_sampler,
+    check_steps,
+    generate_latents,
+    read_prompts,
+    warn_of_long_prompts,
+)
 from lcm_distill.sampling.grid import labelled_grid
 from lcm_distill.sampling.metrics import ClipScore, Cmmd, Fid, GeneratedRow, LatentDistances, Metric
 
@@ -275,6 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     count = args.num_pictures or (len(prompts) if prompts else 64)
     real, captions = read_real_pictures(args.real, count, resolution) if args.real else (None, [])
     prompts = list(itertools.islice(itertools.cycle(prompts or captions), count))
+    warn_of_long_prompts(pipeline, prompts)
 
     def load_metric(name: str) -> Callable[[GeneratedRow], Metric]:
         """Loads what a metric needs; returns a function that makes the metric from the reference."""

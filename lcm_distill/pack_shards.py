@@ -10,10 +10,13 @@ is in the text file cats/a.txt (or a.text, a.caption), or else in a row of a met
 
 There, file_name is relative to the metadata's folder, and the column caption, or else text, is a caption or a list of
 captions; several rows for one picture give it several captions. With --caption_column only that column is used. All
-other columns go into the sample's JSON; original_width and original_height, if given, become SDXL's original size.
+other columns go into the sample's JSON; original_width and original_height, if given, become SDXL's original size (of a
+picture that EXIF turns by 90 degrees, whether they are from before or after that).
 
-JPEG, PNG and WebP files are stored byte for byte; others (BMP, TIFF, AVIF, the first frame of a GIF) become PNG. Each
-picture is decoded once to check it: what cannot be trained on is skipped, and listed in OUT/manifest.jsonl.
+JPEG, PNG and WebP files are stored byte for byte; others (BMP, TIFF, AVIF, the first frame of a GIF) become PNG, and so
+does HEIC where pillow-heif is installed (pip install pillow-heif). What is not stored byte for byte becomes sRGB by its
+colour profile; training does the same with the others. Each picture is decoded once to check it: what cannot be trained
+on is skipped, and listed in OUT/manifest.jsonl, as are pictures of kinds that are not read.
 
 The same files and flags give the same shards, bit for bit. A shard gets its name only when it is complete: after a
 kill, a full disk or Ctrl-C the same command continues with the others.

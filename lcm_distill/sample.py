@@ -187,6 +187,7 @@ from lcm_distill.sampling.generate import (
     generate_from_picture,
     generate_latents,
     read_prompts,
+    warn_of_long_prompts,
 )
 from lcm_distill.sampling.grid import labelled_grid, resize_to_cell
 
@@ -341,6 +342,7 @@ def main(argv: list[str] | None = None) -> None:
     if init_image is not None:
         init_image = ImageOps.fit(init_image, (resolution, resolution), Image.Resampling.LANCZOS)
         common |= {"init_image": args.init_image, "strength": strength}
+    warn_of_long_prompts(pipeline, prompts)
     columns = [(number, prompt, seed) for number, prompt in enumerate(prompts, 1) for seed in seeds]
     folder, grid = PictureFolder(Path(args.output_dir)), list[tuple[str, list[Image.Image]]]()
     generated = generate_rows(

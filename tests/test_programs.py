@@ -836,6 +836,48 @@ def test_bad_samples_are_skipped_and_counted(command, run, shards, tmp_path, cap
     assert re.search(r"samples dropped: \d+ \(.*no caption", caplog.text)
 
 
+@pytest.fixture()
+def truncations():
+    """The libraries' warnings of captions that are longer than the text encoder."""
+    texts: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record):
+            texts.append(record.getMessage())
+
+    handler, loggers = Collect(), [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield lambda: [text for text in texts if "truncated" in text or "longer than" in text]
+    for logger in loggers:
+        logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize("program", ONE_OF_EACH)
+def test_captions_longer_than_the_text_encoder_are_counted_once(
+    command, run, shards, tmp_path, caplog, truncations, program
+):
+    """Each picture of each validation came with a warning: 36 lines in a short run, and no count."""
+    long = tmp_path / "long"
+    long.mkdir()
+    with tarfile.open(next(Path(shards).glob("*.tar"))) as source, tarfile.open(long / "0.tar", "w") as copy:
+        for number, member in enumerate(source.getmembers()):
+            content = source.extractfile(member).read()
+            if number < 9 and member.name.endswith(".txt"):  # the captions of the first three samples
+                content = b"a red circle " * 100
+                member.size = len(content)
+            copy.addfile(member, io.BytesIO(content))
+    options = dict(validation_prompts=None, validation_steps=1, train_shards_path_or_url=str(long))
+    run(program, command(steps=2, family=family(program), **options))
+    assert not truncations()
+    assert len(re.findall("captions cut:    3 of 16 are longer than the", caplog.text)) == 1
+    assert caplog.text.count("that the text encoder reads") == 1
+    caplog.clear()
+    prompts = [PROMPT, "a red circle " * 100]  # of which the preflight knows nothing
+    run(program, command("other", steps=2, family=family(program), **options | dict(validation_prompts=prompts)))
+    assert not truncations() and caplog.text.count("prompts: 1 of 2 is longer than") == 1
+
+
 def torchrun(argv: list[str], tmp_path: Path, seconds: int = 300) -> subprocess.CompletedProcess:
     """Two ranks; if they have not ended after so many `seconds`, each writes its stack, and the test fails.
 

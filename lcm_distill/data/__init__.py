@@ -6,7 +6,9 @@
     shards          expands --train_shards_path_or_url, reads and counts raw samples
     captions        where a sample's captions are
     filters         conditions on a sample's JSON
-    decode          the file of a picture to RGB
+    sizes           a picture's original size, from a sample's JSON
+    colour          a picture with a colour profile to sRGB
+    decode          the file of a picture to 8-bit sRGB, upright
     encoded         the format of shards of latents and embeddings
     preparation     a raw sample to pixels (or latents) and a caption
     preflight       a first look into the shards, before any model is loaded

@@ -1,6 +1,7 @@
 """Finds a sample's captions: in which files, and under which keys of its JSON."""
 
 import json
+from collections.abc import Sequence
 
 from lcm_distill.data.filters import look_up
 from lcm_distill.data.raw import CAPTION_NOT_UTF8, CODE_EXTENSIONS, NO_CAPTION, PICTURE_EXTENSIONS, BadSample, RawSample
@@ -108,3 +109,19 @@ def read_captions(raw: RawSample, meta: dict, caption_column: str | None = None)
 def clean_text(text: str) -> str:
     """`text` without surrounding spaces; lone surrogates, which JSON can contain and no tokenizer takes, become "?"."""
     return text.encode("utf-8", "replace").decode().strip()
+
+
+def describe_cut(counted: Sequence[tuple[int, int]]) -> str | None:
+    """How many captions or prompts a text encoder cuts, as "3 of 16 are longer than …"; None if it cuts none.
+
+    `counted` has for each (its tokens, how many the text encoder reads), as from `lcm_distill.models.tokenizer`.
+    """
+    cut = [pair for pair in counted if pair[0] > pair[1]]
+    if not cut:
+        return None
+    tokens, limit = max(cut)
+    verb = "is" if len(cut) == 1 else "are"
+    return (
+        f"{len(cut)} of {len(counted)} {verb} longer than the {limit} tokens that the text encoder reads, and cut off "
+        f"there (the longest has {tokens})"
+    )

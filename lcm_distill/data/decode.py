@@ -1,14 +1,30 @@
-"""Decodes the file of a picture to an upright RGB picture, by its content, whatever its extension."""
+"""Decodes the file of a picture to an upright sRGB picture, by its content, whatever its extension."""
 
 import contextlib
 import io
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
+from lcm_distill.data.colour import to_srgb
 from lcm_distill.data.filters import FILTERED
-from lcm_distill.data.raw import DAMAGED_PICTURE, HUGE_PICTURE, NOT_A_PICTURE, BadSample
+from lcm_distill.data.raw import (
+    DAMAGED_PICTURE,
+    HEIC,
+    HUGE_PICTURE,
+    NO_AVIF,
+    NOT_A_PICTURE,
+    NOT_ALL_BITS,
+    UNKNOWN_RANGE,
+    UNREAD_TIFF,
+    BadSample,
+)
 
 # Pillow reads more formats, but some of them run programs (EPS: ghostscript).
 Image.init()
@@ -18,6 +34,12 @@ PILLOW_FORMATS = tuple(  # AVIF is not in every Pillow
 MAX_PIXELS = 178_956_970  # more is treated as a decompression bomb, as in Pillow
 # Scans of a JPEG. Progressive ones have about 10; each costs a pass over the picture, and can be as short as 50 bytes.
 MAX_SCANS = 100
+_TAGS = {  # of TIFFs
+    "BitsPerSample": 258,
+    "PhotometricInterpretation": 262,  # 0: white is zero
+    "Orientation": 274,
+    "SampleFormat": 339,  # 2: signed integers
+}
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # of the JPEG segments that have a length
 
 
@@ -38,25 +60,53 @@ def _count_scans(content: bytes) -> int:
     return scans
 
 
-def open_picture(content: bytes) -> Image.Image:
-    """Opens a picture, reading only its header; `BadSample` if it is not a picture, or is a decompression bomb."""
+def open_picture(content: bytes, formats: tuple[str, ...] = PILLOW_FORMATS) -> Image.Image:
+    """Opens a picture of one of Pillow's `formats`, reading only its header.
+
+    `BadSample` if it is not such a picture, or is a decompression bomb.
+    """
     if _count_scans(content) > MAX_SCANS:
         raise BadSample(HUGE_PICTURE)
     try:
-        image: Image.Image = Image.open(io.BytesIO(content), formats=PILLOW_FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(content), formats=formats)
     except Image.DecompressionBombError:
         raise BadSample(HUGE_PICTURE) from None
     except Exception:  # noqa: BLE001 - a damaged header can raise nearly anything (SyntaxError, struct.error, ...)
-        raise BadSample(NOT_A_PICTURE) from None
+        raise BadSample(_why_not_opened(content)) from None
     if image.width * image.height > MAX_PIXELS:
         raise BadSample(HUGE_PICTURE)
     return image
 
 
-def decode_picture(
-    content: bytes, *, resolution: int | None = None, min_image_size: int = 0
-) -> tuple[Image.Image, tuple[int, int]]:
-    """Returns (an upright RGB picture, its true (height, width)); transparent parts become white.
+def _why_not_opened(content: bytes) -> str:
+    """The reason to leave out what Pillow does not open: a kind of picture that it does not read, or no picture."""
+    if content[4:8] == b"ftyp":
+        brands = {content[place : place + 4] for place in (8, *range(16, min(len(content), 64), 4))}
+        if brands & {b"avif", b"avis"}:
+            return NOT_A_PICTURE if "AVIF" in PILLOW_FORMATS else NO_AVIF
+        if brands & {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}:
+            return HEIC
+    if content[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        try:
+            TiffImageFile(io.BytesIO(content))
+        except Exception as error:  # noqa: BLE001 - as above
+            if "unknown pixel mode" in str(error):  # whole, but its bits, channels or kind of numbers are not known
+                return UNREAD_TIFF
+    return NOT_A_PICTURE
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded picture."""
+
+    image: Image.Image  # 8-bit sRGB, upright; possibly smaller than `size`
+    size: tuple[int, int]  # the true (height, width), upright
+    turned: bool  # the EXIF orientation turned it by 90 degrees
+    colours: str  # what was done about its colour profile (`to_srgb`)
+
+
+def read_picture(content: bytes, *, resolution: int | None = None, min_image_size: int = 0) -> Picture:
+    """Decodes a picture; transparent parts become white, and colours those of sRGB if it has a colour profile.
 
     Args:
         content: the bytes of a picture's file.
@@ -65,7 +115,7 @@ def decode_picture(
         min_image_size: the minimum length of the shorter side, pixels.
 
     Raises:
-        BadSample: it is too small, too large, damaged, or not a picture.
+        BadSample: it is too small, too large, damaged, not a picture, or of values whose range is not known.
     """
     image = open_picture(content)
     width, height = image.size
@@ -73,13 +123,45 @@ def decode_picture(
     try:
         if resolution is not None:
             image.draft(image.mode, (resolution, resolution))
-        image.load()
-        stored_size = image.size
-        with contextlib.suppress(Exception):  # broken EXIF: use the picture as it is stored
-            ImageOps.exif_transpose(image, in_place=True)  # in place: otherwise upright pictures are copied
-        return to_rgb(image), ((width, height) if image.size != stored_size else (height, width))
+        turned = load_upright(image)
+        if not isinstance(image, JpegImageFile):  # only JPEG is decoded small
+            width, height = image.size
+        elif turned:
+            width, height = height, width
+        image, colours = to_rgb(image)
+        return Picture(image, (height, width), turned, colours)
+    except BadSample:
+        raise
     except Exception:  # noqa: BLE001 - decoders raise nearly anything
         raise BadSample(DAMAGED_PICTURE) from None
+
+
+def decode_picture(content: bytes, *, resolution: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """Returns (an upright RGB picture, its true (height, width)); arguments and errors as in `read_picture`."""
+    picture = read_picture(content, resolution=resolution)
+    return picture.image, picture.size
+
+
+def load_upright(image: Image.Image) -> bool:
+    """Decodes an opened picture and turns it upright, in place; returns whether that swapped width and height.
+
+    With broken EXIF the picture stays as it is stored. `BadSample` if Pillow cuts off the bits that hold the picture.
+    """
+    # Pillow turns TIFFs when it loads them, pillow-heif HEIC when it opens them.
+    orientation = _tag(image, "Orientation") or image.info.get("original_orientation")
+    has_16_bits = image.mode in ("RGB", "RGBA", "LA") and any(
+        ";16" in str(tile[3]) for tile in getattr(image, "tile", ())
+    )
+    image.load()
+    if has_16_bits:  # of which Pillow keeps the upper 8
+        colours = len(image.getbands()) - ("A" in image.getbands())
+        if 0 < np.asarray(image.getextrema())[:colours, 1].max() < 16:
+            raise BadSample(NOT_ALL_BITS)
+    with contextlib.suppress(Exception):
+        by_exif = image.getexif().get(_TAGS["Orientation"])
+        ImageOps.exif_transpose(image, in_place=True)  # in place: otherwise upright pictures are copied
+        orientation = orientation or by_exif
+    return orientation in (5, 6, 7, 8)
 
 
 def check_size(size: tuple[int, int], min_image_size: int) -> None:
@@ -88,19 +170,90 @@ def check_size(size: tuple[int, int], min_image_size: int) -> None:
         raise BadSample(f"{FILTERED} --min_image_size {min_image_size}")
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts to 8-bit RGB; 16-bit grey is scaled, not clipped, and transparent parts become white."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
-        grey = np.empty((image.height, image.width), np.uint8)
-        for top in range(0, image.height, 256):  # in strips, since the floats take eight times the memory
-            strip = np.asarray(image.crop((0, top, image.width, min(top + 256, image.height))))
-            grey[top : top + 256] = (strip.clip(0, 65535) / 257).round()
-        return Image.fromarray(grey).convert("RGB")
+def to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
+    """Returns (the picture as 8-bit sRGB, transparent parts white; what was done about its colour profile).
+
+    Deep grey is scaled, not clipped: `to_8_bits`, which see for the errors.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info and "icc_profile" not in image.info:
+        return image, ""
+    image, colours = to_srgb(to_8_bits(image))
     if image.has_transparency_data:
         image = image if image.mode == "RGBA" else image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image)
-        return white
-    return image.convert("RGB")
+        image = white
+    return (image if image.mode == "RGB" else image.convert("RGB")), colours
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether its pixels are integers of more than 8 bits, or floats; Pillow's own conversions clip these at 255."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """A deep picture as 8-bit grey, scaled so that `find_white` becomes 255; any other as it is."""
+    if not is_deep(image):
+        return image
+    white = find_white(image)
+    grey = np.empty((image.height, image.width), np.uint8)
+    for top, strip in _strips(image):
+        scaled = (strip.clip(0, white) / (white / 255)).round()
+        grey[top : top + len(strip)] = 255 - scaled if _tag(image, "PhotometricInterpretation") == 0 else scaled
+    result = Image.fromarray(grey)
+    result.info = dict(image.info)
+    result.info.pop("transparency", None)  # a deep value
+    return result
+
+
+def fills_16_bits(image: Image.Image) -> bool:
+    """Whether a deep picture is as PNG stores 16 bits: 0 for black, 65535 for white. Errors as in `find_white`."""
+    return find_white(image) == 2**16 - 1 and _tag(image, "PhotometricInterpretation") != 0
+
+
+def find_white(image: Image.Image) -> float:
+    """The value that stands for white in a deep picture, by what its file says, else by what it holds.
+
+    Integers of a TIFF: the largest of the least depth that holds the largest value, of 1, 8, 10, 12, 14 and 16 bits (of
+    16 signed ones 15), since cameras and scanners write their 10 to 14 bits into 16. PNG scales to all of its 16 bits,
+    by its specification: a smaller depth is only assumed where 16 would be nearly black. Floats: 1, or else such a
+    depth, with a tolerance of a tenth for what a resize overshoots.
+
+    Raises:
+        BadSample: values are negative, infinite, not a number, too large, or from 2 to 15 at most.
+    """
+    low, high, whole = np.inf, -np.inf, image.mode != "F"
+    for _, strip in _strips(image):
+        low, high = np.minimum(low, strip.min()), np.maximum(high, strip.max())  # of NaN, NaN
+    slack = 0.0 if whole else 0.1
+    white = _usual_white(image, float(high) / (1 + slack), whole)
+    if white is None or not -slack * white <= low:
+        raise BadSample(UNKNOWN_RANGE)
+    return white
+
+
+def _usual_white(image: Image.Image, high: float, whole: bool) -> float | None:
+    if _tag(image, "BitsPerSample") == 12:
+        return 2**12 - 1
+    if high <= 1:
+        return 1
+    if high < 16:
+        return None  # nearly black at any depth: classes rather than greys, or the highlights of linear light
+    depths = [8, 10, 12, 14, 16]
+    if _tag(image, "SampleFormat") == 2 and _tag(image, "BitsPerSample") == 16:
+        depths = [8, 10, 12, 14, 15]
+    elif whole and image.format != "TIFF" and high >= 2**12:
+        depths = [16]
+    return next((2**depth - 1 for depth in depths if high <= 2**depth - 1), None)
+
+
+def _tag(image: Image.Image, name: str) -> Any:
+    """A TIFF's tag, of several values the first; None without it and in other formats."""
+    value = image.tag_v2.get(_TAGS[name]) if isinstance(image, TiffImageFile) else None
+    return value[0] if isinstance(value, tuple) and value else value
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, the rows) from top to bottom: as floats, all of a picture takes eight times the memory."""
+    for top in range(0, image.height, 256):
+        yield top, np.asarray(image.crop((0, top, image.width, min(top + 256, image.height))))

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -21,20 +22,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm.auto import tqdm
 
 from lcm_distill.data.captions import CAPTION_EXTENSIONS, CAPTION_KEYS, clean_text
-from lcm_distill.data.decode import open_picture, to_rgb
+from lcm_distill.data.colour import to_srgb
+from lcm_distill.data.decode import PILLOW_FORMATS, fills_16_bits, load_upright, open_picture, to_8_bits, to_rgb
 from lcm_distill.data.raw import (
     CAPTION_NOT_UTF8,
     DAMAGED_PICTURE,
+    HEIC,
     HUGE_FILE,
     PICTURE_EXTENSIONS,
     BadSample,
     list_counts,
 )
 from lcm_distill.data.shards import MAX_FILE_BYTES, MAX_TEXT_BYTES
+from lcm_distill.data.sizes import ORIGINAL_SIZE, size_in_json
 from lcm_distill.data.tar import PARTIAL, RESUME_HINT, atomic_tar
 from lcm_distill.errors import UsageError
 
@@ -43,9 +47,17 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 # Formats that are stored byte for byte, with their extension: by content, since names are often wrong.
 STORED_UNCHANGED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
+HEIC_EXTENSIONS = ("heic", "heif", "hif")  # read where pillow-heif is installed
+# Of other pictures, which nothing here reads: they are named, so that none is missing in silence.
+OTHER_PICTURES = frozenset(
+    "jxl jp2 j2k jpx jpf psd psb svg svgz eps ai tga ico icns ppm pgm pbm pnm exr hdr dds pcx xcf jxr wdp qoi "
+    "raw dng cr2 cr3 crw nef nrw arw srf sr2 orf rw2 raf pef srw x3f 3fr iiq rwl".split()
+)
+
 # Why a picture is skipped, besides the reasons of `data.raw`.
 EMPTY_FILE = "empty file (zero bytes)"
 NO_CAPTION = "no caption, or an empty one"
+OTHER_KIND = "picture of a kind that is not read (save it as JPEG, PNG, WebP or TIFF)"
 NO_FILE = "row of the metadata without its picture"
 UNREADABLE = "not a file, a link to nothing, or no permission to read it"
 
@@ -120,9 +132,11 @@ def find_pictures(images: str, out: str, caption_column: str | None = None) -> t
         for name in sorted(name for name in names if not name.startswith(".")):
             stem, dotted = os.path.splitext(name)
             suffix = dotted.lower().removeprefix(".")
-            if suffix in PICTURE_EXTENSIONS:
+            if suffix in PICTURE_EXTENSIONS or (suffix in HEIC_EXTENSIONS and heif_formats()):
                 pictures.append((stem, name))
                 continue
+            if suffix in HEIC_EXTENSIONS or suffix in OTHER_PICTURES:
+                skipped[HEIC if suffix in HEIC_EXTENSIONS else OTHER_KIND].append(prefix + name)
             other_files[dotted.lower() or "other file"] += 1
             if suffix in CAPTION_EXTENSIONS and caption_column is None:
                 texts.setdefault(stem, {})[suffix] = prefix + name
@@ -220,11 +234,14 @@ def make_sample(images: str, picture: Picture, settings: Settings) -> dict[str, 
         UsageError: a file that existed before cannot be read any more.
     """
     captions, meta = _read_captions(images, picture, settings.caption_column)
-    content, extension, size, true_size = _read_picture(_read(images, picture.path), settings.max_size)
-    meta |= {"file_name": picture.path, "width": size[0], "height": size[1]}
-    original_size = _original_size(meta) or true_size
-    if original_size != size:
-        meta |= {"original_width": original_size[0], "original_height": original_size[1]}
+    stored = _read_picture(_read(images, picture.path), settings.max_size)
+    height, width = stored.size
+    meta |= {"file_name": picture.path, "width": width, "height": height}
+    original_size = size_in_json(meta, stored.true_size, turned=stored.turned, keys=(ORIGINAL_SIZE,))
+    original_size = original_size or stored.true_size
+    if original_size != stored.size or any(key in meta for key in ORIGINAL_SIZE):
+        meta |= dict(zip(ORIGINAL_SIZE, original_size, strict=True))
+    content, extension = stored.content, stored.extension
     files = {extension: content}
     if len(captions) > 1:
         meta["caption"] = captions
@@ -267,41 +284,59 @@ def _read_captions(images: str, picture: Picture, caption_column: str | None) ->
     raise BadSample(reason)
 
 
-def _original_size(meta: dict) -> tuple[int, int] | None:
-    """(width, height) before the author of the dataset shrank the picture, if given; a .csv has them as text."""
+@functools.cache
+def heif_formats() -> tuple[str, ...]:
+    """Pillow's name of HEIC, which it then reads in this process, if pillow-heif is installed."""
     try:
-        width, height = int(meta["original_width"]), int(meta["original_height"])
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return None
-    return (width, height) if min(width, height) > 0 else None
+        import pillow_heif
+    except ImportError:
+        return ()
+    pillow_heif.register_heif_opener()
+    return ("HEIF",)
 
 
-def _read_picture(content: bytes, max_size: int | None) -> tuple[bytes, str, tuple[int, int], tuple[int, int]]:
-    """Returns (the bytes to store, their extension, the stored picture's (width, height), the true one), upright."""
-    image = open_picture(content)
+class _Stored(NamedTuple):
+    """A picture as it is stored; sizes are (height, width), upright."""
+
+    content: bytes
+    extension: str
+    size: tuple[int, int]
+    true_size: tuple[int, int]  # before it was shrunk
+    turned: bool  # the EXIF orientation turns it by 90 degrees
+
+
+def _read_picture(content: bytes, max_size: int | None) -> _Stored:
+    image = open_picture(content, (*PILLOW_FORMATS, *heif_formats()))
     extension = STORED_UNCHANGED.get(image.format or "")
     try:
-        image.load()
-        with contextlib.suppress(Exception):  # broken EXIF: use the picture as it is stored, as the readers do
-            image = ImageOps.exif_transpose(image)
+        turned = load_upright(image)
         true_size = image.size
         if max_size and min(true_size) > max_size:
             image = _shrink(image, max_size)
             extension = "jpg" if extension in ("jpg", "webp") else "png"
             content = _encode(image, extension)
         elif extension is None:
-            image = image if image.mode in ("1", "L", "LA", "P", "RGBA", "I;16") else image.convert("RGB")
             extension = "png"
-            content = _encode(image, extension)
+            content = _encode(_for_png(image), extension)
+    except BadSample:
+        raise
     except Exception:  # noqa: BLE001 - decoders raise nearly anything
         raise BadSample(DAMAGED_PICTURE) from None
-    return content, extension, image.size, true_size
+    return _Stored(content, extension, image.size[::-1], true_size[::-1], turned)
+
+
+def _for_png(image: Image.Image) -> Image.Image:
+    """The picture in sRGB and in a mode that PNG has, as the readers would see it: deep grey as 8 bits, or all 16."""
+    if not (image.mode == "I;16" and fills_16_bits(image)) or image.info.get("icc_profile"):
+        image = to_8_bits(image)
+    image, _ = to_srgb(image)
+    return image if image.mode in ("1", "L", "LA", "P", "RGBA", "I;16") else image.convert("RGB")
 
 
 def _shrink(image: Image.Image, short: int) -> Image.Image:
     """An RGB picture whose shorter side has `short` pixels."""
     width, height = (round(side * short / min(image.size)) for side in image.size)
-    return to_rgb(image).resize((width, height), Image.Resampling.LANCZOS)
+    return to_rgb(image)[0].resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _encode(image: Image.Image, extension: str) -> bytes:

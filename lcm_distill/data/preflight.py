@@ -7,15 +7,16 @@ preparation = report.preparation                    # with the encoding of the s
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lcm_distill.data.captions import caption_reasons, read_captions, read_json
+from lcm_distill.data.captions import caption_reasons, describe_cut, read_captions, read_json
 from lcm_distill.data.encoded import Encoding, read_encoding
 from lcm_distill.data.filters import is_filtered
-from lcm_distill.data.preparation import MixedShards, Preparation, prepare_sample
-from lcm_distill.data.raw import UNREADABLE_SHARD, BadSample, RawSample, list_counts, printable
+from lcm_distill.data.preparation import MixedShards, Preparation, filters_that_cannot_compare, prepare_sample
+from lcm_distill.data.raw import DOTTED_NAME, UNREADABLE_SHARD, BadSample, RawSample, list_counts, printable
 from lcm_distill.data.shards import SHARD_FORMAT, read_shard
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import SHARDS_FLAG
@@ -35,9 +36,12 @@ class ShardReport:
     caption_sources: Counter = field(default_factory=Counter)
     json_keys: Counter = field(default_factory=Counter)
     dropped: Counter = field(default_factory=Counter)
+    not_compared: Counter = field(default_factory=Counter)  # of samples that a filter could not judge
     smallest: tuple[int, int] | None = None  # (height, width) of the usable picture with the fewest pixels
     largest: tuple[int, int] | None = None
+    colours: Counter = field(default_factory=Counter)  # colour profiles, and what is done about them
     captions: list[str] = field(default_factory=list)  # the first four distinct ones
+    cut: str | None = None  # how many captions are longer than the text encoder, in words; None: none is
     problems: list[str] = field(default_factory=list)  # shards that cannot be read, and why
 
     @property
@@ -52,16 +56,22 @@ class ShardReport:
             f"  captions from:   {list_counts(self.caption_sources)}",
             f"  JSON keys:       {list_counts(self.json_keys)}",
         ]
+        if self.cut:
+            lines.insert(3, f"  captions cut:    {self.cut}")
         if self.preparation.encoding is not None:
             lines.insert(1, f"  {self.preparation.encoding}")
         if self.smallest and self.largest:
             smallest, largest = (f"{width}x{height}" for height, width in (self.smallest, self.largest))
             lines.append(f"  picture sizes:   {smallest} to {largest} (width x height)")
+        if self.colours:
+            lines.append(f"  colour profiles: {list_counts(self.colours)}")
         if self.enlarged:
             resolution = self.preparation.resolution
             lines.append(f"  {self.enlarged} of {self.usable} pictures are enlarged to --resolution {resolution}")
         if self.preparation.min_image_size or self.preparation.filters:
             lines.append(f"  filters:         {self.seen - self.filtered} of {self.seen} samples pass")
+        if self.not_compared:
+            lines.append(f"  not compared:    {list_counts(self.not_compared)}; these samples pass")
         if self.dropped:
             lines.append(f"  dropped:         {list_counts(self.dropped)}")
         return "\n".join(lines + [f"  unreadable:      {problem}" for problem in self.problems[:3]])
@@ -71,6 +81,7 @@ def inspect_shards(
     shards: list[str],
     preparation: Preparation,
     *,
+    count_tokens: Callable[[list[str]], list[tuple[int, int]]] | None = None,
     limit: int = 16,
     max_samples: int | None = 1000,
     max_shards: int | None = 32,
@@ -80,6 +91,8 @@ def inspect_shards(
     Args:
         shards: as returned by `expand_shards`.
         preparation: as the flags describe it.
+        count_tokens: for each of some captions (its tokens, how many of them the text encoder reads); called once, with
+            all captions of the usable samples, unless the shards have these encoded. None: their length is not checked.
         limit: samples to try. If none of them is usable, the search continues:
         max_samples: through at most this many samples (None: no limit),
         max_shards: in at most this many shards (None: no limit).
@@ -90,6 +103,7 @@ def inspect_shards(
             contradict the flags.
     """
     report = ShardReport(shards=len(shards), preparation=preparation)
+    captions: list[str] = []
 
     def is_done() -> bool:
         enough = report.usable > 0 and report.seen >= limit
@@ -101,8 +115,14 @@ def inspect_shards(
             if not report.seen:
                 report.preparation = _match_encoding(preparation, read_encoding(shard))
             column = report.preparation.caption_column
-            for raw in read_shard(shard, caption_column=column, extensions=report.extensions):
-                _inspect_sample(raw, report)
+            samples = read_shard(
+                shard,
+                caption_column=column,
+                extensions=report.extensions,
+                on_dotted=lambda _: report.dropped.update([DOTTED_NAME]),
+            )
+            for raw in samples:
+                captions += _inspect_sample(raw, report)
                 if is_done():
                     break
         except MixedShards as error:
@@ -115,6 +135,9 @@ def inspect_shards(
         if is_done():
             break
     if report.usable:
+        encoding = report.preparation.encoding
+        if count_tokens is not None and not (encoding and encoding.text):
+            report.cut = describe_cut(count_tokens(captions))
         return report
     raise _nothing_usable(report, all_seen=report.opened == len(shards) and not is_done())
 
@@ -170,24 +193,29 @@ def _match_encoding(preparation: Preparation, encoding: Encoding | None) -> Prep
     )
 
 
-def _inspect_sample(raw: RawSample, report: ShardReport) -> None:
-    """Tries a sample and adds what it finds to the report."""
+def _inspect_sample(raw: RawSample, report: ShardReport) -> list[str]:
+    """Tries a sample and adds what it finds to the report; returns its captions, none if it is not usable."""
     report.seen += 1
     meta = read_json(raw)
     report.json_keys.update(meta.keys())
+    filters = report.preparation.filters
+    report.not_compared.update(filters_that_cannot_compare(meta, filters))
+    report.not_compared.update(f"{one.flag} (no such key)" for one in filters if one.finds_nothing(meta))
     try:
         # Only whether it decodes matters, so resize quickly. (The resolution of latents is that of the encoding.)
         quick = replace(report.preparation, resolution=1, interpolation="nearest", proportion_empty_prompts=0.0)
         sample = prepare_sample(raw, quick, draws=np.zeros(5))
-        _, source = read_captions(raw, meta, report.preparation.caption_column)
+        captions, source = read_captions(raw, meta, report.preparation.caption_column)
     except BadSample as bad:
         report.dropped[bad.reason] += 1
-        return
+        return []
     height, width = sample.picture_size
     report.usable += 1
     report.caption_sources[source] += 1
+    report.colours.update([sample.colours] * bool(sample.colours))
     report.enlarged += min(height, width) < report.preparation.resolution
     report.smallest = min(report.smallest or sample.picture_size, sample.picture_size, key=math.prod)
     report.largest = max(report.largest or sample.picture_size, sample.picture_size, key=math.prod)
     if sample.caption not in report.captions and len(report.captions) < 4:
         report.captions.append(sample.caption)
+    return captions

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from lcm_distill.data.captions import check_caption_column, read_captions, read_json
-from lcm_distill.data.decode import check_size, decode_picture
+from lcm_distill.data.decode import check_size, read_picture
 from lcm_distill.data.encoded import Encoding, EncodingMismatch, unpack
 from lcm_distill.data.filters import Filter, parse_filters
 from lcm_distill.data.raw import (
@@ -28,6 +28,7 @@ from lcm_distill.data.raw import (
     RawSample,
     printable,
 )
+from lcm_distill.data.sizes import size_in_json
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import INTERPOLATIONS, SHARDS_FLAG, PreparationFlags
 
@@ -123,21 +124,8 @@ class Sample:
     original_size: tuple[int, int]  # (height, width)
     crop_top_left: tuple[int, int]
     picture_size: tuple[int, int]  # (height, width) of the picture in the shard, upright
-
-
-def _size_in_json(meta: dict) -> tuple[int, int] | None:
-    """(height, width) before the author of the dataset shrank the picture, if the JSON has them under known keys."""
-
-    def side(key: str) -> int:
-        value = meta.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return 0
-        return int(value) if 0 < value < 2**31 and value == int(value) else 0
-
-    for height, width in (("original_height", "original_width"), ("height", "width")):
-        if side(height) and side(width):
-            return side(height), side(width)
-    return None
+    colours: str = ""  # what was done about the picture's colour profile (`to_srgb`)
+    not_compared: tuple[str, ...] = ()  # filters that could not compare the JSON's value, and why
 
 
 def resize_and_crop(
@@ -207,12 +195,18 @@ def prepare_sample(raw: RawSample, preparation: Preparation, *, draws: np.ndarra
     if preparation.encoding is not None:
         sample = _unpack_sample(raw, content, preparation, flipped, number, len(captions))
     else:
-        sample = _decode_sample(content, preparation, top, left, flipped)
-        sample.original_size = _size_in_json(meta) or sample.original_size
+        sample = _decode_sample(content, meta, preparation, top, left, flipped)
     sample.caption = "" if number is None else captions[number]
+    sample.not_compared = filters_that_cannot_compare(meta, preparation.filters)
     if preparation.fixed_size:
         sample.original_size, sample.crop_top_left = (preparation.resolution, preparation.resolution), (0, 0)
     return sample
+
+
+def filters_that_cannot_compare(meta: dict, filters: Sequence[Filter]) -> tuple[str, ...]:
+    """For each filter that cannot compare the value in this JSON, and so lets the sample pass: its flag, and why."""
+    reasons = ((condition.flag, condition.not_compared(meta)) for condition in filters)
+    return tuple(f"{flag} ({reason})" for flag, reason in reasons if reason is not None)
 
 
 def _picture_or_latents(raw: RawSample, encoding: Encoding | None) -> bytes:
@@ -232,14 +226,17 @@ def _picture_or_latents(raw: RawSample, encoding: Encoding | None) -> bytes:
     return latents
 
 
-def _decode_sample(content: bytes, preparation: Preparation, top: float, left: float, flipped: bool) -> Sample:
-    """The sample of a picture's file, without its caption."""
+def _decode_sample(
+    content: bytes, meta: dict, preparation: Preparation, top: float, left: float, flipped: bool
+) -> Sample:
+    """The sample of a picture's file with the JSON `meta`, without its caption."""
     resolution = preparation.resolution
-    image, true_size = decode_picture(content, resolution=resolution, min_image_size=preparation.min_image_size)
+    picture = read_picture(content, resolution=resolution, min_image_size=preparation.min_image_size)
+    true_size = picture.size
     if preparation.center_crop:
         top = left = 0.5
     square, (y, x), resized_width = resize_and_crop(
-        image,
+        picture.image,
         true_size=true_size,
         resolution=resolution,
         resample=_RESAMPLING[preparation.interpolation],
@@ -249,7 +246,15 @@ def _decode_sample(content: bytes, preparation: Preparation, top: float, left: f
     if flipped:
         square = torch.from_numpy(square).flip(1).numpy()  # NumPy copies three bytes at a time
         x = resized_width - resolution - x
-    return Sample({"pixels": square}, "", original_size=true_size, crop_top_left=(y, x), picture_size=true_size)
+    original_size = size_in_json(meta, true_size, turned=picture.turned) or true_size
+    return Sample(
+        {"pixels": square},
+        "",
+        original_size=original_size,
+        crop_top_left=(y, x),
+        picture_size=true_size,
+        colours=picture.colours,
+    )
 
 
 def _unpack_sample(

@@ -18,7 +18,7 @@ from typing import BinaryIO
 from braceexpand import braceexpand
 
 from lcm_distill.data.captions import caption_files, check_caption_column
-from lcm_distill.data.raw import LATENTS_EXTENSION, PICTURE_EXTENSIONS, RawSample, list_counts
+from lcm_distill.data.raw import LATENTS_EXTENSION, PICTURE_EXTENSIONS, RawSample, list_counts, printable
 from lcm_distill.data.sources import expand_url, find_problem, local_path, open_shard
 from lcm_distill.data.tar import TarReader
 from lcm_distill.errors import UsageError
@@ -218,20 +218,101 @@ def _group_by_key(members: Iterable[_Member], caption_column: str | None) -> Ite
         yield sample
 
 
-def _read_members(file: BinaryIO, *, offset: int, is_needed: Callable[[str], bool]) -> Iterator[_Member]:
+class _Names:
+    """The names in a tar, in order: counts their extensions, and finds pictures that are in no sample.
+
+    Consecutive files of one key are counted together, when a file of another key follows: nothing is counted before
+    the sample that it belongs to. A picture such as a.b.jpg, whose extension is "b.jpg", is in no sample if none of the
+    files of its key is one that is read, or if it has a caption of its own, a.b.txt. (Beside a.jpg and a.txt,
+    a.mask.png is another file of the sample a.)
+    """
+
+    MAX_REMEMBERED = 10_000  # dotted names of one key: a hostile tar may have millions
+
+    def __init__(
+        self, caption_column: str | None, extensions: Counter | None, on_dotted: Callable[[str], object] | None
+    ):
+        self._needed = _needed_extensions(caption_column)
+        self._caption_ends = tuple(f".{extension}" for extension in caption_files(caption_column))
+        self._extensions, self._on_dotted = extensions, on_dotted
+        self._key = ""
+        self._start_key()
+
+    def _start_key(self) -> None:
+        self._pending: Counter = Counter()
+        self._is_sample = False  # a file of the key is one that is read
+        self._pictures: dict[int, str] = {}  # by the hash of its name without the extension: names can have a megabyte
+        self._captioned: set[int] = set()
+
+    def add(self, name: str) -> bool:
+        """Notes the next file; returns whether it is to be read."""
+        key, extension = _split_name(name)
+        if not extension:
+            return False
+        if key != self._key:
+            self.end_key()
+            self._key = key
+        if self._extensions is not None:
+            self._pending[extension] += 1
+        if extension in self._needed:
+            if not self._is_sample:
+                self._is_sample = True
+                self._report_dotted()  # those before it: who begins to read at this file does not come across them
+            return True
+        if "." in extension and self._on_dotted is not None:
+            self._add_dotted(extension)
+        return False
+
+    def _add_dotted(self, extension: str) -> None:
+        stem, _, last = extension.rpartition(".")
+        if last in PICTURE_EXTENSIONS:
+            self._pictures[hash(stem)] = printable(f"{self._key}.{extension}")
+        for end in self._caption_ends:
+            if extension.endswith(end):
+                self._captioned.add(hash(extension[: -len(end)]))
+        if len(self._pictures) + len(self._captioned) > self.MAX_REMEMBERED:
+            self._report_dotted()
+
+    def _report_dotted(self) -> None:
+        for stem, name in self._pictures.items():
+            if self._on_dotted is not None and (not self._is_sample or stem in self._captioned):
+                self._on_dotted(name)
+        self._pictures, self._captioned = {}, set()
+
+    def end_key(self) -> None:
+        """Counts the files of the current key, and reports its pictures that are in no sample."""
+        if self._extensions is not None:
+            self._extensions.update(self._pending)
+        if self._pictures:
+            self._report_dotted()
+        if self._pending or self._is_sample or self._captioned:
+            self._start_key()
+
+
+def _read_members(file: BinaryIO, *, offset: int, names: _Names) -> Iterator[_Member]:
     """The needed regular files of a tar, in order; the position of `file` is `offset`."""
     tar = TarReader(file, offset)
-    for entry in tar:
-        if not entry.readable or not is_needed(entry.name):
-            continue
-        start = None if tar.compressed else entry.start
-        is_text = not entry.name.lower().endswith((*PICTURE_EXTENSIONS, LATENTS_EXTENSION))
-        too_large = entry.size > (MAX_TEXT_BYTES if is_text else MAX_FILE_BYTES)
-        yield _Member(entry.name, None if too_large else tar.content(), start)
+    try:
+        for entry in tar:
+            if not entry.readable or not names.add(entry.name):
+                continue
+            start = None if tar.compressed else entry.start
+            is_text = not entry.name.lower().endswith((*PICTURE_EXTENSIONS, LATENTS_EXTENSION))
+            too_large = entry.size > (MAX_TEXT_BYTES if is_text else MAX_FILE_BYTES)
+            yield _Member(entry.name, None if too_large else tar.content(), start)
+    except Exception:
+        names.end_key()
+        raise
+    names.end_key()
 
 
 def read_shard(
-    shard: str, *, caption_column: str | None = None, extensions: Counter | None = None, offset: int = 0
+    shard: str,
+    *,
+    caption_column: str | None = None,
+    extensions: Counter | None = None,
+    on_dotted: Callable[[str], object] | None = None,
+    offset: int = 0,
 ) -> Iterator[RawSample]:
     """Yields the samples of a shard in file order, undecoded.
 
@@ -240,22 +321,19 @@ def read_shard(
     Args:
         shard: a path, URL or `pipe:` command, as `open_shard` takes it.
         caption_column: where the caption is, as returned by `check_caption_column`; None for the usual places.
-        extensions: if given, counts the extensions of all files, also of those that are not read.
+        extensions: if given, counts the extensions of all files, also of those that are not read, up to the last
+            sample that was yielded.
+        on_dotted: if given, is called with the (printable) name of each picture that is in no sample because of dots
+            in its name (`DOTTED_NAME`): before the sample is yielded after whose first file it stands, so that reading
+            from that sample's `end` does not come across it again.
         offset: 0, or the `end` of an earlier sample, to read what comes after it.
 
     Raises:
         Exception: whatever opener and tar reader raise (many types), after the samples that could be read.
     """
-    needed = _needed_extensions(caption_column)
-
-    def is_needed(name: str) -> bool:
-        _, extension = _split_name(name)
-        if extension and extensions is not None:
-            extensions[extension] += 1
-        return extension in needed
-
+    names = _Names(caption_column, extensions, on_dotted)
     with open_shard(shard, offset) as file:
-        yield from _group_by_key(_read_members(file, offset=offset, is_needed=is_needed), caption_column)
+        yield from _group_by_key(_read_members(file, offset=offset, names=names), caption_column)
 
 
 def _needed_extensions(caption_column: str | None) -> frozenset[str]:

@@ -40,7 +40,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from lcm_distill.data.filters import is_filtered
 from lcm_distill.data.preflight import inspect_shards
 from lcm_distill.data.preparation import MixedShards, Preparation, Sample, prepare_sample
-from lcm_distill.data.raw import UNREADABLE_SHARD, BadSample, RawSample, list_counts
+from lcm_distill.data.raw import DOTTED_NAME, UNREADABLE_SHARD, BadSample, RawSample, list_counts
 from lcm_distill.data.shards import read_shard
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import SHARDS_FLAG, StreamingFlags
@@ -236,6 +236,7 @@ class StreamIterator:
         self.offset: int | None = 0  # which begins at this byte; None: not known, as in a compressed shard
         self.place = 0  # samples of the block, in its shuffled order, that are used up
         self.dropped: Counter = Counter()
+        self._not_compared: Counter = Counter()  # since this process began
         self._dropped_in_a_row = 0  # since the last usable sample
         self._tally = (_new_tally(workers) if stream.tally is None else stream.tally).numpy()  # faster to index
         self._samples = self._generate_samples()
@@ -296,6 +297,7 @@ class StreamIterator:
                         raise StreamError(f"{error} It is in {stream.shards[read.part.shard]}.") from None
                     is_empty = False
                     self._count(bad=False)
+                    self._note_not_compared(sample)
                     yield sample
                 (self.part, self.sample, self.offset), self.block, self.place = next_start, self.block + 1, 0
             self.epoch, self.block, self.part, self.sample, self.offset, self.place = self.epoch + 1, 0, 0, 0, 0, 0
@@ -317,6 +319,16 @@ class StreamIterator:
             consumers=self.consumers,
             resampled=self.stream.resampled,
         )
+        part, first, index, offset = ShardSlice(0, 0, 0, 0), 0, 0, 0
+
+        def is_own() -> bool:
+            """Whether this consumer reads, and counts what is wrong with, the sample `index` of the shard."""
+            return index >= first and part.low <= (index + epoch) % self.consumers < part.high
+
+        def drop_dotted(_: str) -> None:
+            if is_own():
+                self._drop(DOTTED_NAME)
+
         for number in range(start_part, len(parts)):
             part, first, index, offset = parts[number], 0, 0, 0
             if number == start_part and self.offset is not None:
@@ -325,13 +337,13 @@ class StreamIterator:
                 first = self.sample
             shard = self.stream.shards[part.shard]
             try:
-                for raw in read_shard(shard, caption_column=caption_column, offset=offset):
-                    if index >= first and part.low <= (index + epoch) % self.consumers < part.high:
+                for raw in read_shard(shard, caption_column=caption_column, on_dotted=drop_dotted, offset=offset):
+                    if is_own():
                         following = (number + 1, 0, 0) if raw.last else (number, index + 1, raw.end)
                         yield _Read(raw, part, index, following)
                     index += 1
             except Exception as error:  # noqa: BLE001 - opener, decompressor and tar reader raise nearly anything
-                if part.low <= (index + epoch) % self.consumers < part.high:  # only one of its consumers counts it
+                if is_own():  # only one of its consumers counts it
                     logger.info("%s, sample %d: %s", shard, index, error)
                     self._drop(UNREADABLE_SHARD)
 
@@ -363,6 +375,19 @@ class StreamIterator:
             )
         if not is_filtered(reason):
             self._count(bad=True)
+
+    def _note_not_compared(self, sample: Sample) -> None:
+        """Counts the filters that could not judge a sample; logs the first one, and then the counts now and then."""
+        for reason in sample.not_compared:
+            self._not_compared[reason] += 1
+            count = self._not_compared[reason]
+            if count == 1 or (count >= WARN_AFTER_DROPS and count.bit_count() == 1):
+                logger.warning(
+                    "worker %d of %d: samples pass whose value a filter cannot compare; so far: %s",
+                    self.worker,
+                    max(1, self.workers),
+                    list_counts(self._not_compared),
+                )
 
     def _count(self, *, bad: bool) -> None:
         """Counts one more sample of this process; `StreamError` if too many of them are bad."""

@@ -1,6 +1,6 @@
 """The two families of teachers, and the interface that their modules implement."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -50,6 +50,9 @@ class Family(Protocol):
 
     def base_model_version(self, unet_config: Mapping[str, Any]) -> str:
         """The model's name in the metadata of kohya-format LoRAs."""
+
+    def count_tokens(self, teacher: Teacher, captions: Sequence[str]) -> list[tuple[int, int]]:
+        """For each caption (its tokens, how many of them the text encoders read); loads only the tokenizers."""
 
     def encode_captions(self, frozen: Any, captions: list[str]) -> dict[str, Any]:
         """The text part of the conditioning of `captions`."""

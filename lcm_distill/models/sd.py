@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from lcm_distill.data.encoded import Encoding
 from lcm_distill.models.frozen import FrozenParts, empty_batch
 from lcm_distill.models.teacher import Teacher
+from lcm_distill.models.tokenizer import count_tokens as count_tokens_by
 from lcm_distill.models.unets import keeping_config
 
 NAME = "sd"
@@ -78,10 +79,15 @@ def base_model_version(unet_config: Mapping[str, Any]) -> str:
     return "sd_v2" if unet_config.get("cross_attention_dim") == 1024 else "sd_v1"
 
 
+def count_tokens(teacher: Teacher, captions: Sequence[str]) -> list[tuple[int, int]]:
+    """`models.tokenizer.count_tokens` by the teacher's tokenizer, the only part that is loaded."""
+    return count_tokens_by([teacher.tokenizer("tokenizer")], captions)
+
+
 @torch.no_grad()
 def encode_captions(frozen: Frozen, captions: list[str]) -> dict[str, torch.Tensor]:
     """The U-Net's conditioning of `captions`: `encoder_hidden_states` `[B, tokens, dim]`."""
-    tokens = frozen.tokenizer(
+    tokenized = frozen.tokenizer(
         captions,
         padding="max_length",
         max_length=frozen.tokenizer.model_max_length,
@@ -91,8 +97,8 @@ def encode_captions(frozen: Frozen, captions: list[str]) -> dict[str, torch.Tens
     # As in the pipelines, the mask is used only if the text encoder's config asks for it.
     use_mask = getattr(frozen.text_encoder.config, "use_attention_mask", False)
     device = frozen.text_encoder.device
-    mask = tokens.attention_mask.to(device, non_blocking=True) if use_mask else None
-    output = frozen.text_encoder(tokens.input_ids.to(device, non_blocking=True), attention_mask=mask)
+    mask = tokenized.attention_mask.to(device, non_blocking=True) if use_mask else None
+    output = frozen.text_encoder(tokenized.input_ids.to(device, non_blocking=True), attention_mask=mask)
     return {"encoder_hidden_states": output.last_hidden_state}
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from lcm_distill.data.encoded import Encoding
 from lcm_distill.models.frozen import FrozenParts, empty_batch
 from lcm_distill.models.teacher import Teacher
+from lcm_distill.models.tokenizer import count_tokens as count_tokens_by
 
 NAME = "sdxl"
 PIPELINE = StableDiffusionXLPipeline
@@ -91,6 +92,11 @@ def load_frozen(
 def base_model_version(unet_config: Mapping[str, Any]) -> str:
     """The model's name in the metadata of kohya-format LoRAs, by which other programs know what a LoRA fits."""
     return "sdxl_base_v1-0"
+
+
+def count_tokens(teacher: Teacher, captions: Sequence[str]) -> list[tuple[int, int]]:
+    """`models.tokenizer.count_tokens` by the teacher's tokenizers, the only parts that are loaded."""
+    return count_tokens_by([teacher.tokenizer(part) for part in ("tokenizer", "tokenizer_2")], captions)
 
 
 @torch.no_grad()

@@ -1,10 +1,11 @@
-"""A teacher's tokenizers: CLIP's, checked to fit the text encoders that they feed.
+"""A teacher's tokenizers: CLIP's, checked to fit the text encoders that they feed; how many tokens captions have.
 
 A tokenizer without its vocabulary or its merges still turns every caption into tokens, just not those that the text
 encoder was trained on: the libraries say nothing, and the student learns from captions that are all the same.
 """
 
 import json
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -137,3 +138,17 @@ def _try_out(tokenizer: CLIPTokenizer, name: str) -> None:
             f"{name} turns the caption 'a' into the tokens {ids[0][:5].tolist()} …, where CLIP's gives "
             f"{expected[0][:5]} …; copy its files from the model that the teacher was made from."
         )
+
+
+def count_tokens(tokenizers: Iterable[CLIPTokenizer], captions: Sequence[str]) -> list[tuple[int, int]]:
+    """For each caption (its tokens, with those of its start and end; how many the text encoder reads).
+
+    Of several tokenizers, those of the one that cuts the most off.
+    """
+    if not captions:
+        return []
+    counted = []
+    for tokenizer in tokenizers:
+        ids = tokenizer(list(captions), verbose=False).input_ids  # verbose: it warns of what is only counted here
+        counted.append([(len(of_caption), tokenizer.model_max_length) for of_caption in ids])
+    return [max(pairs, key=lambda pair: pair[0] - pair[1]) for pairs in zip(*counted, strict=True)]

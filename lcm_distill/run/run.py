@@ -1,7 +1,7 @@
 """One launch of a training program, and everything around its loop: `Run`.
 
     run = Run(PROGRAM, args.launch, args.streaming, architecture, args.flat(), argv=argv)
-    preflight = run.inspect(shards, preparation)              # a first look into the shards
+    preflight = run.inspect(shards, preparation, count_tokens)    # a first look into the shards
     plan = run.plan(...)                                      # length and learning rate
     run.connect()                                             # Hub and trackers
     run.start(parts, loader, optimizer, lr_scheduler, student, validation)
@@ -122,9 +122,14 @@ class Run:
         """Whether a checkpoint is resumed."""
         return self._checkpoint is not None
 
-    def inspect(self, shards: list[str], preparation: Preparation) -> ShardReport:
+    def inspect(
+        self,
+        shards: list[str],
+        preparation: Preparation,
+        count_tokens: Callable[[list[str]], list[tuple[int, int]]] | None = None,
+    ) -> ShardReport:
         """`inspect_shards`; logs its report."""
-        report = inspect_shards(shards, preparation)
+        report = inspect_shards(shards, preparation, count_tokens=count_tokens)
         logger.info("%s", report)
         return report
 

@@ -17,7 +17,7 @@ from lcm_distill.errors import DivergenceError
 from lcm_distill.flags import DistillationFlags, ValidationFlags
 from lcm_distill.models.vae import decode_latents
 from lcm_distill.run.trackers import log_pictures
-from lcm_distill.sampling.generate import check_steps, generate_latents, read_prompts
+from lcm_distill.sampling.generate import check_steps, generate_latents, read_prompts, warn_of_long_prompts
 from lcm_distill.sampling.grid import labelled_grid
 from lcm_distill.sampling.metrics import relative_distance
 
@@ -99,6 +99,7 @@ class Validation:
         self._seeds = [run.seed + number for number in range(len(self._prompts))]
         self._columns = [text for prompt in prompts for text in [prompt, *[""] * (images_per_prompt - 1)]]
         self._batch_size = min(batch_size, images_per_prompt)
+        self._check_length = bool(flags.validation_prompts)  # the preflight has checked the captions
         self._teacher_row: dict[str, list[Image.Image]] = {}
         self._ends = torch.empty(0)
         self.measured: dict[str, float] = {}  # the last distances, by a description of each
@@ -149,6 +150,9 @@ class Validation:
         measured = [1] if self._teacher_steps else []
         for label, build in self._pipelines.items():
             pipeline = build()
+            if self._check_length:
+                warn_of_long_prompts(pipeline, self._prompts)
+                self._check_length = False
             for steps in dict.fromkeys([*self._inference_steps, *measured]):
                 latents = self._latents(label, pipeline, steps, self._guidance_scale)
                 if steps in self._inference_steps:

@@ -1,6 +1,8 @@
 """Pictures as users generate them: a pipeline, a sampler, prompts, and noise that depends only on a seed."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,15 @@ import torch
 from diffusers import AutoPipelineForImage2Image, DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
+from transformers import tokenization_utils_base
 
+from lcm_distill.data.captions import describe_cut
 from lcm_distill.errors import UsageError
+from lcm_distill.models.tokenizer import count_tokens
 from lcm_distill.models.unets import keeping_config
 from lcm_distill.objective.schedule import SAMPLER_OPTIONS, complete_schedule
+
+logger = logging.getLogger(__name__)
 
 # By the names in `flags.SAMPLERS`.
 _SCHEDULERS = {"DDIM": DDIMScheduler, "DPM-Solver++": DPMSolverMultistepScheduler}
@@ -164,10 +171,38 @@ def _run_in_batches(
             if negative_prompt is not None:
                 options["negative_prompt"] = [negative_prompt] * len(chosen)
             options |= start(generators)
-            latents += pipeline(chosen, generator=generators, output_type="latent", **options).images
+            with _no_warnings_of_long_prompts(pipeline):
+                latents += pipeline(chosen, generator=generators, output_type="latent", **options).images
     finally:
         unet.train(was_training)
     return torch.stack(latents)
+
+
+@contextlib.contextmanager
+def _no_warnings_of_long_prompts(pipeline: Any) -> Iterator[None]:
+    """Inside, the libraries do not warn, for each batch again, of a prompt that is longer than the text encoder."""
+    loggers = [logging.getLogger(name) for name in (type(pipeline).__module__, tokenization_utils_base.__name__)]
+    for library_logger in loggers:
+        library_logger.addFilter(_is_not_of_long_prompts)
+    try:
+        yield
+    finally:
+        for library_logger in loggers:
+            library_logger.removeFilter(_is_not_of_long_prompts)
+
+
+def _is_not_of_long_prompts(record: logging.LogRecord) -> bool:
+    beginnings = ("The following part of your input was truncated", "Token indices sequence length is longer than")
+    return not record.getMessage().startswith(beginnings)
+
+
+def warn_of_long_prompts(pipeline: Any, prompts: Sequence[str]) -> None:
+    """Logs one warning if the pipeline's text encoders do not read all of some of the prompts."""
+    names = ("tokenizer", "tokenizer_2")
+    tokenizers = [getattr(pipeline, name) for name in names if getattr(pipeline, name, None) is not None]
+    cut = describe_cut(count_tokens(tokenizers, list(dict.fromkeys(prompts)))) if prompts else None
+    if cut:
+        logger.warning("prompts: %s", cut)
 
 
 def read_prompts(values: Sequence[str] | None, flag: str = "--validation_prompts") -> list[str] | None:

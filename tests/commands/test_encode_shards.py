@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from icc_profiles import DISPLAY_P3, rgb_profile, to_srgb
 from original_layout import save_single_file
 from PIL import Image
 from safetensors.numpy import load as load_bytes
@@ -24,9 +25,10 @@ from lcm_distill import encode_shards as module
 from lcm_distill.data.encoded import HEADER, read_encoding, unpack
 from lcm_distill.data.filters import FILTERED, parse_filters
 from lcm_distill.data.preflight import inspect_shards
-from lcm_distill.data.preparation import Preparation
+from lcm_distill.data.preparation import Preparation, prepare_sample
 from lcm_distill.data.raw import (
     DAMAGED_LATENTS,
+    DOTTED_NAME,
     DUPLICATE_NAME,
     LATENTS_EXTENSION,
     NO_CAPTION,
@@ -356,6 +358,39 @@ def test_bad_samples_are_left_out_and_listed(teacher, tmp_path, capsys):
     assert dropped[0] == {NO_CAPTION: ["a"], NOT_A_PICTURE: ["b"], NO_PICTURE: ["d"], DUPLICATE_NAME: ["c"]}
     assert dropped[1] == {UNREADABLE_SHARD: ["1.tar: the tar is cut short in a file"]}
     assert dropped[2] == {NOT_A_PICTURE: ["g"]}
+
+
+def test_what_is_encoded_is_as_in_training_and_what_is_lost_is_listed(teacher, tmp_path, capsys):
+    """Dotted names, values that a filter cannot compare, captions that are cut, turned pictures and wide colours."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wide = Image.new("RGB", (60, 40), (20, 200, 40))
+    wide.info["icc_profile"] = rgb_profile("Display P3", DISPLAY_P3, 2.2)
+    buffer = io.BytesIO()
+    wide.save(buffer, "PNG", exif=exif, icc_profile=wide.info["icc_profile"])
+    meta = json.dumps({"width": "60", "height": "40", "score": "high", "nsfw": False})
+    files = [("a.png", buffer.getvalue()), ("a.txt", "a red circle " * 100), ("a.json", meta)]
+    files += [("b v1.0.png", noise_picture(1)), ("b v1.0.txt", "b"), ("c.png", noise_picture(2)), ("c.txt", "c")]
+    files += [("c.json", json.dumps({"nsfw": True}))]
+    shard = write_tar(tmp_path / "in" / "0.tar", files)
+    filters = ["--filter", "score>=5", "nsfw=false"]
+    argv = [str(tmp_path / "in"), str(tmp_path / "out"), "--pretrained_teacher_model", teacher, "--resolution", "32"]
+    main([*argv, "--captions", "--center_crop", *filters])
+    printed = capsys.readouterr()
+    assert "captions cut:    1 of 1 is longer than the" in printed.err
+    assert "colour profiles: 1 x Display P3: converted to sRGB" in printed.err
+    assert "kept, since a filter cannot compare their value: 1 x --filter 'score>=5' (the value is text)" in printed.out
+    (encoded_shard,) = expand_shards(str(tmp_path / "out"))
+    dropped = json.loads(contents(encoded_shard)[DROPPED])
+    assert dropped == {DOTTED_NAME: ["b v1.0.png"], f"{FILTERED} --filter 'nsfw=false'": ["c"]}
+    preparation = inspect_shards([encoded_shard], Preparation(resolution=32)).preparation
+    (sample,) = read_shard(encoded_shard)
+    trained = prepare_sample(sample, preparation, draws=np.zeros(5))
+    assert trained.original_size == trained.picture_size == (60, 40)
+    plain = next(read_shard(shard))
+    pixels = prepare_sample(plain, Preparation(resolution=32, center_crop=True), draws=np.zeros(5)).arrays["pixels"]
+    expected = to_srgb(np.array([20, 200, 40]), DISPLAY_P3, 2.2)
+    assert np.abs(pixels - expected).max() < 2
 
 
 def test_a_shard_whose_disk_fails_is_not_written_as_a_short_one(pictures, teacher, tmp_path, monkeypatch):

@@ -41,6 +41,56 @@ def test_a_filter_compares(text, meta, passes):
     assert is_filtered(condition.reason) and text.strip() in condition.reason
 
 
+FALSE_PASSES = ["x=false", "x=False", "x==0", "x=0", "x<0.5", "x<1", "x<=0", "x!=true", "x!=TRUE", "x!=1"]
+TRUE_PASSES = ["x=true", "x=True", "x==1", "x=1", "x>0.5", "x>0", "x>=1", "x!=false", "x!=0"]
+
+
+@pytest.mark.parametrize("text", FALSE_PASSES + TRUE_PASSES)
+@pytest.mark.parametrize(
+    ("value", "is_true"),
+    [(True, True), ("true", True), (" TRUE", True), (1, True), ("1", True)]
+    + [(False, False), ("false", False), ("False", False), (0, False), ("0", False), (0.0, False)],
+)
+def test_booleans_are_compared(text, value, is_true):
+    """All samples passed: neither a word nor a number was compared with a JSON's true or false."""
+    (condition,) = parse_filters([text])
+    assert condition.passes({"x": value}) is (is_true == (text in TRUE_PASSES))
+    assert condition.not_compared({"x": value}) is None
+
+
+def test_a_boolean_score_is_compared():
+    assert not parse_filters(max_pwatermark=0.5)[0].passes({"watermark": True})
+    assert parse_filters(max_pwatermark=0.5)[0].passes({"watermark": False})
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "kind"),
+    [
+        ("x>=5", True, "the value is true or false"),
+        ("x>=5", "high", "the value is text"),
+        ("x<0.5", "no", "the value is text"),
+        ("x<0.5", [0.1], "the value is a list"),
+        ("x<0.5", {"y": 0.1}, "the value is an object"),
+        ("x<0.5", float("nan"), "the value is not finite"),
+        ("x=en", 3, "the value is a number"),
+        ("x=en", True, "the value is true or false"),
+        ("x!=en", ["en"], "the value is a list"),
+        ("x=false", 0.3, "the value is a number"),
+        ("x=false", [], "the value is a list"),
+        ("x=en", "de", None),
+        ("x=false", "unknown", None),  # text that is not the word
+        ("x>=5", "4", None),
+        ("x>=5", None, None),
+    ],
+)
+def test_a_value_of_another_kind_passes_and_is_named(text, value, kind):
+    (condition,) = parse_filters([text])
+    assert condition.not_compared({"x": value}) == kind
+    assert condition.finds_nothing({"x": value}) is (value is None) and condition.finds_nothing({})
+    if kind is not None:
+        assert condition.passes({"x": value})
+
+
 @pytest.mark.parametrize("key", ["aesthetic", "aesthetic_score", "AESTHETIC_SCORE"])
 def test_the_usual_names_of_aesthetic_scores_are_known(key):
     (condition,) = parse_filters(min_aesthetic=5)

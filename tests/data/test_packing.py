@@ -10,17 +10,19 @@ import os
 import re
 import select
 import signal
+import sys
 import time
 
 import numpy as np
 import pytest
+from icc_profiles import DISPLAY_P3, rgb_profile, to_srgb
 from PIL import Image
 
 from lcm_distill.data import packing
 from lcm_distill.data.packing import MANIFEST, Settings, find_pictures, pack_shards
 from lcm_distill.data.preflight import inspect_shards
 from lcm_distill.data.preparation import Preparation, prepare_sample
-from lcm_distill.data.raw import HUGE_FILE, HUGE_PICTURE
+from lcm_distill.data.raw import HEIC, HUGE_FILE, HUGE_PICTURE
 from lcm_distill.data.shards import count_samples, expand_shards, read_shard
 from lcm_distill.data.stream import ShardStream
 from lcm_distill.errors import UsageError
@@ -230,6 +232,29 @@ def test_sizes_are_upright_and_original(tmp_path):
         assert trained.original_size == size
 
 
+@pytest.mark.parametrize("max_size", [None, 16])
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])  # stored as it is, and made a PNG
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"original_width": 600, "original_height": 400}, (600, 400)),  # before turning
+        ({"original_width": "400", "original_height": "600.0"}, (600, 400)),  # as seen
+        ({"original_width": 60, "original_height": 40}, (60, 40)),
+        ({"original_width": "?", "original_height": 40}, (60, 40)),
+    ],
+)
+def test_original_sizes_of_turned_pictures(tmp_path, max_size, suffix, given, expected):
+    """Whether EXIF still turns the stored picture or not, the stream finds (height, width) of the upright one."""
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    save(tmp_path / "in" / f"a.{suffix}", 1, (60, 40), exif=exif)
+    write_jsonl(tmp_path / "in", {"file_name": f"a.{suffix}", "text": "an a"} | given)
+    pack(tmp_path / "in", tmp_path / "out", max_size=max_size)
+    ((_, raw, meta),) = read(tmp_path / "out").values()
+    assert prepare_sample(raw, PREPARATION, draws=np.zeros(5)).original_size == expected
+    assert (meta["original_height"], meta["original_width"]) == expected
+
+
 # ----------------------------------------------------------------------------------------------- captions
 
 
@@ -341,6 +366,58 @@ def test_bad_pictures_are_skipped_counted_and_listed(tmp_path, capsys):
     assert "  1 x caption is not UTF-8: latin.png\n" in output
     *_, last = output.splitlines()
     assert re.fullmatch(rf"1 shard, 3 samples, \d\.\d MB: train with --train_shards_path_or_url {tmp_path}/out", last)
+
+
+def test_pictures_of_other_kinds_are_named(tmp_path, monkeypatch):
+    """They were not among the skipped, nor anywhere else."""
+    images = fill(tmp_path / "in", 1)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
+    packing.heif_formats.cache_clear()
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)
+    for name in ("IMG_1.HEIC", "sub/IMG_2.heif", "IMG_3.hif", "named.jpg", "a.jxl", "b.psd", "sub/c.NEF", "d.jp2"):
+        (images / name).parent.mkdir(exist_ok=True)
+        (images / name).write_bytes(heic)
+        (images / name).with_suffix(".txt").write_text(name)
+    write_jsonl(images, {"file_name": "IMG_1.HEIC", "text": "of a row"})
+    packed = pack(images, tmp_path / "out")
+    assert packed.samples == 1 and {reason: sorted(of) for reason, of in packed.skipped.items()} == {
+        HEIC: ["IMG_1.HEIC", "IMG_3.hif", "named.jpg", "sub/IMG_2.heif"],
+        packing.OTHER_KIND: ["a.jxl", "b.psd", "d.jp2", "sub/c.NEF"],
+    }
+    (images / "000.png").unlink()
+    (images / "named.jpg").unlink()
+    with pytest.raises(UsageError, match=r"(?s)no picture that can be used.*3 x HEIC .*pip install pillow-heif\): "):
+        pack(images, tmp_path / "none")
+    packing.heif_formats.cache_clear()
+
+
+@pytest.mark.parametrize("max_size", [None, 16])
+def test_heic_is_read_where_pillow_heif_is_installed(tmp_path, max_size):
+    """Its colours become sRGB, it is stored upright, and a size from before turning is that of the upright picture."""
+    heif = pytest.importorskip("pillow_heif")
+    images = tmp_path / "in"
+    images.mkdir()
+    heif.register_heif_opener()
+    rows, columns = np.mgrid[:64, :96]
+    pixels = np.stack([columns * 2, rows * 3, np.full_like(rows, 90)], -1).astype(np.uint8)
+    profile = rgb_profile("Display P3", DISPLAY_P3, 2.2)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("a.heic", "b.HEIF", "c.jpg"):
+        Image.fromarray(pixels).save(images / name, "HEIF", quality=100, icc_profile=profile, exif=exif.tobytes())
+    texts = {"file_name": "a.heic", "text": "a", "original_width": 960, "original_height": 640}
+    write_jsonl(images, texts, {"file_name": "b.HEIF", "text": "b"}, {"file_name": "c.jpg", "text": "c"})
+    packed = pack(images, tmp_path / "out", max_size=max_size)
+    assert (packed.samples, packed.skipped) == (3, {})
+    upright = to_srgb(np.rot90(pixels, -1), DISPLAY_P3, 2.2)
+    for name, (extensions, raw, meta) in read(tmp_path / "out").items():
+        stored = Image.open(io.BytesIO(raw.files["png"]))
+        assert extensions[0] == "png" and stored.size == ((16, 24) if max_size else (64, 96))
+        assert "icc_profile" not in stored.info
+        expected = Image.fromarray(upright.round().astype(np.uint8)).resize(stored.size, Image.Resampling.LANCZOS)
+        assert np.abs(np.asarray(stored, int) - np.asarray(expected)).mean() < 3
+        original = (960, 640) if name == "a.heic" else (96, 64)
+        assert (meta.get("original_height", meta["height"]), meta.get("original_width", meta["width"])) == original
 
 
 def test_files_that_the_readers_would_not_read_are_skipped(tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 
 from lcm_distill.data import decode, raw, sources
+from lcm_distill.data import shards as shards_module
 from lcm_distill.data import stream as stream_module
 from lcm_distill.data.decode import decode_picture
 from lcm_distill.data.filters import FILTERED, parse_filters
@@ -473,6 +474,29 @@ def test_filters_reject_by_their_condition_and_never_for_a_missing_key(tmp_path,
     assert f"{len(expected)} of 20 samples pass" in str(report) and reason in str(report)
 
 
+def test_values_of_another_kind_are_counted_and_reported(tmp_path, caplog):
+    """A filter that could compare nothing let everything pass in silence."""
+    values = [0.1, "unknown", "unknown", True, [1]]
+    files = [
+        file
+        for n, value in enumerate(values)
+        for file in ((f"{n}.png", GOOD), (f"{n}.txt", str(n)), (f"{n}.json", json.dumps({"punsafe": value})))
+    ]
+    filters = parse_filters(["punsafe<0.5", "nsfw=false"])
+    shards = [write_tar(tmp_path / "0.tar", files)]
+    report = inspect_shards(shards, Preparation(resolution=16, filters=filters))
+    assert report.usable == 4 and report.not_compared == {
+        "--filter 'punsafe<0.5' (the value is text)": 2,
+        "--filter 'punsafe<0.5' (the value is a list)": 1,
+        "--filter 'nsfw=false' (no such key)": 5,
+    }
+    assert "not compared:    5 x --filter 'nsfw=false' (no such key), 2 x" in str(report)
+    take(iter(make_stream(shards, filters=filters)), 4)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2 and all("a filter cannot compare" in message for message in messages)
+    assert any("the value is text" in message for message in messages) and "no such key" not in "".join(messages)
+
+
 def test_filters_that_let_nothing_pass_are_reported(tmp_path):
     preparation = Preparation(resolution=16, filters=parse_filters(["aesthetic>99", "other>1"]))
     with pytest.raises(UsageError, match=r"20 of 20 samples are filtered out: give milder filters") as error:
@@ -589,6 +613,15 @@ def test_a_large_jpeg_is_decoded_small_and_shows_the_same():
     assert size == (1801, 1200) and upright.size == (150, 226)
 
 
+def test_the_size_of_a_turned_jpeg_that_is_nearly_square():
+    """Decoded at an eighth it is square, and its true size was that of the picture before it was turned."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encode(Image.new("RGB", (800, 797)), "JPEG", exif=exif)
+    picture = decode.read_picture(content, resolution=90)
+    assert picture.image.size == (100, 100) and picture.size == (800, 797) and picture.turned
+
+
 @pytest.mark.parametrize("extension", PICTURE_EXTENSIONS)
 def test_every_kind_of_picture_is_read(tmp_path, extension):
     kind = {"jpg": "JPEG", "jpeg": "JPEG", "jfif": "JPEG", "tif": "TIFF"}.get(extension, extension.upper())
@@ -658,6 +691,7 @@ def test_transparent_palette_becomes_white():
         ({"original_height": 0, "original_width": 1200, "height": 90.0, "width": 120.0}, [90, 120]),
         ({"original_height": "x", "original_width": True, "height": 10**30, "width": float("nan")}, [16, 20]),
         ({"HEIGHT": 5}, [16, 20]),
+        ({"original_width": "3000", "original_height": "2000"}, [2000, 3000]),
         ([1, 2], [16, 20]),
         ("{broken", [16, 20]),
         (b"\xff\xfe{", [16, 20]),
@@ -672,6 +706,32 @@ def test_original_size(tmp_path, meta, expected):
         files.append(("a.json", meta if isinstance(meta, (str, bytes)) else json.dumps(meta)))
     (batch,) = take(iter(make_stream([write_tar(tmp_path / "0.tar", files)])), 1)
     assert batch["original_sizes"].tolist() == [expected]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_original_size_of_a_turned_picture(tmp_path, kind, orientation):
+    """img2dataset writes the sides as they are stored; SDXL is given those of the picture that it learns."""
+    if kind not in decode.PILLOW_FORMATS:
+        pytest.skip(f"this Pillow has no {kind}")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encode(Image.new("RGB", (100, 60)), kind, exif=exif)
+    upright = [100, 60] if orientation >= 5 else [60, 100]  # (height, width)
+    sizes = [{"width": 100, "height": 60}, {"width": upright[1], "height": upright[0]}, {}]
+    sizes += [{"original_width": "1000", "original_height": "600", "width": 100, "height": 60}]
+    files = [
+        file
+        for n, meta in enumerate(sizes)
+        for file in ((f"{n}.jpg", content), (f"{n}.txt", str(n)), (f"{n}.json", json.dumps(meta)))
+    ]
+    batches = take(iter(make_stream([write_tar(tmp_path / "0.tar", files)], shuffle_window=1)), 4)
+    assert [batch["original_sizes"].tolist() for batch in batches] == [
+        [upright],
+        [upright],
+        [upright],
+        [[10 * side for side in upright]],
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- captions
@@ -951,6 +1011,88 @@ def test_each_kind_of_bad_sample_has_its_reason(tmp_path, reason_and_files):
     assert (report.usable, report.seen) == (1, 1 + sum(batch["dropped"].values()))
     assert dict(report.dropped) == batch["dropped"]
     assert reason in str(report)
+
+
+def named(*names):
+    """Files of these names: pictures, captions, or something else."""
+    return [
+        (name, GOOD if name.endswith(".png") else f"of {name}" if name.endswith(".txt") else "{}") for name in names
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "lost", "reasons"),
+    [
+        ([f"photo v1.{i}.{e}" for i in range(9) for e in ("png", "txt")], 9, {}),
+        ([f"d.ot/photo v1.{i}.{e}" for e in ("png", "txt") for i in range(9)], 9, {}),
+        (["a.b.c.png", "a.b.c.txt", "a.b.d.PNG", "a.b.d.txt"], 2, {}),
+        (["a.1.png", "b.1.png"], 2, {}),  # without a caption, too
+        (["a.1.png", "a.1.json", "b.2.cls"], 1, {}),
+        (["a.1.png", "a.1.txt", "a.png", "a.txt"], 1, {}),  # beside a sample of that key, before or after it
+        (["a.png", "a.txt", "a.1.png", "a.1.txt"], 1, {}),
+        (["a.png", "a.txt", "a.mask.png", "a.blip.txt"], 0, {}),  # other files of a sample
+        (["a.mask.png", "a.png", "a.txt"], 0, {}),
+        (["a.mask.png", "a.txt"], 0, {raw.NO_PICTURE: 1}),  # counted as a sample
+        (["._a.b.png", "d/.a.b.png", "a.b.c.txt"], 0, {}),  # hidden files, and no picture
+    ],
+)
+def test_pictures_with_dots_in_their_names_are_counted(tmp_path, names, lost, reasons):
+    """Half of a shard was missing from the training, and no message said so."""
+    files = [*named("0.png", "0.txt"), *named(*names), *named("z.png", "z.txt")]
+    shards = [write_tar(tmp_path / "0.tar", files)]
+    expected = ({raw.DOTTED_NAME: lost} if lost else {}) | reasons
+    report = inspect_shards(shards, Preparation(resolution=16))
+    assert report.dropped == expected and report.extensions.total() == len(files) - sum("/." in f"/{n}" for n in names)
+    assert (raw.DOTTED_NAME in str(report)) == bool(lost)
+    iterator = StreamIterator(make_stream(shards), worker=0, workers=0)
+    delivered, dropped = [], {}
+    while iterator.epoch == 0:
+        dropped = dict(iterator.dropped)  # without those of the next epoch
+        delivered += next(iterator)["captions"]
+    assert dropped == expected and {"of 0.txt", "of z.txt"} <= set(delivered)
+    for workers in (2, 3):  # which share the shard: one of them counts each
+        total = Counter()
+        for worker in range(workers):
+            iterator = StreamIterator(make_stream(shards), worker=worker, workers=workers)
+            for _ in iterator._read_epoch():
+                pass
+            total += iterator.dropped
+        assert total == Counter({raw.DOTTED_NAME: lost})
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
+def test_restore_counts_dotted_names_once(tmp_path, suffix):
+    files = [f for i in range(12) for f in named(f"{i}.1.png", f"{i}.1.txt", f"{i}.png", f"{i}.txt", f"{i}x.y.png")]
+    shards = [write_tar(tmp_path / f"{n}.{suffix}", files, "w:gz" if "gz" in suffix else "w") for n in range(2)]
+    stream = make_stream(shards, shuffle_window=3)
+    iterator, states, batches = iter(stream), [], []
+    for _ in range(30):
+        states.append(iterator.state_dict())
+        batches.append(next(iterator))
+    assert batches[24]["dropped"][raw.DOTTED_NAME] >= 48
+    for state, expected in zip(states, batches, strict=True):
+        again = iter(stream)
+        again.load_state_dict(state)
+        assert_same_batches([next(again)], [expected])
+
+
+def test_a_shard_of_a_million_dotted_names_takes_no_memory(tmp_path, monkeypatch):
+    """Names are remembered until another key follows; a hostile tar has no other key."""
+    monkeypatch.setattr(shards_module._Names, "MAX_REMEMBERED", 10)
+    files = [*named("0.png", "0.txt"), *((f"a.{i}.png", "") for i in range(200))]
+    report = inspect_shards([write_tar(tmp_path / "0.tar", files)], Preparation(resolution=16))
+    assert report.dropped == {raw.DOTTED_NAME: 200}
+
+
+@pytest.mark.parametrize(
+    "extensions", [("png", "txt"), ("cls", "png", "txt"), ("txt", "png", "x.npy"), ("0.cls", "png", "json", "txt")]
+)
+def test_the_preflight_counts_the_files_of_the_samples_it_tried(tmp_path, extensions):
+    """It said "16 of 16 samples" and "17 x jpg": the first file of the next sample was counted, too."""
+    shards = [write_tar(tmp_path / "0.tar", named(*(f"{i}.{e}" for i in range(20) for e in extensions)))]
+    for limit in (1, 16, 20):
+        report = inspect_shards(shards, Preparation(resolution=16), limit=limit)
+        assert report.seen == limit and report.extensions == dict.fromkeys(extensions, limit)
 
 
 def test_nothing_in_a_shard_is_executed(tmp_path):

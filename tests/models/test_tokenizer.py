@@ -1,6 +1,7 @@
 """Tokenizers as people have them: each layout gives the same tokens; what does not fit the text encoder is refused."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import torch
 from tokenizers import Tokenizer
 from transformers import CLIPTextConfig, CLIPTokenizer
 
+from lcm_distill.data.captions import describe_cut
 from lcm_distill.errors import UsageError
 from lcm_distill.models import sd, sdxl
+from lcm_distill.models.families import FAMILIES
 from lcm_distill.models.files import ModelFiles
 from lcm_distill.models.teacher import Teacher, read_configs
-from lcm_distill.models.tokenizer import load_tokenizer
+from lcm_distill.models.tokenizer import count_tokens, load_tokenizer
 
 CAPTIONS = ["a small red circle on a black background", "Two BLUE squares,  naïve & 7 ünïcode", "", "word " * 40]
 CONFIG = "tokenizer/tokenizer_config.json"
@@ -265,3 +268,44 @@ def test_the_check_takes_the_text_encoder_s_config(teacher):
     assert tokens(loaded) == reference(teacher)
     with pytest.raises(UsageError, match="--teacher_config .*its tokenizer has token ids up to 597"):
         load_tokenizer(ModelFiles(teacher, "--teacher_config"), "tokenizer", CLIPTextConfig(vocab_size=10))
+
+
+# How many tokens captions have, against the ids that the text encoder is given.
+
+COUNTED = ["", "a small red circle", "a " * 500, "no such words " * 3]
+
+
+def ids(tokenizer, caption, **options):
+    return tokenizer(caption, verbose=False, **options).input_ids
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_tokens_are_those_of_the_teacher_s_tokenizers(teachers, family):
+    tokenizer = CLIPTokenizer.from_pretrained(teachers[family], subfolder="tokenizer")
+    limit = tokenizer.model_max_length
+    counted = FAMILIES[family].count_tokens(Teacher(teachers[family]), COUNTED)
+    assert counted == [(len(ids(tokenizer, caption)), limit) for caption in COUNTED]
+    for caption, (tokens, _) in zip(COUNTED, counted, strict=True):
+        assert (tokens > limit) == (ids(tokenizer, caption) != ids(tokenizer, caption, truncation=True))
+
+
+def test_of_two_tokenizers_the_one_that_cuts_more_counts(teacher):
+    first, second = (CLIPTokenizer.from_pretrained(teacher, subfolder="tokenizer") for _ in range(2))
+    second.model_max_length = 5
+    tokens = len(ids(first, COUNTED[1]))
+    assert tokens > 5 and count_tokens([first, second], [COUNTED[1]]) == [(tokens, 5)]
+    assert count_tokens([first], []) == []
+
+
+@pytest.mark.parametrize(
+    ("counted", "expected"),
+    [
+        ([], None),
+        ([(77, 77), (2, 77)], None),
+        ([(78, 77), (2, 77)], "1 of 2 is longer than the 77 tokens .*the longest has 78"),
+        ([(78, 77), (90, 77), (3, 77)], "2 of 3 are longer than the 77 tokens .*the longest has 90"),
+    ],
+)
+def test_describe_cut(counted, expected):
+    found = describe_cut(counted)
+    assert found is None if expected is None else re.match(expected, found)
