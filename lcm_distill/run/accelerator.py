@@ -118,11 +118,16 @@ def choose_workers(workers: int | None, accelerator: Accelerator, resumed: Mappi
     if workers is None and resumed.get("processes") == accelerator.num_processes:
         workers = resumed["flags"]["dataloader_num_workers"]
     elif workers is None and accelerator.device.type == "cuda":
-        ranks = get_int_from_env(_LOCAL_RANKS, 1)
+        ranks = processes_here()
         # Linux knows which cores a process may use, other systems how many there are.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = min(_WORKERS, cores // ranks)
     return broadcast_object_list([workers or 0])[0]
+
+
+def processes_here() -> int:
+    """How many of the run's processes are on this machine, as the launcher says; 1 without one."""
+    return get_int_from_env(_LOCAL_RANKS, 1)
 
 
 def end_training(accelerator: Accelerator) -> None:

@@ -31,11 +31,12 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 from lcm_distill.data.preflight import ShardReport, inspect_shards
 from lcm_distill.data.preparation import Preparation
-from lcm_distill.data.stream import ShardLoader
+from lcm_distill.data.stream import ShardLoader, check_shared_memory
+from lcm_distill.errors import WorkerError
 from lcm_distill.export.hub import HubUpload, open_hub
 from lcm_distill.flags import LaunchFlags, LengthFlags, OptimizationFlags, StreamingFlags
 from lcm_distill.redaction import hide_in_command_line, public_flags
-from lcm_distill.run.accelerator import choose_seed, choose_workers, end_training, start_accelerator
+from lcm_distill.run.accelerator import choose_seed, choose_workers, end_training, processes_here, start_accelerator
 from lcm_distill.run.checkpoint import CheckpointPart, Checkpoints, find_run
 from lcm_distill.run.optim import keeping_hyperparameters
 from lcm_distill.run.plan import TrainingPlan, log_plan, plan_training
@@ -115,6 +116,8 @@ class Run:
         self._launch, self._argv = launch, argv
         self._record = dict(program=program, architecture=architecture, seed=self.seed, flags=self.public_flags)
         self._stop = False
+        self._first_step = self.global_step
+        self._failure: WorkerError | None = None
         self.hub: HubUpload | None = None
 
     @property
@@ -123,9 +126,10 @@ class Run:
         return self._checkpoint is not None
 
     def inspect(self, shards: list[str], preparation: Preparation) -> ShardReport:
-        """`inspect_shards`; logs its report."""
+        """`inspect_shards`; logs its report. `UsageError` too if the workers' batches do not fit into shared memory."""
         report = inspect_shards(shards, preparation)
         logger.info("%s", report)
+        check_shared_memory(self.streaming, report.preparation, processes_here())
         return report
 
     def plan(
@@ -194,12 +198,24 @@ class Run:
         self._stopping = Stopping(accelerator, launch.max_train_time)
 
     def batches(self) -> Iterator[tuple[dict[str, Any], torch.Generator]]:
-        """The loader's batches, without end, each with the generator of its random draws."""
+        """The loader's batches, without end, each with the generator of its random draws.
+
+        If the loader's workers fail, this process reads what the step needs, a checkpoint is saved after it, and `end`
+        raises the `WorkerError`. In one process, before the first step, it is raised at once: nothing is lost.
+        """
         generators = BatchGenerators(self.seed, self.accelerator.process_index, self.accelerator.device)
-        for batch in self._progress.batches(self._loader):
+        for batch in self._progress.batches(self._loader, self._on_failure):
             generator = generators.at(self._batches_done)
             self._batches_done += 1
             yield batch, generator
+
+    def _on_failure(self, failure: WorkerError) -> None:
+        alone = self.accelerator.num_processes == 1
+        if self.global_step == self._first_step and (alone or self._loader.position is None):
+            raise failure
+        self._failure = failure
+        self._stopping.stop("the data workers have failed")  # every rank stops after the same step
+        logger.error("the data workers have failed: this process reads what the step needs, then the run stops")
 
     @property
     def finished(self) -> bool:
@@ -268,17 +284,25 @@ class Run:
         """Closes the progress bar, the journal and the data loader; returns whether there is a result to export."""
         self._progress.close(self.global_step, self._stopping.reason)
         self._stopping.close()
-        if self._launch.dry_run:
+        if self._launch.dry_run and not self._failure:
             logger.info("dry run: shards, models, a training step and validation all work; nothing was written")
         return self.global_step >= self._plan.steps and not self._launch.dry_run
 
     def end(self) -> None:
         """Waits for all ranks, closes trackers and process group, then uploads the result; every rank calls it last.
 
-        The upload comes after that, since it takes longer than the other ranks could wait.
+        The upload comes after that, since it takes longer than the other ranks could wait. `WorkerError` if the run
+        has stopped since its data workers failed.
         """
         self.accelerator.wait_for_everyone()
         finish_trackers(self.accelerator)
         end_training(self.accelerator)
         if self.hub:
             self.hub.push()
+        if self._failure and self._launch.dry_run:
+            raise self._failure
+        if self._failure and self.global_step < self._plan.steps:
+            raise WorkerError(
+                f"{self._failure} The run is saved at step {self.global_step}: resume with --resume_from_checkpoint "
+                "latest."
+            )
