@@ -448,7 +448,7 @@ class ShardLoader(StatefulDataLoader):
 
     may_exit: torch.Tensor  # bool, shared with the workers: whether they obey SIGTERM
     reports: Connection  # a worker sends why it ends itself
-    position: dict | None = None  # the state after the last batch; None before the first, unless one was loaded
+    position: dict | None = None  # the state after the last batch; None before there are workers, unless one was loaded
     _rest: int | None = None  # batches that `rest` has yielded; None: it is not used
 
     def __iter__(self) -> Iterator[dict]:
@@ -460,6 +460,7 @@ class ShardLoader(StatefulDataLoader):
             # As many as torchdata's iterator makes: if one of its own fails, it prints a traceback when it is freed.
             del [multiprocessing.Queue() for _ in range(self.num_workers + 2)][:]
             batches = super().__iter__()
+            self.position = super().state_dict()
         except Exception as error:  # noqa: BLE001 - semaphores, processes and their memory raise nearly anything
             self._fail(error)
         with _WorkerDeaths() as deaths:

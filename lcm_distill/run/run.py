@@ -299,10 +299,13 @@ class Run:
         end_training(self.accelerator)
         if self.hub:
             self.hub.push()
-        if self._failure and self._launch.dry_run:
+        if self._failure is None:
+            return
+        if self._launch.dry_run:
             raise self._failure
-        if self._failure and self.global_step < self._plan.steps:
-            raise WorkerError(
-                f"{self._failure} The run is saved at step {self.global_step}: resume with --resume_from_checkpoint "
-                "latest."
-            )
+        if self.global_step == self._plan.steps:
+            logger.warning("%s (The result is not affected.)", self._failure)
+            return
+        raise WorkerError(
+            f"{self._failure} The run is saved at step {self.global_step}: resume with --resume_from_checkpoint latest."
+        )
