@@ -103,6 +103,7 @@ class Run:
             program,
             architecture,
             seed=launch.seed,
+            flags=flags,
             dry_run=launch.dry_run,
         )
         self.accelerator = start_accelerator(launch, trackers, can_split=can_split)
