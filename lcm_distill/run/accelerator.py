@@ -42,9 +42,9 @@ _LOCAL_RANKS = ["LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SI
 def start_accelerator(launch: LaunchFlags, trackers: list[str], *, can_split: bool = False) -> Accelerator:
     """Accelerate's engine with the settings of the flags; sets up logging, with INFO on the main process only.
 
-    A dry run has no trackers and writes nothing; otherwise the output folder is created. `can_split`: the program can
-    split what it trains over the ranks (FSDP, ZeRO). `UsageError` for a precision that the device does not have, an
-    engine that is not supported, a folder that cannot be written to.
+    A dry run has no trackers. Nothing is written yet. `can_split`: the program can split what it trains over the ranks
+    (FSDP, ZeRO). `UsageError` for a precision that the device does not have, an engine that is not supported, an output
+    folder that cannot be written to.
     """
     if launch.local_rank != -1:
         os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # some launchers pass it only as a flag

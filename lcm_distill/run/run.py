@@ -43,7 +43,7 @@ from lcm_distill.run.plan import TrainingPlan, log_plan, plan_training
 from lcm_distill.run.progress import start_progress
 from lcm_distill.run.randomness import BatchGenerators
 from lcm_distill.run.stopping import Stopping
-from lcm_distill.run.trackers import finish_trackers, parse_trackers, start_trackers
+from lcm_distill.run.trackers import finish_trackers, need_connection, parse_trackers, start_trackers
 from lcm_distill.run.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -156,12 +156,19 @@ class Run:
         return self._plan
 
     def connect(self) -> None:
-        """Opens Hub and trackers, before weights are loaded; `UsageError` if the Hub refuses or a tracker fails."""
+        """Opens Hub and trackers, before weights are loaded; `UsageError` if the Hub refuses or a tracker fails.
+
+        Tensorboard alone waits for `start`: a run that is refused before leaves no files.
+        """
         launch = self._launch
         if launch.push_to_hub and not launch.dry_run:
             self.hub = open_hub(self.accelerator, launch.hub_model_id, launch.hub_token, launch.output_dir)
+        if need_connection(self.accelerator):
+            self._start_trackers()
+
+    def _start_trackers(self) -> None:
         self._record["trackers"] = start_trackers(
-            self.accelerator, launch.tracker_project_name, self.public_flags, resumed=self._resumed
+            self.accelerator, self._launch.tracker_project_name, self.public_flags, resumed=self._resumed
         )
 
     def start(
@@ -186,6 +193,8 @@ class Run:
         if self._checkpoint:
             with keeping_hyperparameters(optimizer, lr_scheduler):
                 loader.load_state_dict(self._checkpoints.load(self._checkpoint))
+        if "trackers" not in self._record:
+            self._start_trackers()
         log_plan(self._plan, accelerator, student, self._record, checkpoint=self._checkpoint, resumed=self._resumed)
         self._progress = start_progress(
             accelerator,
