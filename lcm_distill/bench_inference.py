@@ -32,6 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--student",
         nargs="+",
         required=True,
+        type=flags.path,
         metavar="STUDENT",
         help="full LCMs and LCM-LoRAs: folders, Hub ids, LoRAs' .safetensors files",
     )
@@ -69,6 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flags.add_group(parser, flags.DeviceFlags)
     parser.add_argument(
         "--output_dir",
+        type=flags.path,
         default=None,
         metavar="OUT",
         help="also write bench_inference.md, and bench_inference.json with each round's seconds, into this folder",
@@ -316,6 +318,7 @@ def main(argv: list[str] | None = None) -> None:
     print(report)
     if args.output_dir is not None:
         out = Path(args.output_dir)
+        out.mkdir(parents=True, exist_ok=True)
         (out / "bench_inference.md").write_text(report + "\n", encoding="utf-8")
         written = {
             "machine": machine,

@@ -38,7 +38,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "shards", metavar="IN", help=f"shards of pictures: a folder, a pattern, a URL, as {flags.SHARDS_FLAG} takes"
     )
     parser.add_argument(
-        "out", metavar="OUT", help="folder for the encoded shards: new, empty, or from an earlier run to continue"
+        "out",
+        type=flags.path,
+        metavar="OUT",
+        help="folder for the encoded shards: new, empty, or from an earlier run to continue",
     )
     flags.add_group(parser, flags.TeacherFlags)
     flags.add_group(parser, flags.PreparationFlags)
@@ -94,7 +97,7 @@ from lcm_distill.data.raw import (
 )
 from lcm_distill.data.shards import expand_shards, read_shard
 from lcm_distill.data.sources import local_path
-from lcm_distill.data.tar import PARTIAL, RESUME_HINT, TarWriter, atomic_tar
+from lcm_distill.data.tar import PARTIAL, RESUME_HINT, TarWriter, atomic_tar, new_folder
 from lcm_distill.environment import choose_device, quiet_libraries
 from lcm_distill.models.families import Family, family_of
 from lcm_distill.models.teacher import Teacher, read_configs
@@ -202,35 +205,37 @@ def encode_shards(
         text_name=_public_name(teacher.model) if captions else "",
     )
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        encoded = _find_encoded(out, encoding)
-        own = list(zip(shards, names, strict=True))[rank::world_size]
-        todo = [(shard, out / name) for shard, name in own if name not in encoded]
-        result.already_encoded = len(own) - len(todo)
-        if not todo:
-            return result
-        count_tokens = functools.partial(family.count_tokens, teacher) if captions else None
-        report = inspect_shards(shards, preparation, count_tokens=count_tokens)
-        if report.preparation.encoding is not None:
-            raise UsageError(f"IN contains encoded shards ({report.preparation.encoding}); give shards of pictures.")
-        if rank == 0:
-            print(report, file=sys.stderr)
-        if captions:
-            empty = _embeddings(family.encode_captions(frozen, [""]))
-            first = {name: tensor[0].cpu().numpy() for name, tensor in empty.items()}
-            shapes = {name: array.shape for name, array in first.items()}
-            encoding = replace(encoding, embeddings=shapes, empty_caption=first)
-        encoder = Encoder(encoding, preparation, frozen, family, batch_size, num_workers)
-        with tqdm(desc="encoding", unit=" pictures", dynamic_ncols=True, position=rank) as bar:
-            for shard, path in todo:
-                for partial in out.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):  # from a killed process
-                    partial.unlink(missing_ok=True)
-                with atomic_tar(path) as tar:
-                    samples, dropped = _encode_shard(shard, path.name, encoder, tar, bar, result.not_compared)
-                result.shards += 1
-                result.samples += samples
-                result.bytes += tar.size
-                result.dropped.update({reason: len(keys) for reason, keys in dropped.items()})
+        with new_folder(out):
+            encoded = _find_encoded(out, encoding)
+            own = list(zip(shards, names, strict=True))[rank::world_size]
+            todo = [(shard, out / name) for shard, name in own if name not in encoded]
+            result.already_encoded = len(own) - len(todo)
+            if not todo:
+                return result
+            count_tokens = functools.partial(family.count_tokens, teacher) if captions else None
+            report = inspect_shards(shards, preparation, count_tokens=count_tokens)
+            if report.preparation.encoding is not None:
+                raise UsageError(
+                    f"IN contains encoded shards ({report.preparation.encoding}); give shards of pictures."
+                )
+            if rank == 0:
+                print(report, file=sys.stderr)
+            if captions:
+                empty = _embeddings(family.encode_captions(frozen, [""]))
+                first = {name: tensor[0].cpu().numpy() for name, tensor in empty.items()}
+                shapes = {name: array.shape for name, array in first.items()}
+                encoding = replace(encoding, embeddings=shapes, empty_caption=first)
+            encoder = Encoder(encoding, preparation, frozen, family, batch_size, num_workers)
+            with tqdm(desc="encoding", unit=" pictures", dynamic_ncols=True, position=rank) as bar:
+                for shard, path in todo:
+                    for partial in out.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):  # from a killed process
+                        partial.unlink(missing_ok=True)
+                    with atomic_tar(path) as tar:
+                        samples, dropped = _encode_shard(shard, path.name, encoder, tar, bar, result.not_compared)
+                    result.shards += 1
+                    result.samples += samples
+                    result.bytes += tar.size
+                    result.dropped.update({reason: len(keys) for reason, keys in dropped.items()})
     except OSError as error:
         raise UsageError(f"OUT {out}: {error.strerror or error}. {RESUME_HINT} once that is fixed") from None
     return result

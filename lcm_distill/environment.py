@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import platform
 import tempfile
 from collections.abc import Iterator
@@ -28,10 +29,14 @@ def versions() -> dict[str, str]:
 
 
 def check_writable(output_dir: str) -> None:
-    """`UsageError` unless files can be written into `output_dir`, which is created if it does not exist."""
+    """`UsageError` unless files can be written into `output_dir`, or, if it does not exist, where it would be created.
+
+    It is not created: a run that is refused for another reason leaves no empty folder.
+    """
     try:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
+        path = Path(output_dir).absolute()
+        existing = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise UsageError(f"--output_dir {output_dir} cannot be written to ({error}); give another folder.") from None

@@ -16,6 +16,10 @@ class SaveError(RuntimeError):
     """A checkpoint or the result cannot be written; the message has what was saved before and what to do."""
 
 
+class WorkerError(RuntimeError):
+    """The processes that load data have failed: no memory or shared memory is left. The message has the remedy."""
+
+
 def brief(error: BaseException) -> str:
     """A library's error in one line: its class and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:300]}"
@@ -32,7 +36,7 @@ def run_program(
     """
     try:
         main()
-    except (UsageError, DivergenceError, SaveError) as error:
+    except (UsageError, DivergenceError, SaveError, WorkerError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:

@@ -40,7 +40,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flags.add_group(parser, flags.TeacherFlags)
     group = parser.add_argument_group("what to evaluate")
     add = group.add_argument
-    add("--student", nargs="*", default=[], help="output folders of distillations, Hub ids, or LoRA files")
+    add(
+        "--student",
+        type=flags.path,
+        nargs="*",
+        default=[],
+        help="output folders of distillations, Hub ids, or LoRA files",
+    )
     add("--prompts", nargs="+", metavar="PROMPT", help="prompts, or .txt files with a prompt on each line")
     add("--real", metavar="SHARDS", help="shards of real pictures, for cmmd and fid; their captions, unless --prompts")
     add(
@@ -69,11 +75,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("metrics")
     add = group.add_argument
     add("--metrics", nargs="+", default=["latents"], choices=METRICS, help="see above (default: latents)")
-    add("--clip_model", default="openai/clip-vit-base-patch16", help="folder or Hub id of the CLIP for clip")
-    add("--cmmd_model", default="openai/clip-vit-large-patch14-336", help="folder or Hub id of the CLIP for cmmd")
+    add(
+        "--clip_model",
+        type=flags.path,
+        default="openai/clip-vit-base-patch16",
+        help="folder or Hub id of the CLIP for clip",
+    )
+    add(
+        "--cmmd_model",
+        type=flags.path,
+        default="openai/clip-vit-large-patch14-336",
+        help="folder or Hub id of the CLIP for cmmd",
+    )
     group = parser.add_argument_group("output")
     add = group.add_argument
-    add("--output_dir", required=True, help="folder for the tables and the grid")
+    add("--output_dir", type=flags.path, required=True, help="folder for the tables and the grid")
     add("--shown", type=flags.positive_int, default=8, help="pictures per row in evaluation.png")
     add("--batch_size", type=flags.positive_int, default=16, help="pictures generated at once")
     flags.add_group(parser, flags.DeviceFlags)
@@ -352,6 +368,7 @@ def write_results(
     columns: Sequence[str],
 ) -> None:
     """Writes `evaluation.md`, `evaluation.json` and `evaluation.png` to `output_dir`; `columns` label the grid."""
+    output_dir.mkdir(parents=True, exist_ok=True)
     grid = labelled_grid(
         [(row.label, row.pictures) for row in rows], columns=columns, size=min(256, rows[0].pictures[0].width)
     )

@@ -14,6 +14,7 @@ Nothing heavy is imported here: --help, --version and a mistyped flag are answer
 
 import argparse
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass
@@ -99,6 +100,17 @@ fraction = number(float, 0, 1)
 below_one = number(float, 0, 1 - 2**-24)
 
 
+def path(text: str) -> str:
+    """A file or folder, or a Hub id, with ~ and ~user expanded: a shell does that only at the beginning of a word."""
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        user = text.partition("/")[0]
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: there is no user {user[1:]!r}; for a file of that name write ./{text}"
+        )
+    return expanded
+
+
 def duration(text: str) -> float:
     """Seconds of a time as people and clusters write it: 11.5h, 90m, 3600s or 3600, 11:30:00, 1-12:00:00."""
     seconds = 0.0
@@ -162,21 +174,22 @@ class TeacherFlags:
     """models"""
 
     pretrained_teacher_model: str = flag(
-        MISSING, "the teacher: a Diffusers pipeline folder, a Hub id, or a single .safetensors checkpoint"
+        MISSING, "the teacher: a Diffusers pipeline folder, a Hub id, or a single .safetensors checkpoint", type=path
     )
     teacher_config: str | None = flag(
         None,
         "for a single-file teacher: the Diffusers folder or Hub id with its configs (default: guessed from the file)",
+        type=path,
     )
     pretrained_vae_model_name_or_path: str | None = flag(
-        None, "another autoencoder than the teacher's own: a folder with its config.json, or a Hub id"
+        None, "another autoencoder than the teacher's own: a folder with its config.json, or a Hub id", type=path
     )
     teacher_revision: str | None = flag(None, "branch, tag or commit of a Hub teacher")
     revision: str | None = flag(
         None, "branch, tag or commit of the separate autoencoder (--pretrained_vae_model_name_or_path)"
     )
     variant: str | None = flag(None, "file variant of the teacher's weights, such as fp16")
-    cache_dir: str | None = flag(None, "where models from the Hub are kept")
+    cache_dir: str | None = flag(None, "where models from the Hub are kept", type=path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,6 +397,7 @@ class StudentFlags:
         None,
         "a finished student to begin from, instead of the teacher: the output folder of a run, a Hub id, or a LoRA's "
         ".safetensors file, such as an LCM-LoRA; not read when a checkpoint is resumed",
+        type=path,
         metavar="STUDENT",
     )
 
@@ -482,9 +496,9 @@ class LaunchFlags:
     )
 
     output_dir: str = flag(
-        "lcm-xl-distilled", "everything the run writes goes here", title="output, checkpoints and logging"
+        "lcm-xl-distilled", "everything the run writes goes here", type=path, title="output, checkpoints and logging"
     )
-    logging_dir: str = flag("logs", "the trackers' folder, inside --output_dir")
+    logging_dir: str = flag("logs", "the trackers' folder, inside --output_dir", type=path)
     report_to: str = flag(
         "tensorboard", "trackers, joined by commas: tensorboard, wandb, comet_ml, …; 'all' installed ones, or 'none'"
     )
@@ -510,7 +524,9 @@ class LaunchFlags:
         metavar="TIME",
     )
     resume_from_checkpoint: str | None = flag(
-        None, "'latest', 'best' (with --keep_best), or the folder of a checkpoint: the run continues exactly there"
+        None,
+        "'latest', 'best' (with --keep_best), or the folder of a checkpoint: the run continues exactly there",
+        type=path,
     )
 
     push_to_hub: bool = switch(False, "upload the finished model to the Hub", title="Hub")

@@ -37,8 +37,13 @@ from lcm_distill.flags import SHARDS_FLAG
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = flags.CommandParser("python -m lcm_distill.pack_shards", __doc__, "%(prog)s IMAGES OUT [flags]")
     add = parser.add_argument
-    add("images", metavar="IMAGES", help="folder of pictures and their captions")
-    add("out", metavar="OUT", help="folder for the shards: new, empty, or from an earlier run to continue")
+    add("images", type=flags.path, metavar="IMAGES", help="folder of pictures and their captions")
+    add(
+        "out",
+        type=flags.path,
+        metavar="OUT",
+        help="folder for the shards: new, empty, or from an earlier run to continue",
+    )
     add("--caption_column", help="take captions only from this column of the metadata, and from no text file")
     add(
         "--max_size",

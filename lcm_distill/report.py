@@ -8,13 +8,13 @@ The file needs no network and no other file: open it in a browser, or send it to
 """
 
 from lcm_distill.errors import UsageError, run_program
-from lcm_distill.flags import CommandParser
+from lcm_distill.flags import CommandParser, path
 from lcm_distill.run.report import build_report
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = CommandParser("python -m lcm_distill.report", __doc__, "%(prog)s OUTPUT_DIR")
-    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="the run's --output_dir")
+    parser.add_argument("output_dir", type=path, metavar="OUTPUT_DIR", help="the run's --output_dir")
     output_dir = parser.parse_args(argv).output_dir
     try:
         report = build_report(output_dir)

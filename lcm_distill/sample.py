@@ -40,6 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--student",
         nargs="+",
+        type=flags.path,
         default=None,
         metavar="STUDENT",
         help="full LCMs and LCM-LoRAs: folders, Hub ids, LoRAs' .safetensors files (default: none)",
@@ -50,6 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--lora",
         nargs="+",
+        type=flags.path,
         default=None,
         metavar="NAME=WEIGHT",
         help="other LoRAs, such as styles, for all models, including the teacher: folders, Hub ids or .safetensors "
@@ -88,6 +90,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument(
         "--init_image",
+        type=flags.path,
         default=None,
         metavar="PICTURE",
         help="a picture to start from (img2img), cropped to a square of --resolution",
@@ -137,7 +140,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--batch_size", type=flags.positive_int, default=4, help="pictures generated at once")
     flags.add_group(parser, flags.DeviceFlags)
     parser.add_argument(
-        "--output_dir", default="drawn", metavar="OUT", help="folder for the grid, the pictures and samples.json"
+        "--output_dir",
+        type=flags.path,
+        default="drawn",
+        metavar="OUT",
+        help="folder for the grid, the pictures and samples.json",
     )
     args = parser.parse_args(argv)
     if args.strength is not None and args.init_image is None:
@@ -253,7 +260,6 @@ class PictureFolder:
         self._folder = folder
         self._names: set[str] = set()
         self.listed: list[dict[str, Any]] = []
-        (folder / "pictures").mkdir(parents=True, exist_ok=True)
 
     def add(self, picture: Image.Image, number: int, settings: dict[str, Any]) -> None:
         """Writes a picture of prompt `number`; `settings` are its model, steps, guidance_scale, prompt, seed, …"""
@@ -275,6 +281,7 @@ class PictureFolder:
             if value is not None:
                 info.add_text(key, value if isinstance(value, str) else json.dumps(value))
         file = f"pictures/{name}.png"
+        (self._folder / "pictures").mkdir(parents=True, exist_ok=True)
         picture.save(self._folder / file, pnginfo=info)
         self.listed.append({"file": file} | settings)
 

@@ -11,8 +11,20 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="--output_dir .*file"):
         check_writable(str(tmp_path / "file"))
+    with pytest.raises(UsageError, match="--output_dir .*file/in/it"):
+        check_writable(str(tmp_path / "file" / "in" / "it"))
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UsageError, match="--output_dir .*link"):
+        check_writable(str(tmp_path / "link"))
+
+
+def test_a_folder_that_can_be_written_to_is_not_created_yet(tmp_path, monkeypatch):
+    """A run that was refused for another reason left it empty."""
     check_writable(str(tmp_path / "new" / "folder"))
-    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    monkeypatch.chdir(tmp_path)
+    check_writable("new")
+    check_writable(".")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

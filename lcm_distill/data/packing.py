@@ -39,7 +39,7 @@ from lcm_distill.data.raw import (
 )
 from lcm_distill.data.shards import MAX_FILE_BYTES, MAX_TEXT_BYTES
 from lcm_distill.data.sizes import ORIGINAL_SIZE, size_in_json
-from lcm_distill.data.tar import PARTIAL, RESUME_HINT, atomic_tar
+from lcm_distill.data.tar import PARTIAL, RESUME_HINT, atomic_tar, new_folder
 from lcm_distill.errors import UsageError
 
 MANIFEST = "manifest.jsonl"  # the settings, then a line for each complete shard
@@ -423,24 +423,26 @@ def pack_shards(
         digest.update(repr(tuple(picture)).encode())
     header = {"settings": asdict(settings), "pictures": len(pictures), "digest": digest.hexdigest(), "skipped": skipped}
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        records = _start_manifest(out, header)
-        tasks = [task for task in _plan_shards(images, out, pictures, settings) if task.shard.name not in records]
-        with open(out / MANIFEST, "a", encoding="utf-8") as manifest:
-            _write_shards(tasks, len(pictures), num_workers or os.cpu_count() or 1, manifest, records)
+        with new_folder(out):
+            records = _start_manifest(out, header)
+            tasks = [task for task in _plan_shards(images, out, pictures, settings) if task.shard.name not in records]
+            with open(out / MANIFEST, "a", encoding="utf-8") as manifest:
+                _write_shards(tasks, len(pictures), num_workers or os.cpu_count() or 1, manifest, records)
+            written = [record for record in records.values() if record["samples"]]
+            for record in records.values():
+                for reason, names in record["skipped"].items():
+                    skipped[reason] = sorted(skipped[reason] + names)
+            if not written:
+                (out / MANIFEST).unlink()  # otherwise it would refuse the pictures once they are fixed
+                raise UsageError(
+                    f"IMAGES: nothing in {images} can be trained on. Skipped:\n{describe_skipped(skipped)}"
+                )
     except OSError as error:
         raise UsageError(f"OUT {out}: {error.strerror or error}. {RESUME_HINT} once that is fixed") from None
     except BrokenProcessPool:
         raise UsageError(
             f"a worker process died, most likely because memory ran out. {RESUME_HINT}, with a smaller --num_workers"
         ) from None
-    written = [record for record in records.values() if record["samples"]]
-    for record in records.values():
-        for reason, names in record["skipped"].items():
-            skipped[reason] = sorted(skipped[reason] + names)
-    if not written:
-        (out / MANIFEST).unlink()  # otherwise it would refuse the pictures once they are fixed
-        raise UsageError(f"IMAGES: nothing in {images} can be trained on. Skipped:\n{describe_skipped(skipped)}")
     return PackResult(len(written), sum(r["samples"] for r in written), sum(r["bytes"] for r in written), dict(skipped))
 
 

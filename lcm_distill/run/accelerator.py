@@ -42,9 +42,9 @@ _LOCAL_RANKS = ["LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SI
 def start_accelerator(launch: LaunchFlags, trackers: list[str], *, can_split: bool = False) -> Accelerator:
     """Accelerate's engine with the settings of the flags; sets up logging, with INFO on the main process only.
 
-    A dry run has no trackers and writes nothing; otherwise the output folder is created. `can_split`: the program can
-    split what it trains over the ranks (FSDP, ZeRO). `UsageError` for a precision that the device does not have, an
-    engine that is not supported, a folder that cannot be written to.
+    A dry run has no trackers. Nothing is written yet. `can_split`: the program can split what it trains over the ranks
+    (FSDP, ZeRO). `UsageError` for a precision that the device does not have, an engine that is not supported, an output
+    folder that cannot be written to.
     """
     if launch.local_rank != -1:
         os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # some launchers pass it only as a flag
@@ -118,11 +118,16 @@ def choose_workers(workers: int | None, accelerator: Accelerator, resumed: Mappi
     if workers is None and resumed.get("processes") == accelerator.num_processes:
         workers = resumed["flags"]["dataloader_num_workers"]
     elif workers is None and accelerator.device.type == "cuda":
-        ranks = get_int_from_env(_LOCAL_RANKS, 1)
+        ranks = processes_here()
         # Linux knows which cores a process may use, other systems how many there are.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = min(_WORKERS, cores // ranks)
     return broadcast_object_list([workers or 0])[0]
+
+
+def processes_here() -> int:
+    """How many of the run's processes are on this machine, as the launcher says; 1 without one."""
+    return get_int_from_env(_LOCAL_RANKS, 1)
 
 
 def end_training(accelerator: Accelerator) -> None:

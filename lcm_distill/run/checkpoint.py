@@ -297,12 +297,13 @@ def find_run(
     architecture: Mapping[str, Any],
     *,
     seed: int | None,
+    flags: Mapping[str, Any] | None = None,
     dry_run: bool = False,
 ) -> tuple[Path | None, dict[str, Any]]:
     """The checkpoint that `--resume_from_checkpoint` names and its run.json; (None, {}) for a new run.
 
-    `UsageError` unless it is of this `program`, this `architecture` and this `seed` (None: any), or if this run would
-    mix its checkpoints with those of another run (a `dry_run` writes none).
+    `UsageError` unless it is of this `program`, this `architecture` and this `seed` (None: any) and what it holds fits
+    the `flags`, or if this run would mix its checkpoints with those of another run (a `dry_run` writes none).
     """
     path = find_checkpoint(resume_from_checkpoint, output_dir)
     inside = path is not None and path.resolve().parent == Path(output_dir).resolve()
@@ -321,7 +322,38 @@ def find_run(
     except (OSError, ValueError) as error:
         raise UsageError(f"--resume_from_checkpoint {path}: its run.json cannot be read ({error}).") from None
     check_resumable(path, run, program=program, architecture=architecture, seed=seed)
+    check_optimizers(path, run, flags or {})
     return path, run
+
+
+def check_optimizers(path: Path, run: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
+    """`UsageError` unless the optimizers' state in the checkpoint, and its fake score, if any, fit the `flags`.
+
+    `run` is the checkpoint's run.json. A flag that it does not have counts as unchanged.
+    """
+    saved = run.get("flags", {})
+    now = {**saved, **{name: value for name, value in flags.items() if name in saved}}
+    if now.get("use_8bit_adam") != saved.get("use_8bit_adam"):
+        given = "--use_8bit_adam: " if now["use_8bit_adam"] else "--use_8bit_adam is not given, but "
+        before, remedy = ("float32", "leave it out") if now["use_8bit_adam"] else ("8-bit", "pass it")
+        raise UsageError(
+            f"{given}the checkpoint {path} holds AdamW's state in {before}, which cannot be converted; {remedy}, or "
+            "begin a new run in another --output_dir."
+        )
+    if not (path / "fake_score").is_dir() or not now.get("dm_weight"):
+        return
+
+    def shape(of: Mapping[str, Any]) -> tuple[Any, bool]:
+        # Only a full student's fake score takes a guidance embedding, and only if there is a range of w.
+        return of.get("dm_rank"), "unet_time_cond_proj_dim" in of and of.get("w_min", 0) < of.get("w_max", 0)
+
+    if shape(saved) != shape(now):
+        trained = " ".join(f"--{name} {saved.get(name)}" for name in ("dm_rank", "w_min", "w_max"))
+        raise UsageError(
+            "--dm_rank: the checkpoint's fake score has another rank, or whether it takes a guidance embedding "
+            f"(--w_min below --w_max) has changed; give the flags that it was trained with ({trained}), or begin a new "
+            "run in another --output_dir."
+        )
 
 
 def check_resumable(

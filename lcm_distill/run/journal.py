@@ -50,6 +50,7 @@ class Journal:
     def _begin(self, launch: dict[str, Any], global_step: int) -> None:
         partial = self._path.with_name(f".{NAME}.partial")
         try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             old = list(_lines(self._path)) if global_step and self._path.exists() else []
             kept = [line for line in old if line.get("step", 0) <= global_step]
             with open(partial, "wb") as file:

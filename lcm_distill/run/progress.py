@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from lcm_distill.data.stream import DropCounter, ShardLoader
 from lcm_distill.distributed.fsdp import gather
-from lcm_distill.errors import DivergenceError
+from lcm_distill.errors import DivergenceError, WorkerError
 from lcm_distill.run.checkpoint import list_checkpoints
 from lcm_distill.run.journal import Journal
 from lcm_distill.run.launch import describe_launch
@@ -66,17 +66,27 @@ class Progress:
         self._batches_since_log, self._pictures = 0, 0
         self._start = time.perf_counter()
 
-    def batches(self, loader: ShardLoader) -> Iterator[dict[str, Any]]:
+    def batches(
+        self, loader: ShardLoader, on_failure: Callable[[WorkerError], None] | None = None
+    ) -> Iterator[dict[str, Any]]:
         """The batches of `loader`, without end; the time that the device waits for each counts as waiting for data.
 
-        The loader's workers stop when the iterator ends, or with `close`.
+        When the loader's workers fail, `on_failure` is called, which may raise, and this process reads what follows;
+        without it, the `WorkerError` is raised. The workers stop when the iterator ends, or with `close`.
         """
         self._loader = loader
         data = iter(loader)
         try:
             while True:
                 with self._waiting:
-                    batch = next(data)
+                    try:
+                        batch = next(data)
+                    except WorkerError as failure:
+                        if on_failure is None:
+                            raise
+                        on_failure(failure)
+                        data = loader.rest()
+                        batch = next(data)
                 self._dropped.update(batch)
                 yield batch
         finally:

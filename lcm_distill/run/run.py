@@ -31,18 +31,19 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 from lcm_distill.data.preflight import ShardReport, inspect_shards
 from lcm_distill.data.preparation import Preparation
-from lcm_distill.data.stream import ShardLoader
+from lcm_distill.data.stream import ShardLoader, check_shared_memory
+from lcm_distill.errors import WorkerError
 from lcm_distill.export.hub import HubUpload, open_hub
 from lcm_distill.flags import LaunchFlags, LengthFlags, OptimizationFlags, StreamingFlags
 from lcm_distill.redaction import hide_in_command_line, public_flags
-from lcm_distill.run.accelerator import choose_seed, choose_workers, end_training, start_accelerator
+from lcm_distill.run.accelerator import choose_seed, choose_workers, end_training, processes_here, start_accelerator
 from lcm_distill.run.checkpoint import CheckpointPart, Checkpoints, find_run
 from lcm_distill.run.optim import keeping_hyperparameters
 from lcm_distill.run.plan import TrainingPlan, log_plan, plan_training
 from lcm_distill.run.progress import start_progress
 from lcm_distill.run.randomness import BatchGenerators
 from lcm_distill.run.stopping import Stopping
-from lcm_distill.run.trackers import finish_trackers, parse_trackers, start_trackers
+from lcm_distill.run.trackers import finish_trackers, need_connection, parse_trackers, start_trackers
 from lcm_distill.run.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,7 @@ class Run:
             program,
             architecture,
             seed=launch.seed,
+            flags=flags,
             dry_run=launch.dry_run,
         )
         self.accelerator = start_accelerator(launch, trackers, can_split=can_split)
@@ -115,6 +117,8 @@ class Run:
         self._launch, self._argv = launch, argv
         self._record = dict(program=program, architecture=architecture, seed=self.seed, flags=self.public_flags)
         self._stop = False
+        self._first_step = self.global_step
+        self._failure: WorkerError | None = None
         self.hub: HubUpload | None = None
 
     @property
@@ -128,9 +132,10 @@ class Run:
         preparation: Preparation,
         count_tokens: Callable[[list[str]], list[tuple[int, int]]] | None = None,
     ) -> ShardReport:
-        """`inspect_shards`; logs its report."""
+        """`inspect_shards`; logs its report. `UsageError` too if the workers' batches do not fit into shared memory."""
         report = inspect_shards(shards, preparation, count_tokens=count_tokens)
         logger.info("%s", report)
+        check_shared_memory(self.streaming, report.preparation, processes_here())
         return report
 
     def plan(
@@ -156,12 +161,19 @@ class Run:
         return self._plan
 
     def connect(self) -> None:
-        """Opens Hub and trackers, before weights are loaded; `UsageError` if the Hub refuses or a tracker fails."""
+        """Opens Hub and trackers, before weights are loaded; `UsageError` if the Hub refuses or a tracker fails.
+
+        Tensorboard alone waits for `start`: a run that is refused before leaves no files.
+        """
         launch = self._launch
         if launch.push_to_hub and not launch.dry_run:
             self.hub = open_hub(self.accelerator, launch.hub_model_id, launch.hub_token, launch.output_dir)
+        if need_connection(self.accelerator):
+            self._start_trackers()
+
+    def _start_trackers(self) -> None:
         self._record["trackers"] = start_trackers(
-            self.accelerator, launch.tracker_project_name, self.public_flags, resumed=self._resumed
+            self.accelerator, self._launch.tracker_project_name, self.public_flags, resumed=self._resumed
         )
 
     def start(
@@ -186,6 +198,8 @@ class Run:
         if self._checkpoint:
             with keeping_hyperparameters(optimizer, lr_scheduler):
                 loader.load_state_dict(self._checkpoints.load(self._checkpoint))
+        if "trackers" not in self._record:
+            self._start_trackers()
         log_plan(self._plan, accelerator, student, self._record, checkpoint=self._checkpoint, resumed=self._resumed)
         self._progress = start_progress(
             accelerator,
@@ -199,12 +213,24 @@ class Run:
         self._stopping = Stopping(accelerator, launch.max_train_time)
 
     def batches(self) -> Iterator[tuple[dict[str, Any], torch.Generator]]:
-        """The loader's batches, without end, each with the generator of its random draws."""
+        """The loader's batches, without end, each with the generator of its random draws.
+
+        If the loader's workers fail, this process reads what the step needs, a checkpoint is saved after it, and `end`
+        raises the `WorkerError`. In one process, before the first step, it is raised at once: nothing is lost.
+        """
         generators = BatchGenerators(self.seed, self.accelerator.process_index, self.accelerator.device)
-        for batch in self._progress.batches(self._loader):
+        for batch in self._progress.batches(self._loader, self._on_failure):
             generator = generators.at(self._batches_done)
             self._batches_done += 1
             yield batch, generator
+
+    def _on_failure(self, failure: WorkerError) -> None:
+        alone = self.accelerator.num_processes == 1
+        if self.global_step == self._first_step and (alone or self._loader.position is None):
+            raise failure
+        self._failure = failure
+        self._stopping.stop("the data workers have failed")  # every rank stops after the same step
+        logger.error("the data workers have failed: this process reads what the step needs, then the run stops")
 
     @property
     def finished(self) -> bool:
@@ -273,17 +299,28 @@ class Run:
         """Closes the progress bar, the journal and the data loader; returns whether there is a result to export."""
         self._progress.close(self.global_step, self._stopping.reason)
         self._stopping.close()
-        if self._launch.dry_run:
+        if self._launch.dry_run and not self._failure:
             logger.info("dry run: shards, models, a training step and validation all work; nothing was written")
         return self.global_step >= self._plan.steps and not self._launch.dry_run
 
     def end(self) -> None:
         """Waits for all ranks, closes trackers and process group, then uploads the result; every rank calls it last.
 
-        The upload comes after that, since it takes longer than the other ranks could wait.
+        The upload comes after that, since it takes longer than the other ranks could wait. `WorkerError` if the run
+        has stopped since its data workers failed.
         """
         self.accelerator.wait_for_everyone()
         finish_trackers(self.accelerator)
         end_training(self.accelerator)
         if self.hub:
             self.hub.push()
+        if self._failure is None:
+            return
+        if self._launch.dry_run:
+            raise self._failure
+        if self.global_step == self._plan.steps:
+            logger.warning("%s (The result is not affected.)", self._failure)
+            return
+        raise WorkerError(
+            f"{self._failure} The run is saved at step {self.global_step}: resume with --resume_from_checkpoint latest."
+        )

@@ -1,4 +1,6 @@
-"""Stopping before the last step: on a signal, or when the time is over. Every rank stops after the same step.
+"""Stopping before the last step: on a signal, when the time is over, or when a rank asks for it.
+
+Every rank stops after the same step.
 
 After SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, which clusters send before they end a job, the step is finished, then the
 program saves a checkpoint and exits. A second signal ends it at once.
@@ -44,6 +46,10 @@ class Stopping:
         # them knows at a step, all of them act on at the next.
         self._group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
         self._pending: tuple[Any, torch.Tensor] | None = None
+
+    def stop(self, reason: str) -> None:
+        """Asks for a stop, as a signal to this process does."""
+        self.reason = self.reason or reason
 
     def requested(self) -> bool:
         """Whether to stop after this step. Every rank calls it once after each step; all get the same answer."""

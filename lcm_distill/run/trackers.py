@@ -32,6 +32,11 @@ def parse_trackers(report_to: str | None) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def need_connection(accelerator: Accelerator) -> bool:
+    """Whether a tracker may ask for a login or a connection, which is better known before weights are loaded."""
+    return any(str(getattr(name, "value", name)) != "tensorboard" for name in accelerator.log_with)
+
+
 def start_trackers(
     accelerator: Accelerator, project: str, flags: Mapping[str, Any], *, resumed: Mapping[str, Any]
 ) -> dict[str, str]:

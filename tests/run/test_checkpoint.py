@@ -95,6 +95,49 @@ def test_a_checkpoint_of_something_else_is_refused_with_the_difference(tmp_path)
     assert find(tmp_path, seed=3)[1]["seed"] == 3
 
 
+FLAGS = {"use_8bit_adam": False, "dm_weight": 0.5, "dm_rank": 4, "w_min": 3.0, "w_max": 15.0}
+FULL = FLAGS | {"unet_time_cond_proj_dim": 32}
+
+
+@pytest.mark.parametrize(
+    ("saved", "changed", "words"),
+    [
+        (FLAGS, {"use_8bit_adam": True}, "^--use_8bit_adam: the checkpoint .*/checkpoint-1 .* float32.* leave it"),
+        (FLAGS | {"use_8bit_adam": True}, {"use_8bit_adam": False}, "^--use_8bit_adam is not given, but .* 8-bit"),
+        (FULL | {"dm_weight": 0.0, "use_8bit_adam": True}, {"use_8bit_adam": False}, "^--use_8bit_adam is not given"),
+        (FLAGS, {"dm_rank": 8}, "^--dm_rank: .*another rank.*--dm_rank 4 --w_min 3.0 --w_max 15.0"),
+        (FULL, {"dm_rank": 8}, "^--dm_rank: .*another rank"),
+        (FULL, {"w_min": 8.0, "w_max": 8.0}, "^--dm_rank: .*whether it takes a guidance embedding.*--w_min 3.0"),
+        (FULL | {"w_min": 15.0}, {"w_min": 3.0}, "^--dm_rank: .*whether it takes a guidance embedding"),
+    ],
+)  # fmt: skip
+def test_optimizers_and_fake_scores_of_other_flags_are_refused_before_models_are_loaded(
+    tmp_path, saved, changed, words
+):
+    """A KeyError in the first step, or a refusal only after everything was loaded."""
+    (make(tmp_path, 1, flags=saved) / "fake_score").mkdir()
+    assert find(tmp_path, flags=saved)[1]["flags"] == saved
+    with pytest.raises(UsageError, match=words):
+        find(tmp_path, flags=saved | changed)
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "fake_score"),
+    [
+        (FULL, FULL | {"dm_weight": 0.0, "dm_rank": 8}, True),  # matching ends
+        (FULL | {"dm_weight": 0.0}, FULL | {"dm_rank": 8}, False),  # and begins
+        (FULL, FULL | {"dm_weight": 1.0, "w_min": 4.0}, True),
+        (FLAGS, FLAGS | {"w_min": 8.0, "w_max": 8.0}, True),  # that of a LoRA never takes a guidance embedding
+        ({}, FULL, True),  # a checkpoint that does not say
+    ],
+)
+def test_flags_that_change_no_state_may_be_changed(tmp_path, saved, now, fake_score):
+    path = make(tmp_path, 1, flags=saved)
+    if fake_score:
+        (path / "fake_score").mkdir()
+    assert find(tmp_path, flags=now)[0] == path
+
+
 def test_tokens_are_never_written_and_changes_are_listed():
     flags = public_flags({"hub_token": "secret", "lr": 1, "resume_from_checkpoint": "latest"})
     assert flags == {"lr": 1, "resume_from_checkpoint": "latest"}
