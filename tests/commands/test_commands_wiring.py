@@ -89,7 +89,7 @@ class Run:
     loads: list[tuple[str, str, Any]] = dataclasses.field(default_factory=list)  # (class, source, cache_dir)
     loras: dict[str, str] = dataclasses.field(default_factory=dict)  # the source of each adapter
     pixels: list[torch.Tensor] = dataclasses.field(default_factory=list)  # batches that the VAE encoded
-    texts: list[list[str]] = dataclasses.field(default_factory=list)  # batches that the tokenizer was given
+    texts: list[list[str]] = dataclasses.field(default_factory=list)  # batches that were tokenized to be encoded
     more: dict[str, list] = dataclasses.field(default_factory=dict)  # what only one command has
 
     def add(self, name: str, value: Any) -> None:
@@ -156,7 +156,8 @@ def _watch(run: Run, teacher: str, patch: pytest.MonkeyPatch) -> None:
         return SimpleNamespace(sample=torch.zeros(batch, 3, 4 * height, 4 * width))
 
     def watched_tokenize(tokenizer, texts, *args, **options):
-        run.texts.append(texts)
+        if options.get("truncation"):  # otherwise the tokens are only counted
+            run.texts.append(texts)
         return tokenize(tokenizer, texts, *args, **options)
 
     def watched_frozen(frozen, *args, **options):
