@@ -125,8 +125,9 @@ def test_a_disk_error_is_logged_once_and_never_ends_the_run(tmp_path, path, capl
     journal.log({"loss": 1}, 30)
     assert [entry["step"] for entry in read_journal(folder / "training.jsonl")[1]] == [30]
 
-    missing = Journal(tmp_path / "missing", LAUNCH, global_step=20)
-    missing.log({"loss": 1}, 30)
+    (tmp_path / "file").write_bytes(b"")
+    impossible = Journal(tmp_path / "file" / "out", LAUNCH, global_step=20)
+    impossible.log({"loss": 1}, 30)
     assert len(caplog.records) == 2
 
 
