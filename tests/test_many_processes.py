@@ -149,6 +149,30 @@ def test_the_death_of_one_rank_ends_the_job_in_bounded_time(command, tmp_path):
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
 
 
+def test_a_killed_worker_of_one_rank_ends_all_ranks_with_a_checkpoint(command, tmp_path):
+    """The others waited for that rank's gradients until the launcher ended them; nothing was saved."""
+    options = {"steps": 2000, "dataloader_num_workers": 1, "num_validation_images": 0, "validation_teacher_steps": 0}
+    launched = start(command(**options), tmp_path)
+    journal = tmp_path / "out" / "training.jsonl"
+    wait_for(lambda: journal.exists() and '"step": 2' in journal.read_text(), launched, tmp_path, seconds=240)
+    ranks = [child for child in psutil.Process(launched.pid).children() if SCRIPT in child.cmdline()]
+    workers = [child for rank in ranks for child in rank.children() if SCRIPT in child.cmdline()]
+    assert len(workers) == 2
+    workers[1].kill()
+    assert launched.wait(timeout=240) != 0
+    (last,) = list_checkpoints(tmp_path / "out")
+    assert step_of(last)["processes"] == 2 and len(list(last.glob("stream-*.pt"))) == 2
+    log = (tmp_path / "log.txt").read_text()
+    steps = step_of(last)["global_step"]
+    assert "error: --dataloader_num_workers 1: a data worker was killed (SIGKILL), most" in log, log[-3000:]
+    assert f"The run is saved at step {steps}: resume with --resume_from_checkpoint latest" in log
+    ours = log.partition("torch.distributed.elastic.multiprocessing.errors")[0]  # the launcher's own report comes last
+    assert "stream.py" not in ours and 'run.py", line' not in ours.replace("distributed/run.py", ""), ours[-3000:]
+    resumed = command(**options | {"steps": steps + 1}, resume_from_checkpoint="latest")
+    assert start(resumed, tmp_path, "again").wait(timeout=240) == 0
+    assert "cannot continue exactly" not in (tmp_path / "again.txt").read_text()
+
+
 def test_two_machines_train_save_and_resume(command, tmp_path):
     """Two launches, as on two machines that share a disk, each with its --machine_rank."""
     for steps, more in ((2, {}), (4, {"resume_from_checkpoint": "latest"})):
