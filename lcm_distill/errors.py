@@ -9,7 +9,7 @@ class UsageError(ValueError):
 
 
 class DivergenceError(RuntimeError):
-    """Loss or gradients are no longer finite; the message has the step and what to try."""
+    """Loss, gradients or, in a dry run, validation are not finite; the message has the step and what to try."""
 
 
 class SaveError(RuntimeError):

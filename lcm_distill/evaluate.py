@@ -95,11 +95,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from diffusers import LCMScheduler
 from PIL import Image
 
 from lcm_distill.environment import check_writable, choose_device, device_name, memory_errors, quiet_libraries, versions
 from lcm_distill.models.teacher import Teacher
+from lcm_distill.objective.schedule import build_lcm_scheduler
 from lcm_distill.sampling.finished import Student, find_students, load_teacher, native_resolution
 from lcm_distill.sampling.generate import build_teacher_sampler, check_steps, generate_latents, read_prompts
 from lcm_distill.sampling.grid import labelled_grid
@@ -151,7 +151,7 @@ def evaluate(
     scheduler_config = dict(pipeline.scheduler.config)
     teacher_samplers = {name: build_teacher_sampler(scheduler_config, name) for name in samplers}
     lcm = [student.sampler(scheduler_config) for student in students]
-    untrained = lcm[0] if lcm else LCMScheduler.from_config(scheduler_config)
+    untrained = lcm[0] if lcm else build_lcm_scheduler(scheduler_config)
     for sampler in [*teacher_samplers.values(), *lcm, *[untrained] * control]:
         check_steps("--steps", max(steps), sampler)
     check_steps("--reference_steps", reference_steps, build_teacher_sampler(scheduler_config))

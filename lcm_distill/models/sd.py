@@ -1,5 +1,6 @@
 """The Stable Diffusion 1.x / 2.x family: frozen parts, conditioning, pipeline."""
 
+import copy
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from lcm_distill.data.encoded import Encoding
 from lcm_distill.models.frozen import FrozenParts, empty_batch
 from lcm_distill.models.teacher import Teacher
+from lcm_distill.models.unets import keeping_config
 
 NAME = "sd"
 PIPELINE = StableDiffusionPipeline
@@ -109,16 +111,21 @@ def _text_conditioning(frozen: Frozen, batch: Mapping[str, Any]) -> dict[str, to
 
 
 def build_pipeline(frozen: Frozen, unet: UNet2DConditionModel, scheduler: LCMScheduler) -> StableDiffusionPipeline:
-    """A pipeline of `unet` and the frozen parts, which it shares, not copies."""
-    pipeline = PIPELINE(
-        vae=frozen.vae,
-        text_encoder=frozen.text_encoder,
-        tokenizer=frozen.tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    """A pipeline of `unet` and the frozen parts, which it shares, not copies, and of a copy of `scheduler`.
+
+    Diffusers' pipeline edits the configs of what it is given (offset, clipping, an old U-Net's sample_size): what is
+    exported must not depend on whether pictures were generated.
+    """
+    with keeping_config(unet):
+        pipeline = PIPELINE(
+            vae=frozen.vae,
+            text_encoder=frozen.text_encoder,
+            tokenizer=frozen.tokenizer,
+            unet=unet,
+            scheduler=copy.deepcopy(scheduler),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -1,5 +1,6 @@
 """The Stable Diffusion XL family (SSD-1B too): frozen parts, conditioning on captions and sizes, pipeline."""
 
+import copy
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -149,7 +150,7 @@ def _with_time_ids(conditioning: dict[str, Any], ids: torch.Tensor) -> dict[str,
 
 
 def build_pipeline(frozen: Frozen, unet: UNet2DConditionModel, scheduler: LCMScheduler) -> StableDiffusionXLPipeline:
-    """A pipeline of `unet` and the frozen parts, which it shares, not copies."""
+    """A pipeline of `unet` and the frozen parts, which it shares, not copies, and of a copy of `scheduler`."""
     pipeline = PIPELINE(
         vae=frozen.vae,
         text_encoder=frozen.text_encoder,
@@ -157,7 +158,7 @@ def build_pipeline(frozen: Frozen, unet: UNet2DConditionModel, scheduler: LCMSch
         tokenizer=frozen.tokenizer,
         tokenizer_2=frozen.tokenizer_2,
         unet=unet,
-        scheduler=scheduler,
+        scheduler=copy.deepcopy(scheduler),  # a pipeline sets its timesteps
         force_zeros_for_empty_prompt=frozen.force_zeros_for_empty_prompt,
         add_watermarker=False,
     )

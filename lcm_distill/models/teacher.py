@@ -1,5 +1,6 @@
 """The teacher as its user has it: a Diffusers folder, a Hub id, or a single-file checkpoint."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError, safe_open
@@ -23,7 +24,7 @@ from lcm_distill.models.files import ModelFiles, check_pickle
 from lcm_distill.models.single_file import PREFIXES, SingleFile, from_original_layout
 from lcm_distill.models.tokenizer import load_tokenizer
 from lcm_distill.models.vae import scale_and_shift, vae_factor
-from lcm_distill.objective.schedule import NoiseSchedule
+from lcm_distill.objective.schedule import NoiseSchedule, check_scheduler_class, complete_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +156,44 @@ class Teacher:
     def read_config(self, kind: Any, subfolder: str | None) -> dict[str, Any]:
         """The config of one part, of the Diffusers class `kind`; `UsageError` if it cannot be read."""
         return self.read_json(str(Path(subfolder or ".") / kind.config_name))
+
+    def read_scheduler_config(self) -> dict[str, Any]:
+        """The scheduler's config, with the class that decides what it leaves out; `UsageError` if it cannot be read.
+
+        That is the one that it names itself, since that class wrote it, else the one in model_index.json. A warning is
+        logged if both are named and their defaults give other schedules. `UsageError` if neither is named and the betas
+        are left out, or one is not of a discrete schedule of betas.
+        """
+        config = self.read_config(DDPMScheduler, "scheduler")
+        index: Any = None
+        with contextlib.suppress(UsageError):  # not all have one, such as the configs of a single file
+            index = self.read_config(DiffusionPipeline, None).get("scheduler")
+        listed = index[1] if isinstance(index, list) and len(index) == 2 else None
+        if listed is not None:
+            check_scheduler_class(listed)
+        if not config.get("_class_name"):
+            left_out = [key for key in ("beta_start", "beta_end", "beta_schedule") if key not in config]
+            if listed is None and left_out and not config.get("trained_betas"):
+                raise UsageError(
+                    f"{TEACHER_FLAG}: its scheduler_config.json has neither {left_out[0]} nor a _class_name, which "
+                    "would say what that is; add the schedule that the model was trained with."
+                )
+            return config if listed is None else config | {"_class_name": listed}
+        if listed not in (None, config["_class_name"]):
+            taken, other = complete_schedule(config), complete_schedule(config | {"_class_name": listed})
+            if different := [key for key in taken if taken[key] != other[key]]:
+                logger.warning(
+                    "%s: its scheduler_config.json is of %s and leaves out %s, but its model_index.json lists %s, "
+                    "which has another default (%s and %s). The first is taken; if the model was trained with the "
+                    "second, write that into scheduler_config.json.",
+                    TEACHER_FLAG,
+                    config["_class_name"],
+                    different[0],
+                    listed,
+                    taken[different[0]],
+                    other[different[0]],
+                )
+        return config
 
     def read_vae_config(self) -> dict[str, Any]:
         if self.vae is None:
@@ -323,9 +362,10 @@ def read_configs(teacher: Teacher, *, family: str, resolution: int, num_ddim_tim
     """Reads the configs of `teacher` and checks that the programs of `family`, "sd" or "sdxl", can use them.
 
     Tokenizers, too; no weights. `UsageError` if there is no such model, it is not one that `support` knows, it is of
-    the other family or already an LCM, a part of it does not fit another, `resolution` (pixels) is not a multiple of
-    the VAE's factor, or the solver's grid is finer than the training timesteps. A separate VAE that scales latents
-    unlike the teacher's own is logged.
+    the other family or already an LCM, a part of it does not fit another, its scheduler is not of a discrete schedule
+    of betas or its prediction type does not fit that, `resolution` (pixels) is not a multiple of the VAE's factor, or
+    the solver's grid is finer than the training timesteps. A separate VAE that scales latents unlike the teacher's own
+    is logged.
     """
     name = str(teacher)
     _check_pipeline(teacher)
@@ -339,11 +379,11 @@ def read_configs(teacher: Teacher, *, family: str, resolution: int, num_ddim_tim
     latent_channels = vae.get("latent_channels", 4)
     found = teacher.file.unet_config(unet) if teacher.is_single_file else unet
     support.check_channels(found, latent_channels, name=name, vae_name=vae_name)
-    scheduler = teacher.read_config(DDPMScheduler, "scheduler")
+    scheduler = teacher.read_scheduler_config()
     support.check_scheduler(scheduler, name=name)
     if teacher.is_single_file:
         teacher.file.check_scheduler(scheduler, teacher.config_source)
-    NoiseSchedule.from_config(scheduler)  # fails for an unknown prediction type
+    NoiseSchedule.from_config(scheduler)  # fails for one of another kind, or an unknown prediction type
     if family == "sdxl":
         support.check_not_refiner(unet, teacher.read_json("text_encoder_2/config.json"), name=name)
     text = {part: teacher.read_text_config(part) for part in text_parts.values()}

@@ -1,8 +1,9 @@
 """Full students: a U-Net that starts as its teacher, its target, how they are checked, saved, sped up."""
 
+import contextlib
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,16 @@ class UNetPart:
 
     def load(self, folder: Path) -> None:
         load_network(self._unet, folder)
+
+
+@contextlib.contextmanager
+def keeping_config(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Restores the config of `unet` afterwards: Diffusers' SD pipelines replace a small sample_size of an old one."""
+    before = dict(unet.config)
+    yield
+    changed = {key: value for key, value in before.items() if unet.config[key] != value}
+    if changed:
+        unet.register_to_config(**changed)
 
 
 def architecture(config: Mapping[str, Any]) -> dict[str, Any]:

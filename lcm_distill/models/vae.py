@@ -5,13 +5,16 @@
 Encoded shards hold the moments, so that latents are still drawn at random in training.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -48,19 +51,30 @@ def encode_pixels(
 
 
 @torch.no_grad()
-def decode_latents(vae: AutoencoderKL, latents: torch.Tensor, batch_size: int) -> list[Image.Image]:
+def decode_latents(
+    vae: AutoencoderKL, latents: torch.Tensor, batch_size: int, report: Callable[[str], None] = logger.warning
+) -> list[Image.Image]:
     """RGB pictures of `latents` `[B, C, H/8, W/8]` of any floating dtype: the inverse of `encode_pixels`.
 
     The VAE decodes in its own dtype even under autocast (SDXL's is float32, since it overflows in half precision), on
-    its own device, at most `batch_size` pictures at once.
+    its own device, at most `batch_size` pictures at once. Values that are not finite become black; if there are any,
+    `report` is called with a sentence that says so, "2 of 4 pictures are not finite …".
     """
     shift = getattr(vae.config, "shift_factor", None)
+    finite = latents.isfinite().flatten(1).all(dim=1).tolist()
     latents = latents.to(vae.device).float() / vae.config.scaling_factor
     latents = (latents + shift if shift else latents).to(vae.dtype)
-    processor, pictures = VaeImageProcessor(), list[Image.Image]()
+    processor, pictures, decoded = VaeImageProcessor(), list[Image.Image](), list[bool]()
     with torch.autocast(vae.device.type, enabled=False):
         for part in latents.split(batch_size):
-            pictures += processor.postprocess(vae.decode(part).sample, output_type="pil")
+            pixels = vae.decode(part).sample
+            decoded += pixels.isfinite().flatten(1).all(dim=1).tolist()
+            pictures += processor.postprocess(pixels.nan_to_num(-1, -1, -1), output_type="pil")
+    if bad := decoded.count(False):
+        where = "their latents are not, so the network or its sampler failed"
+        if all(finite):
+            where = f"their latents are, so the VAE, in {str(vae.dtype).removeprefix('torch.')}, overflowed"
+        report(f"{bad} of {len(decoded)} pictures are not finite, and shown black: {where}")
     return pictures
 
 

@@ -4,19 +4,60 @@ A timestep is a training timestep, int64 in 0 … T−1 (T is 1000 for Stable Di
 `num_ddim_timesteps` of them, indexed by `solver_index`, 0 … num_ddim_timesteps−1.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DDPMScheduler, LCMScheduler
+from diffusers import LCMScheduler
 
 from lcm_distill.errors import UsageError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
-# The smallest alpha that is divided by for the x0 of an ε prediction: x0 stays finite where the last timestep is pure
-# noise (Diffusers clamps alpha_bar at 2^-24 in its own ODE solvers for the same reason).
-_MIN_ALPHA = 2.0**-12
+# Diffusers' schedulers with a discrete schedule of betas, and the class in whose signature their defaults are read: a
+# config may leave them out, and they differ (SD's own are scaled_linear, 0.00085 to 0.012; DDIM's linear, 0.0001 to
+# 0.02). Without scipy or torchsde, Diffusers has two of them only as placeholders, which have no signature.
+_OWN_DEFAULTS = (
+    "DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler", "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler",
+    "LCMScheduler", "PNDMScheduler", "SASolverScheduler", "TCDScheduler", "UniPCMultistepScheduler",
+)  # fmt: skip
+BETA_SCHEDULERS = {name: name for name in _OWN_DEFAULTS} | {
+    "DPMSolverSDEScheduler": "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler": "DDPMScheduler",
+}
+_SCHEDULE_KEYS = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
+    "prediction_type",
+)  # fmt: skip
+
+# What every sampler here is created with. Pipelines change an offset other than 1, and LCM's and trailing grids ignore
+# it; `set_alpha_to_one` false ends DDIM at timestep 0, as the solver in training does.
+SAMPLER_OPTIONS = {"clip_sample": False, "thresholding": False, "steps_offset": 1, "set_alpha_to_one": False}
+
+_EDM = "has the continuous noise levels of EDM"
+_FLOW = "is one of flow matching"
+# Why a scheduler of another kind is refused, by what its class's name contains.
+_OTHER_KINDS = {
+    "EDM": _EDM,
+    "CosineDPM": _EDM,
+    "Flow": _FLOW,
+    "RF": _FLOW,
+    "CogVideoX": "shifts the signal-to-noise ratio of its betas",
+}
+# Entries that turn a scheduler of discrete betas into another kind, or that only another kind has.
+_OTHER_ENTRIES = {
+    "use_flow_sigmas": _FLOW,
+    "use_dynamic_shifting": _FLOW,
+    "shift": _FLOW,
+    "base_shift": _FLOW,
+    "sigma_data": _EDM,
+    "sigma_schedule": _EDM,
+    "snr_shift_scale": _OTHER_KINDS["CogVideoX"],
+}
 
 
 class NoiseSchedule:
@@ -37,12 +78,22 @@ class NoiseSchedule:
         self.alphas = alphas_cumprod.sqrt().float()
         self.sigmas = (1 - alphas_cumprod).sqrt().float()
         self.prediction_type = prediction_type
+        if prediction_type == "epsilon" and (self.alphas == 0).any():
+            raise UsageError(
+                "--pretrained_teacher_model: its scheduler's prediction_type is epsilon, and its last timestep is pure "
+                "noise (rescale_betas_zero_snr, or a beta of 1), where no picture follows from a prediction of noise. "
+                "If the model predicts v, set prediction_type to v_prediction in its scheduler_config.json; else set "
+                "rescale_betas_zero_snr to false."
+            )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
-        """The schedule of any Diffusers scheduler config: its betas, zero-terminal-SNR rescaling, prediction type."""
-        scheduler = DDPMScheduler.from_config(dict(config))
-        return cls(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+        """The schedule of a Diffusers scheduler config (`complete_schedule`), which `build_lcm_scheduler` samples with.
+
+        `UsageError` if the config is not one of a discrete schedule of betas, or its prediction type does not fit.
+        """
+        chosen = complete_schedule(config)
+        return cls(LCMScheduler(**chosen).alphas_cumprod, chosen["prediction_type"])
 
     def __len__(self) -> int:
         return len(self.alphas)
@@ -65,7 +116,7 @@ class NoiseSchedule:
         alpha, sigma = self._levels(timesteps, noisy)
         output, noisy = output.float(), noisy.float()
         if self.prediction_type == "epsilon":
-            return (noisy - sigma * output) / alpha.clamp(min=_MIN_ALPHA)
+            return (noisy - sigma * output) / alpha
         if self.prediction_type == "v_prediction":
             return alpha * noisy - sigma * output
         return output
@@ -125,18 +176,88 @@ def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def build_lcm_scheduler(
-    scheduler_config: Mapping[str, Any], num_ddim_timesteps: int = 50, timestep_scaling: float = 10.0
-) -> LCMScheduler:
-    """The student's sampler: the teacher's noise schedule with the run's solver grid and timestep scaling."""
-    return LCMScheduler.from_config(
-        dict(scheduler_config),
-        original_inference_steps=_sampler_grid(num_ddim_timesteps, scheduler_config.get("num_train_timesteps", 1000)),
-        timestep_scaling=timestep_scaling,
+def complete_schedule(config: Mapping[str, Any], given: str = "--pretrained_teacher_model") -> dict[str, Any]:
+    """All entries of a Diffusers scheduler config that make its noise schedule, with its prediction type.
+
+    What the config leaves out has the default of its own class, `_class_name` (`DDPMScheduler` if it names none); so
+    any Diffusers scheduler that is created with all of these has the same schedule. What only a sampler reads (spacing,
+    offset, clipping, Karras sigmas) is not among them. `given` is what a message names.
+
+    Raises:
+        UsageError: the config is not one of a discrete schedule of betas.
+    """
+    name = config.get("_class_name") or "DDPMScheduler"
+    check_scheduler_class(name, given)
+    for key, reason in _OTHER_ENTRIES.items():
+        if config.get(key) not in (None, False):
+            raise _other_kind(given, f"{key} {config[key]!r}", reason)
+    if config.get("timestep_type") == "continuous":
+        raise _other_kind(given, "timestep_type 'continuous'", _EDM)
+    if config.get("predict_epsilon") is False and "prediction_type" not in config:
+        raise UsageError(
+            f"{given}: its scheduler_config.json says predict_epsilon false, as early Diffusers wrote, which today's "
+            'ignores; replace it with "prediction_type": "sample".'
+        )
+    signature = inspect.signature(getattr(diffusers, BETA_SCHEDULERS[name])).parameters
+    defaults = {key: signature[key].default for key in _SCHEDULE_KEYS if key in signature}
+    written = {key: config[key] for key in _SCHEDULE_KEYS if key in config}
+    chosen = {"rescale_betas_zero_snr": False} | defaults | written
+    if not isinstance(chosen["rescale_betas_zero_snr"], bool | None):
+        raise UsageError(
+            f"{given}: its scheduler's rescale_betas_zero_snr is {chosen['rescale_betas_zero_snr']!r}; "
+            "it must be true or false."
+        )
+    betas = chosen["trained_betas"]
+    if betas is not None and not (isinstance(betas, list | tuple) and len(betas) == chosen["num_train_timesteps"]):
+        raise UsageError(
+            f"{given}: its scheduler's trained_betas must be {chosen['num_train_timesteps']} numbers, as many as "
+            f"num_train_timesteps, not {len(betas) if isinstance(betas, list | tuple) else repr(betas)}; correct one "
+            "of the two in its scheduler_config.json."
+        )
+    return chosen | {
+        "trained_betas": None if betas is None else list(betas),
+        "rescale_betas_zero_snr": bool(chosen["rescale_betas_zero_snr"]),
+    }
+
+
+def check_scheduler_class(name: Any, given: str = "--pretrained_teacher_model") -> None:
+    """`UsageError`, which names what is `given`, unless `name` is a Diffusers scheduler of discrete betas."""
+    if isinstance(name, str) and name in BETA_SCHEDULERS:
+        return
+    reasons = [reason for part, reason in _OTHER_KINDS.items() if part in str(name)]
+    raise _other_kind(given, str(name), *reasons[:1])
+
+
+def _other_kind(given: str, what: str, reason: str = "is not known here") -> UsageError:
+    return UsageError(
+        f"{given}: its scheduler ({what}) {reason}. Only models that were trained with a discrete schedule of betas "
+        "are supported, with a scheduler_config.json of DDIMScheduler, EulerDiscreteScheduler or the like; use such a "
+        "model."
     )
 
 
-def _sampler_grid(num_ddim_timesteps: int, train_timesteps: int = 1000) -> int:
+def build_lcm_scheduler(
+    scheduler_config: Mapping[str, Any],
+    num_ddim_timesteps: int = 50,
+    timestep_scaling: float = 10.0,
+    given: str = "--pretrained_teacher_model",
+) -> LCMScheduler:
+    """The student's sampler: the noise schedule of `scheduler_config` with the solver's grid and timestep scaling.
+
+    Its config has all of `LCMScheduler`'s entries and no others, so no class's defaults replace what was trained.
+    It clips nothing, whatever `scheduler_config` says: latents are not bounded. `UsageError`, which names what is
+    `given`, if that is not of a discrete schedule of betas.
+    """
+    chosen = complete_schedule(scheduler_config, given)
+    return LCMScheduler(
+        **chosen,
+        original_inference_steps=_sampler_grid(num_ddim_timesteps, chosen["num_train_timesteps"]),
+        timestep_scaling=timestep_scaling,
+        **SAMPLER_OPTIONS,
+    )
+
+
+def _sampler_grid(num_ddim_timesteps: int, train_timesteps: int) -> int:
     """`original_inference_steps` for the `LCMScheduler` of a student that was trained on this solver grid.
 
     `LCMScheduler` rounds T / original_inference_steps down, so with a grid that does not divide T it would start below

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from lcm_distill.distributed.fsdp import free_gathered, is_split
+from lcm_distill.errors import DivergenceError
 from lcm_distill.flags import DistillationFlags, ValidationFlags
 from lcm_distill.models.vae import decode_latents
 from lcm_distill.run.trackers import log_pictures
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
     from lcm_distill.run.run import Run
 
 logger = logging.getLogger(__name__)
+
+_REMEDY = (
+    "If it is the teacher's, check its weights and its scheduler_config.json; in fp16, use --mixed_precision bf16 "
+    "or no; if it is a student's alone, lower --learning_rate."
+)
 
 
 def check_validation(flags: ValidationFlags, student_sampler: Any, teacher_sampler: Any) -> list[str] | None:
@@ -97,17 +104,21 @@ class Validation:
         self.measured: dict[str, float] = {}  # the last distances, by a description of each
 
     def __call__(self, global_step: int) -> dict[str, float]:
-        """Generates the grid of `global_step`; returns the distances ("distance/student"), the same on every rank."""
+        """Generates the grid of `global_step`; returns the distances ("distance/student"), the same on every rank.
+
+        Pictures and distances that are not finite are logged as an error. `DivergenceError` for them in a dry run.
+        """
         distances: dict[str, float] = {}
+        problems: list[str] = []
         if not self._prompts:
             return distances
         if self._accelerator.is_main_process or is_split(self._accelerator):
             with self._all_loaded():
-                fresh = self._generate(distances)
+                fresh = self._generate(distances, problems)
             if self._output_dir is not None and self._accelerator.is_main_process:
                 self._write(self._teacher_row | fresh, global_step)
                 log_pictures(self._accelerator, fresh, global_step)
-        distances = broadcast_object_list([distances])[0]
+        distances, problems = broadcast_object_list([distances, problems])
         self.measured = {
             f"distance of one step from the teacher's {self._teacher_steps}, in latents, relative (0 is perfect): "
             f"{name.removeprefix('distance/')}": value
@@ -119,15 +130,21 @@ class Validation:
                 global_step,
                 ", ".join(f"{name.removeprefix('distance/')} {value:.3f}" for name, value in distances.items()),
             )
+        if problems:
+            message = f"validation at step {global_step} is not finite: {'; '.join(problems)}. {_REMEDY}"
+            if self._output_dir is None:
+                raise DivergenceError(message)
+            logger.error("%s The run continues.", message)
         return distances
 
-    def _generate(self, distances: dict[str, float]) -> dict[str, list[Image.Image]]:
-        """The rows generated now; fills `distances`."""
+    def _generate(self, distances: dict[str, float], problems: list[str]) -> dict[str, list[Image.Image]]:
+        """The rows generated now; fills `distances`, and `problems` with what is not finite."""
         fresh: dict[str, list[Image.Image]] = {}
         if self._teacher_steps and not self._teacher_row:
             pipeline = self._teacher()
             self._ends = self._latents("teacher", pipeline, self._teacher_steps, self._teacher_guidance_scale)
-            fresh[f"teacher, {_steps_in_words(self._teacher_steps)}"] = self._decode(pipeline, self._ends)
+            row = f"teacher, {_steps_in_words(self._teacher_steps)}"
+            fresh[row] = self._decode(pipeline, self._ends, row, problems)
             self._teacher_row = dict(fresh)
         measured = [1] if self._teacher_steps else []
         for label, build in self._pipelines.items():
@@ -135,9 +152,12 @@ class Validation:
             for steps in dict.fromkeys([*self._inference_steps, *measured]):
                 latents = self._latents(label, pipeline, steps, self._guidance_scale)
                 if steps in self._inference_steps:
-                    fresh[f"{label}, {_steps_in_words(steps)}"] = self._decode(pipeline, latents)
+                    row = f"{label}, {_steps_in_words(steps)}"
+                    fresh[row] = self._decode(pipeline, latents, row, problems)
                 if steps in measured:
-                    distances[f"distance/{label}"] = relative_distance(latents, self._ends)
+                    distances[f"distance/{label}"] = distance = relative_distance(latents, self._ends)
+                    if not math.isfinite(distance):
+                        problems.append(f"{label}: the distance to the teacher is {distance}")
         return fresh
 
     def _latents(self, label: str, pipeline: Any, steps: int, guidance_scale: float) -> torch.Tensor:
@@ -156,8 +176,9 @@ class Validation:
         free_gathered(pipeline.unet)
         return latents.cpu()
 
-    def _decode(self, pipeline: Any, latents: torch.Tensor) -> list[Image.Image]:
-        return decode_latents(pipeline.vae, latents, batch_size=1)  # at 1024 pixels each takes gigabytes
+    def _decode(self, pipeline: Any, latents: torch.Tensor, row: str, problems: list[str]) -> list[Image.Image]:
+        # One at once: at 1024 pixels each takes gigabytes.
+        return decode_latents(pipeline.vae, latents, 1, lambda problem: problems.append(f"{row}: {problem}"))
 
     def _write(self, rows: Mapping[str, Sequence[Image.Image]], global_step: int) -> None:
         path = Path(self._output_dir or "") / "validation" / f"step-{global_step:06d}.png"

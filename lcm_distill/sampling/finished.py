@@ -18,6 +18,7 @@ from lcm_distill.errors import UsageError, brief
 from lcm_distill.models.families import family_of
 from lcm_distill.models.teacher import Teacher, read_configs
 from lcm_distill.models.unets import architecture
+from lcm_distill.objective.schedule import build_lcm_scheduler
 from lcm_distill.sampling.generate import build_teacher_sampler
 
 logger = logging.getLogger(__name__)
@@ -134,9 +135,11 @@ class Student:
         return UNet2DConditionModel.load_config(self.source, subfolder=self.subfolder, cache_dir=self.cache_dir)
 
     def sampler(self, scheduler_config: Mapping[str, Any]) -> LCMScheduler:
-        """The scheduler saved with it, or else an `LCMScheduler` from the teacher's `scheduler_config`.
+        """The scheduler saved with it, or else an `LCMScheduler` with the schedule of the teacher's `scheduler_config`.
 
         A part of a distillation's folder, such as `unet_target/` or a LoRA's file, has the scheduler of the folder.
+        What clips is turned off, since latents are not bounded: results of older versions may have it from a teacher.
+        Of a saved scheduler of another class, such as a pipeline's, the noise schedule is taken.
         """
         folders = [self.source]
         if self._is_file:
@@ -147,8 +150,11 @@ class Student:
             for subfolder in (None, "scheduler"):
                 file = "scheduler_config.json" if subfolder is None else f"{subfolder}/scheduler_config.json"
                 if _has(folder, file, self.cache_dir):
-                    return LCMScheduler.from_pretrained(folder, subfolder=subfolder, cache_dir=self.cache_dir)
-        return LCMScheduler.from_config(dict(scheduler_config))
+                    saved = LCMScheduler.load_config(folder, subfolder=subfolder, cache_dir=self.cache_dir)
+                    if saved.get("_class_name", "LCMScheduler") != "LCMScheduler":
+                        return build_lcm_scheduler(saved, given=f"{self.flag} {self.source}")
+                    return LCMScheduler.from_config(saved, clip_sample=False, thresholding=False)
+        return build_lcm_scheduler(scheduler_config)
 
     @contextlib.contextmanager
     def installed_in(

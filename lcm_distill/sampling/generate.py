@@ -10,21 +10,25 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from lcm_distill.errors import UsageError
+from lcm_distill.models.unets import keeping_config
+from lcm_distill.objective.schedule import SAMPLER_OPTIONS, complete_schedule
 
 # By the names in `flags.SAMPLERS`.
 _SCHEDULERS = {"DDIM": DDIMScheduler, "DPM-Solver++": DPMSolverMultistepScheduler}
 
 
 def build_teacher_sampler(scheduler_config: Mapping[str, Any], name: str = "DDIM") -> Any:
-    """The sampler of a teacher, one of `flags.SAMPLERS`, from any Diffusers scheduler config; with trailing spacing.
+    """The sampler of a teacher, one of `flags.SAMPLERS`, with the noise schedule of its config; with trailing spacing.
 
-    DDIM ends at timestep 0, as the solver in training does: with as many steps as that solver's grid has points, its
-    result is the end of the trajectory that a student learns to reach in one step.
+    Options of the teacher's own sampler (Karras sigmas, an SDE solver, clipping) have no effect: what is called DDIM or
+    DPM-Solver++ is that for every teacher. DDIM ends at timestep 0, as the solver in training does: with as many steps
+    as that solver's grid has points, its result is the end of the trajectory that a student learns to reach in one
+    step. `UsageError` if the config is not one of a discrete schedule of betas.
     """
-    options: dict[str, Any] = {"timestep_spacing": "trailing"}
-    if name == "DDIM":
-        options |= {"clip_sample": False, "set_alpha_to_one": False}
-    return _SCHEDULERS[name].from_config(dict(scheduler_config), **options)
+    options = SAMPLER_OPTIONS | {"timestep_spacing": "trailing"}
+    if name != "DDIM":
+        options = {key: value for key, value in options.items() if key not in ("clip_sample", "set_alpha_to_one")}
+    return _SCHEDULERS[name](**complete_schedule(scheduler_config), **options)
 
 
 def check_steps(flag: str, steps: int, sampler: Any, strength: float = 1.0) -> None:
@@ -109,7 +113,8 @@ def generate_from_picture(
     with torch.autocast(vae.device.type, enabled=False):
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
     shift = getattr(vae.config, "shift_factor", None) or 0.0
-    img2img = AutoPipelineForImage2Image.from_pipe(pipeline)
+    with keeping_config(pipeline.unet):
+        img2img = AutoPipelineForImage2Image.from_pipe(pipeline)
     img2img.set_progress_bar_config(disable=True)
 
     def start(generators: list[torch.Generator]) -> dict[str, Any]:

@@ -1,12 +1,16 @@
 """The Stable Diffusion family: captions and latents compared with the pipeline's."""
 
+import warnings
+
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from lcm_distill.models import sd
 from lcm_distill.models.teacher import Teacher
 from lcm_distill.models.vae import encode_pixels
+from lcm_distill.objective.schedule import build_lcm_scheduler
+from lcm_distill.sampling.generate import build_teacher_sampler
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +63,30 @@ def test_the_shift_of_a_vae_is_subtracted(frozen):
 def test_frozen_parts_are_frozen(frozen):
     for network in (frozen.text_encoder, frozen.vae, frozen.unet):
         assert not network.training and not any(p.requires_grad for p in network.parameters())
+
+
+@pytest.mark.parametrize("version", ["0.6.0", "0.30.0"])
+def test_a_pipeline_edits_neither_scheduler_nor_u_net(version, frozen):
+    """Diffusers' pipeline does: what was exported depended on whether pictures had been generated before.
+
+    Of a scheduler it replaces the offset and the clipping, of an old U-Net a sample_size below 64.
+    """
+    unet = UNet2DConditionModel.from_config(dict(frozen.unet.config) | {"_diffusers_version": version})
+    scheduler = LCMScheduler(clip_sample=True, steps_offset=0)
+    before = dict(unet.config), dict(scheduler.config)
+    assert unet.config.sample_size == 16
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        pipeline = sd.build_pipeline(frozen, unet, scheduler)
+        pipeline.scheduler.set_timesteps(4)
+    assert (dict(unet.config), dict(scheduler.config)) == before
+    assert pipeline.unet is unet and pipeline.vae is frozen.vae
+    assert scheduler.num_inference_steps is None and len(pipeline.scheduler.timesteps) == 4
+
+
+def test_a_pipeline_with_the_project_s_samplers_has_nothing_to_edit(frozen, recwarn):
+    config = {"_class_name": "DDIMScheduler", "clip_sample": True, "steps_offset": 0}
+    for scheduler in (build_lcm_scheduler(config), build_teacher_sampler(config)):
+        pipeline = sd.build_pipeline(frozen, frozen.unet, scheduler)
+        assert dict(pipeline.scheduler.config) == dict(scheduler.config)
+    assert not [warning for warning in recwarn if issubclass(warning.category, FutureWarning)]

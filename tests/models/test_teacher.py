@@ -18,6 +18,7 @@ from lcm_distill.errors import UsageError
 from lcm_distill.models import sd, sdxl
 from lcm_distill.models.teacher import Teacher, read_configs
 from lcm_distill.models.vae import vae_factor
+from lcm_distill.objective.schedule import complete_schedule
 
 CONFIGS = {"family": "sd", "resolution": 64, "num_ddim_timesteps": 50}
 MODULES = {"sd": sd, "sdxl": sdxl}
@@ -204,6 +205,65 @@ def test_a_u_net_of_another_kind_is_refused(change, message, configs_only):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UsageError, match=message):
         read_configs(Teacher(str(configs_only)), **CONFIGS)
+
+
+def with_scheduler(folder: Path, config: dict, listed: str | None = None) -> Teacher:
+    """The teacher in `folder`, with another scheduler config, and that scheduler in its model_index.json."""
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    if listed is not None:
+        (folder / "model_index.json").write_text(json.dumps({"scheduler": ["diffusers", listed]}))
+    return Teacher(str(folder))
+
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+COSXL = {
+    "_class_name": "EDMEulerScheduler", "num_train_timesteps": 1000, "prediction_type": "v_prediction",
+    "sigma_data": 1.0, "sigma_max": 120.0, "sigma_min": 0.002, "sigma_schedule": "exponential",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config, listed, words",
+    [
+        (COSXL, None, r"EDMEulerScheduler\) has the continuous noise levels of EDM"),
+        (COSXL, "DDIMScheduler", "EDM"),
+        ({key: value for key, value in COSXL.items() if key != "_class_name"}, "DDIMScheduler", "EDM"),
+        ({"num_train_timesteps": 1000}, "EDMEulerScheduler", "EDM"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}, None, "flow matching"),
+        ({"_class_name": "DDIMScheduler"} | BETAS, "FlowMatchEulerDiscreteScheduler", "flow matching"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True} | BETAS, None, "flow matching"),
+        ({"_class_name": "DDIMScheduler"} | BETAS, "MyScheduler", "MyScheduler.*not known"),
+        ({"num_train_timesteps": 1000}, None, "has neither beta_start nor a _class_name"),
+        ({"beta_start": 0.1, "beta_schedule": "linear"}, None, "has neither beta_end nor a _class_name"),
+        ({"_class_name": "DDIMScheduler", "prediction_type": "flow_prediction"} | BETAS, None, "flow_prediction"),
+        ({"_class_name": "PNDMScheduler", "rescale_betas_zero_snr": True} | BETAS, None, "pure noise"),
+    ],
+)
+def test_a_scheduler_that_cannot_be_distilled_is_refused(config, listed, words, configs_only):
+    """Before any weights are read; a student of an EDM or flow-matching teacher was trained on invented betas."""
+    with pytest.raises(UsageError, match=f"^--pretrained_teacher_model: its scheduler.*{words}"):
+        read_configs(with_scheduler(configs_only, config, listed), **CONFIGS)
+
+
+def test_the_class_that_decides_a_scheduler_s_defaults(configs_only, caplog):
+    """The one that its config names, which wrote it; else the one that the pipeline's index lists."""
+
+    def betas(config, listed=None):
+        chosen = complete_schedule(read_configs(with_scheduler(configs_only, config, listed), **CONFIGS).scheduler)
+        return chosen["beta_start"], chosen["beta_end"], chosen["beta_schedule"]
+
+    assert betas({"_class_name": "DDPMScheduler"}) == (0.0001, 0.02, "linear")
+    assert betas({"_class_name": "HeunDiscreteScheduler"}, "HeunDiscreteScheduler") == (0.00085, 0.012, "linear")
+    assert betas({}, "TCDScheduler") == (0.00085, 0.012, "scaled_linear")
+    assert betas({"_class_name": None, "beta_end": 0.03}, "DDIMScheduler") == (0.0001, 0.03, "linear")
+    assert betas({"_class_name": "LCMScheduler"} | BETAS, "PNDMScheduler") == tuple(BETAS.values())
+    assert betas({"_class_name": "DDIMScheduler"}, "PNDMScheduler") == (0.0001, 0.02, "linear")
+    assert not caplog.records
+    assert betas({"_class_name": "HeunDiscreteScheduler"}, "PNDMScheduler") == (0.00085, 0.012, "linear")
+    assert "is of HeunDiscreteScheduler and leaves out beta_start" in caplog.text
+    assert "lists PNDMScheduler, which has another default (0.00085 and 0.0001)" in caplog.text
+    (configs_only / "model_index.json").unlink()
+    assert betas(BETAS) == tuple(BETAS.values())  # there is nothing to decide
 
 
 def test_a_folder_without_a_u_net_is_refused(configs_only):

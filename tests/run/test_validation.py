@@ -1,6 +1,7 @@
 """Validation: the prompts, the pictures against the pipelines' own, and where they are shown."""
 
 import copy
+import math
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 from PIL import Image
 
-from lcm_distill.errors import UsageError
+from lcm_distill.errors import DivergenceError, UsageError
 from lcm_distill.flags import DistillationFlags, ValidationFlags
 from lcm_distill.models import sd, sdxl
 from lcm_distill.models.vae import decode_latents, encode_pixels
@@ -428,3 +429,43 @@ def test_a_dry_run_and_the_other_ranks_write_nothing(tmp_path, monkeypatch):
         )
         assert len(student.calls) == calls and [steps for _, steps, _ in teacher.calls] == [1] * (calls // 2)
         assert not tracker.logged and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "student, teacher, words",
+    [
+        (float("nan"), 1.0, ["student, 2 steps: 1 of 1 pictures", "student: the distance to the teacher is nan"]),
+        (float("inf"), 1.0, ["student, 2 steps: 1 of 1 pictures", "student: the distance to the teacher is inf"]),
+        (1.0, float("nan"), ["teacher, {} step", "student: the distance to the teacher is nan"]),
+        (1.0, 0.0, ["student: the distance to the teacher is inf"]),
+    ],
+)
+def test_what_is_not_finite_fails_a_dry_run_and_is_said_in_a_run(student, teacher, words, tmp_path, caplog):
+    """A dry run said that all worked, and a run logged a distance of nan among its information."""
+
+    def validate(output_dir):
+        pipelines = {"student": FakePipeline(student), "target": FakePipeline(0.5)}
+        return make(pipelines, FakePipeline(teacher), output_dir, prompts=["a"], images_per_prompt=1,
+                    inference_steps=[2])  # fmt: skip
+
+    with pytest.raises(
+        DivergenceError, match="^validation at step 7 is not finite: .*--mixed_precision bf16"
+    ) as caught:
+        validate(None)(7)
+    assert all(word.format(1) in str(caught.value) for word in words) and not caplog.records
+    distances = validate(tmp_path)(7)
+    assert not math.isfinite(distances["distance/student"])
+    (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert error.startswith("validation at step 7 is not finite: ") and error.endswith("The run continues.")
+    assert all(word.format(9) in error for word in words)
+    assert (tmp_path / "validation" / "step-000007.png").is_file()
+
+
+def test_pictures_alone_that_are_not_finite_fail_a_dry_run():
+    """A VAE that overflows in half precision: the latents, and so the distance, are finite."""
+    student = FakePipeline(0.5)
+    student.vae.decode = lambda latents: SimpleNamespace(sample=torch.full((len(latents), 3, 8, 8), torch.nan))
+    for teacher_steps in (0, 9):
+        validate = make({"student": student}, FakePipeline(), None, teacher_steps=teacher_steps, inference_steps=[1])
+        with pytest.raises(DivergenceError, match="student, 1 step: 4 of 4 pictures .* the VAE, in float32"):
+            validate(1)

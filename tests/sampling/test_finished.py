@@ -8,6 +8,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, LCMScheduler, UNet2DConditionModel
@@ -28,7 +29,7 @@ from lcm_distill.sampling.finished import (
     native_resolution,
     with_loras,
 )
-from lcm_distill.sampling.generate import generate_latents
+from lcm_distill.sampling.generate import build_teacher_sampler, generate_latents
 
 PROMPTS = ["a small red circle on a black background", "a large blue square on a white background"]
 SETTINGS = dict(inference_steps=2, guidance_scale=4.0, resolution=64, batch_size=2)
@@ -319,6 +320,38 @@ def test_the_parts_of_a_distillation_have_its_scheduler(part, finished):
     kind, _, name = part.partition(":")
     scheduler = find_student(str(Path(finished(kind, "sd"), name))).sampler({})
     assert (scheduler.config.original_inference_steps, scheduler.config.timestep_scaling) == (GRID, 5.0)
+
+
+def test_a_saved_scheduler_does_not_clip(finished, tmp_path):
+    """Older versions saved the teacher's clip_sample."""
+    shutil.copytree(finished("full", "sd"), tmp_path / "old")
+    LCMScheduler(original_inference_steps=GRID, clip_sample=True, thresholding=True).save_pretrained(tmp_path / "old")
+    config = find_student(str(tmp_path / "old")).sampler({}).config
+    assert (config.clip_sample, config.thresholding, config.original_inference_steps) == (False, False, GRID)
+
+
+def test_a_saved_scheduler_of_another_class_has_its_own_schedule(finished, tmp_path):
+    """A pipeline's: what its config leaves out had `LCMScheduler`'s defaults."""
+    folder = tmp_path / "lcm"
+    shutil.copytree(f"{finished('full', 'sd')}/unet", folder / "unet")
+    (folder / "scheduler").mkdir()
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({"_class_name": "DDIMScheduler", "num_train_timesteps": 500}))
+    sampler = find_student(str(folder)).sampler({})
+    assert isinstance(sampler, LCMScheduler)
+    assert torch.equal(sampler.alphas_cumprod, DDIMScheduler(500).alphas_cumprod)
+    file.write_text(json.dumps({"_class_name": "EDMEulerScheduler"}))
+    with pytest.raises(UsageError, match=f"--student {folder}: its scheduler .EDMEulerScheduler."):
+        find_student(str(folder)).sampler({})
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "HeunDiscreteScheduler", "LCMScheduler"])
+def test_a_lora_without_a_scheduler_has_the_schedule_of_the_teacher(name, finished, tmp_path):
+    shutil.copy(Path(finished("lora", "sd"), "pytorch_lora_weights.safetensors"), tmp_path)
+    own = getattr(diffusers, name)()
+    for config in ({"_class_name": name}, dict(own.config), dict(build_teacher_sampler({"_class_name": name}).config)):
+        sampler = find_student(str(tmp_path)).sampler(config)
+        assert torch.equal(sampler.alphas_cumprod, own.alphas_cumprod) and not sampler.config.clip_sample
 
 
 def test_the_kohya_file_generates_the_same(sd_pipeline, finished):

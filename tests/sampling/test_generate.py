@@ -85,6 +85,35 @@ def test_the_teacher_s_dpm_solver_starts_at_the_last_timestep(pipeline, steps):
     assert len(sampler.timesteps) == steps and sampler.timesteps[0] == 999
 
 
+@pytest.mark.parametrize("name", ["DDIM", "DPM-Solver++"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+        {"_class_name": "UniPCMultistepScheduler", "solver_order": 3, "solver_type": "bh1", "thresholding": True},
+        {"_class_name": "EulerDiscreteScheduler", "final_sigmas_type": "sigma_min", "use_beta_sigmas": True},
+        {"_class_name": "DDIMScheduler", "clip_sample": True, "set_alpha_to_one": True, "timestep_spacing": "leading"},
+        {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "steps_offset": 3},
+    ],
+)
+def test_the_teacher_s_own_options_do_not_change_a_named_sampler(name, options):
+    """ "DPM-Solver++" was an SDE solver, on another grid, for a teacher with that in its config."""
+    betas = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    sampler = build_teacher_sampler(betas | options, name)
+    expected = {
+        "DDIM": DDIMScheduler(**betas, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=False),
+        "DPM-Solver++": DPMSolverMultistepScheduler(**betas, timestep_spacing="trailing"),
+    }[name]
+    ends = []
+    for scheduler in (sampler, expected):
+        scheduler.set_timesteps(8)
+        x = 3 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.sin(3 * x), t, x).prev_sample
+        ends.append(x)
+    assert torch.equal(*ends) and ends[0].abs().max() > 1
+
+
 @pytest.mark.parametrize(
     "sampler, most", [(LCMScheduler(original_inference_steps=20), 20), (DDIMScheduler(num_train_timesteps=500), 500)]
 )
