@@ -1,6 +1,10 @@
 """The networks of a distillation.
 
     teacher         where a teacher's weights and configs come from: folder, Hub, single file
+    files           a model's files, and the JSON in them
+    single_file     what the header of a single file says
+    support         which models can be teachers, by their configs (docs/teachers.md)
+    tokenizer       CLIP's tokenizers, checked to fit their text encoders
     frozen          its parts that do not train, loaded on first use
     sd, sdxl        the two families: text encoders, conditioning, pipeline
     families        the interface of a family, and which one a teacher belongs to

@@ -70,17 +70,20 @@ class ModelFiles:
         return {} if self.find(file) is None else self.read_json(file)
 
 
-def check_pickle(path: Path, name: str) -> None:
-    """`UsageError`, which calls the file `name`, if it is a pickle of anything but weights. Runs nothing in it."""
-    try:
-        code = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # of an older format, or no pickle at all: PyTorch refuses to load it if it is not weights
+def check_pickles(folder: Path, name: str) -> None:
+    """`UsageError` if the weights in `folder`, called `name`, are pickles of anything but weights. Runs none of it."""
+    if any(folder.glob("*.safetensors")):
         return
-    if code:
-        raise UsageError(
-            f"{name} is a pickle that holds code ({', '.join(sorted(code)[:3])}), not weights alone: it is not "
-            "supported, since it can do anything when it is loaded. Pass the model as .safetensors."
-        )
+    for path in sorted(folder.glob("*.bin")):
+        try:
+            code = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        except Exception:  # of an older format, or no pickle at all: PyTorch refuses to load what is not weights
+            continue
+        if code:
+            raise UsageError(
+                f"{name}/{path.name} is a pickle that holds code ({', '.join(sorted(code)[:3])}), not weights alone: "
+                "it is not supported, since it can do anything when it is loaded. Pass the model as .safetensors."
+            )
 
 
 def parse_object(path: Path, name: str) -> dict[str, Any]:

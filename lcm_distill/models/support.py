@@ -55,9 +55,9 @@ def is_sdxl(unet_config: Mapping[str, Any]) -> bool:
 
 def check_pipeline(index: Mapping[str, Any], *, name: str) -> None:
     """For the pipeline's model_index.json: that it has a U-Net such as Stable Diffusion's, and begins from noise."""
-    unet = index.get("unet")
-    if not isinstance(unet, list) or unet[1:] != [UNet2DConditionModel.__name__]:
-        raise UsageError(f"{name} is a {index.get('_class_name', 'model without a U-Net')}; {SUPPORTED}.")
+    kind, unet = index.get("_class_name"), index.get("unet")
+    if (kind or unet) and (not isinstance(unet, list) or unet[1:] != [UNet2DConditionModel.__name__]):
+        raise UsageError(f"{name} is a {kind or 'model with another U-Net'}; {SUPPORTED}.")
     if index.get("requires_aesthetics_score"):
         raise _refiner(name)
 

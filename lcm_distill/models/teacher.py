@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 from lcm_distill.errors import UsageError, brief
 from lcm_distill.flags import TEACHER_FLAG, VAE_FLAG, TeacherFlags
 from lcm_distill.models import support
-from lcm_distill.models.files import ModelFiles, check_pickle
+from lcm_distill.models.files import ModelFiles, check_pickles
 from lcm_distill.models.single_file import PREFIXES, SingleFile, from_original_layout
 from lcm_distill.models.tokenizer import load_tokenizer
 from lcm_distill.models.vae import scale_and_shift, vae_factor
@@ -285,9 +285,7 @@ class Teacher:
             self.file.check_parts({name: remedy.get(name, "use a file with all parts") for name in networks})
             return
         for name in networks:
-            if not any(Path(self.model, name).glob("*.safetensors")):
-                for path in Path(self.model, name).glob("*.bin"):
-                    check_pickle(path, f"{self}: {name}/{path.name}")
+            check_pickles(Path(self.model, name), f"{self}: {name}")
 
     def _download_configs(self, source: str, parts: Mapping[str, Any]) -> str:
         patterns = [f"{name}/{files}" for name in parts for files in ("*.json", "*.txt")]
@@ -391,6 +389,7 @@ def read_configs(teacher: Teacher, *, family: str, resolution: int, num_ddim_tim
         teacher.tokenizer(part)
     support.check_conditioning(unet, text, family=family, name=name)
     if teacher.vae is not None:
+        check_pickles(Path(teacher.vae), vae_name)
         _compare_vaes(teacher, vae)
 
     factor = math.lcm(8, vae_factor(vae))  # the pipelines need a multiple of 8 whatever the VAE

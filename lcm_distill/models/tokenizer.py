@@ -7,7 +7,6 @@ encoder was trained on: the libraries say nothing, and the student learns from c
 import json
 from typing import Any
 
-import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTokenizer
 
@@ -128,12 +127,12 @@ def _check_length(tokenizer: CLIPTokenizer, text_encoder: CLIPTextConfig, name: 
 def _try_out(tokenizer: CLIPTokenizer, name: str) -> None:
     """`UsageError` unless two captions become different tokens, framed and padded as CLIP's are."""
     length = tokenizer.model_max_length
-    ids = tokenizer(["a", "b"], padding="max_length", max_length=length, truncation=True, return_tensors="np").input_ids
+    ids = [tokenizer.encode(text, padding="max_length", max_length=length, truncation=True) for text in ("a", "b")]
     first, last, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     tokens = tokenizer.convert_tokens_to_ids(["a" + _WORD_END, "b" + _WORD_END])
     expected = [[first, token, last, *[pad] * (length - _CAN_BE_CAPTIONS)] for token in tokens]
-    if not np.array_equal(ids, expected):
+    if ids != expected:
         raise UsageError(
-            f"{name} turns the caption 'a' into the tokens {ids[0][:5].tolist()} …, where CLIP's gives "
+            f"{name} turns the caption 'a' into the tokens {ids[0][:5]} …, where CLIP's gives "
             f"{expected[0][:5]} …; copy its files from the model that the teacher was made from."
         )

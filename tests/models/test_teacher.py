@@ -108,6 +108,14 @@ def test_a_pickle_of_anything_but_weights_is_refused(kind, part, configs_only, t
     assert not (tmp_path / "touched").exists()
 
 
+def test_a_separate_vae_that_holds_code_is_refused(teacher, tmp_path):
+    shutil.copytree(f"{teacher}/vae", tmp_path / "vae", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save({"code": RunsCode(tmp_path / "touched")}, tmp_path / "vae" / "diffusion_pytorch_model.bin")
+    with pytest.raises(UsageError, match="--pretrained_vae_model_name_or_path .*model.bin is a pickle that holds code"):
+        read_configs(Teacher(teacher, vae=str(tmp_path / "vae")), **CONFIGS)
+    assert not (tmp_path / "touched").exists()
+
+
 # A separate VAE
 
 
