@@ -18,6 +18,7 @@ import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import psutil
 import pytest
@@ -604,6 +605,46 @@ def test_other_prediction_types_train(program, prediction_type, command, run, te
     run(program, command(pretrained_teacher_model=str(tmp_path / "teacher")))
     assert LCMScheduler.from_pretrained(tmp_path / "out").config.prediction_type == prediction_type
     assert all(torch.isfinite(w).all() for w in result(tmp_path / "out").values())
+
+
+@pytest.mark.parametrize(
+    "program, config",
+    [
+        (PROGRAMS[0], {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "clip_sample": False}),
+        (PROGRAMS[2], {"_class_name": "DDIMScheduler", "beta_end": 0.012, "clip_sample": True, "steps_offset": 0}),
+    ],
+)
+def test_what_is_exported_is_the_schedule_that_was_trained(program, config, command, run, tmp_path, teachers):
+    """Another class's betas were exported, and the teacher's clipping unless pictures were generated in between."""
+    shutil.copytree(teachers[family(program)], tmp_path / "teacher")
+    (tmp_path / "teacher" / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    options = dict(family=family(program), steps=1, pretrained_teacher_model=str(tmp_path / "teacher"))
+    for pictures in (0, 1):
+        run(program, command(f"pictures-{pictures}", num_validation_images=pictures, **options))
+    files = [tmp_path / f"pictures-{pictures}" / "scheduler_config.json" for pictures in (0, 1)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    kept, unknown = LCMScheduler.extract_init_dict(json.loads(files[0].read_text()))[:2]
+    assert not unknown and kept.keys() == LCMScheduler().config.keys() - {"_use_default_values"}
+    exported = LCMScheduler.from_pretrained(tmp_path / "pictures-1")
+    trained = getattr(diffusers, config["_class_name"]).from_config(config)
+    assert torch.equal(exported.alphas_cumprod, trained.alphas_cumprod)
+    assert not exported.config.clip_sample and not exported.config.thresholding
+
+
+def test_a_vae_that_overflows_fails_a_dry_run_and_is_said_in_a_run(command, run, teacher, tmp_path, caplog):
+    """A dry run of a teacher with black pictures said that all works, with exit code 0."""
+    shutil.copytree(teacher, tmp_path / "teacher")
+    vae = AutoencoderKL.from_pretrained(tmp_path / "teacher", subfolder="vae", torch_dtype=torch.float32)
+    with torch.no_grad():
+        vae.decoder.conv_out.bias.fill_(torch.nan)
+    vae.save_pretrained(tmp_path / "teacher" / "vae")
+    options = dict(steps=1, pretrained_teacher_model=str(tmp_path / "teacher"))
+    with pytest.raises(DivergenceError, match="validation at step 1 is not finite: teacher, 1 step: 1 of 1 pictures"):
+        run(PROGRAMS[0], command(dry_run=True, **options))
+    assert "all work" not in caplog.text
+    run(PROGRAMS[0], command(**options))
+    assert "validation at step 1 is not finite" in caplog.text and "The run continues." in caplog.text
+    assert (tmp_path / "out" / "scheduler_config.json").is_file()
 
 
 @pytest.mark.parametrize("program", SDXL_PROGRAMS)

@@ -34,6 +34,10 @@ _SCHEDULE_KEYS = (
     "prediction_type",
 )  # fmt: skip
 
+# Below, an ε prediction gives no picture: in x0 = (x − sigma · ε) / alpha, float32's rounding of x is as large as x0.
+# (The smallest of a usual schedule, the cosine one, is 2^-14.)
+_LEAST_ALPHA = 2.0**-24
+
 # What every sampler here is created with. Pipelines change an offset other than 1, and LCM's and trailing grids ignore
 # it; `set_alpha_to_one` false ends DDIM at timestep 0, as the solver in training does.
 SAMPLER_OPTIONS = {"clip_sample": False, "thresholding": False, "steps_offset": 1, "set_alpha_to_one": False}
@@ -78,10 +82,10 @@ class NoiseSchedule:
         self.alphas = alphas_cumprod.sqrt().float()
         self.sigmas = (1 - alphas_cumprod).sqrt().float()
         self.prediction_type = prediction_type
-        if prediction_type == "epsilon" and (self.alphas == 0).any():
+        if prediction_type == "epsilon" and (self.alphas < _LEAST_ALPHA).any():
             raise UsageError(
                 "--pretrained_teacher_model: its scheduler's prediction_type is epsilon, and its last timestep is pure "
-                "noise (rescale_betas_zero_snr, or a beta of 1), where no picture follows from a prediction of noise. "
+                "noise (rescale_betas_zero_snr, or large betas), where no picture follows from a prediction of noise. "
                 "If the model predicts v, set prediction_type to v_prediction in its scheduler_config.json; else set "
                 "rescale_betas_zero_snr to false."
             )

@@ -4,10 +4,12 @@ import contextlib
 import copy
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -101,6 +103,30 @@ def test_students_without_a_guidance_embedding_have_their_own_guidance_scale(
         steps=[1], make_metrics=lambda reference: [],
     )  # fmt: skip
     assert scales == [4.0, 4.0, 4.0, 4.0, 1.5, 1.5] == [row.guidance_scale for row in rows]
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "HeunDiscreteScheduler", "TCDScheduler"])
+def test_every_row_has_the_teacher_s_schedule(name, pipeline, untrained, monkeypatch, tmp_path):
+    """Of a config that leaves its betas out, the teacher's rows had one class's defaults, the LCMs' another's."""
+    config = {"_class_name": name, "num_train_timesteps": 1000}
+    pipeline.scheduler = build_teacher_sampler(config)
+    (tmp_path / "lora").mkdir()
+    shutil.copy(f"{untrained[1]}/pytorch_lora_weights.safetensors", tmp_path / "lora")
+    own, rows = getattr(diffusers, name)(), []
+
+    def generate(pipeline, prompts, seeds, **_):
+        rows.append(type(pipeline.scheduler).__name__)
+        assert torch.equal(pipeline.scheduler.alphas_cumprod, own.alphas_cumprod)
+        return torch.ones(6, 4, 16, 16)
+
+    monkeypatch.setattr(evaluate, "generate_latents", generate)
+    monkeypatch.setattr(metrics, "decode_latents", lambda *_, **__: [])
+    for students in ([], find_students([str(tmp_path / "lora")])):
+        rows_of(pipeline, students, samplers=["DDIM", "DPM-Solver++"], steps=[1], make_metrics=lambda reference: [])
+    assert rows == [
+        *["DDIMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "LCMScheduler"],
+        *["DDIMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "LCMScheduler", "LCMScheduler"],
+    ]
 
 
 class PerfectStudent(Student):
