@@ -116,6 +116,7 @@ from PIL import Image
 from lcm_distill.environment import check_writable, choose_device, device_name, memory_errors, quiet_libraries, versions
 from lcm_distill.models.teacher import Teacher
 from lcm_distill.objective.schedule import build_lcm_scheduler
+from lcm_distill.run.journal import finite
 from lcm_distill.sampling.finished import Student, find_students, load_teacher, native_resolution
 from lcm_distill.sampling.generate import (
     build_teacher_sampler,
@@ -378,7 +379,7 @@ def write_results(
     (output_dir / "evaluation.md").write_text(text, encoding="utf-8")
     kept = [{k: v for k, v in dataclasses.asdict(row).items() if k != "pictures"} for row in rows]
     record = {"settings": settings, "versions": versions(), "rows": kept}
-    (output_dir / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
+    (output_dir / "evaluation.json").write_text(json.dumps(finite(record), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -357,9 +357,10 @@ def read_configs(teacher: Teacher, *, family: str, resolution: int, num_ddim_tim
     """Reads the configs of `teacher` and checks that the programs of `family`, "sd" or "sdxl", can use them.
 
     Tokenizers, too; no weights. `UsageError` if there is no such model, it is not one that `support` knows, it is of
-    the other family or already an LCM, a part of it does not fit another, `resolution` (pixels) is not a multiple of
-    the VAE's factor, or the solver's grid is finer than the training timesteps. A separate VAE that scales latents
-    unlike the teacher's own is logged.
+    the other family or already an LCM, a part of it does not fit another, its scheduler is not of a discrete schedule
+    of betas or its prediction type does not fit that, `resolution` (pixels) is not a multiple of the VAE's factor, or
+    the solver's grid is finer than the training timesteps. A separate VAE that scales latents unlike the teacher's own
+    is logged.
     """
     name = str(teacher)
     _check_pipeline(teacher)

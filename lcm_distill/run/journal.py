@@ -77,9 +77,13 @@ class Journal:
         self._failed = True
 
 
+def finite(value: Any) -> Any:
+    """A copy for JSON, which has no NaN and no infinity: None in their place, text for what it has no type for."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
+
+
 def _as_line(line: Mapping[str, Any]) -> bytes:
-    finite = json.loads(json.dumps(line, default=str), parse_constant=lambda name: None)  # JSON has no NaN
-    return json.dumps(finite).encode() + b"\n"
+    return json.dumps(finite(line)).encode() + b"\n"
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

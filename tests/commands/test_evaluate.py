@@ -367,6 +367,15 @@ def test_rows_from_before_an_interruption_are_written(teacher, tmp_path, monkeyp
     assert "| DDIM | " in (tmp_path / "evaluation.md").read_text() and (tmp_path / "evaluation.png").is_file()
 
 
+def test_a_value_that_is_not_finite_is_null_in_the_json(tmp_path):
+    values = {"distance": float("nan"), "accuracy": 0.5}
+    row = evaluate.EvaluatedRow("LCM", 1, 1.0, values, 0.1, [Image.new("RGB", (8, 8))])
+    evaluate.write_results([row], {"distance": "Distance"}, [1], {"seed": 0}, tmp_path, ["a"])
+    text = (tmp_path / "evaluation.json").read_text()
+    (kept,) = json.loads(text, parse_constant=pytest.fail)["rows"]
+    assert kept["values"] == {"distance": None, "accuracy": 0.5}
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -218,7 +218,7 @@ def test_a_u_net_of_another_kind_is_refused(change, message, configs_only):
 def with_scheduler(folder: Path, config: dict, listed: str | None = None) -> Teacher:
     """The teacher in `folder`, with another scheduler config and `listed` in its model_index.json, None: without."""
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
-    (folder / "model_index.json").unlink(missing_ok=True)
+    (folder / "model_index.json").unlink(missing_ok=True)  # the toy's own lists a scheduler
     if listed is not None:
         (folder / "model_index.json").write_text(json.dumps({"scheduler": ["diffusers", listed]}))
     return Teacher(str(folder))
