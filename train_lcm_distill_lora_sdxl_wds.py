@@ -36,9 +36,9 @@ from functools import partial
 
 import torch
 
+from lcm_distill.data.loader import open_loader
 from lcm_distill.data.preparation import Preparation
 from lcm_distill.data.shards import count_samples, expand_shards
-from lcm_distill.data.stream import open_loader
 from lcm_distill.export.weights import export_lora_student
 from lcm_distill.models import sdxl as family
 from lcm_distill.models import unets

@@ -34,9 +34,9 @@ from functools import partial
 
 import torch
 
+from lcm_distill.data.loader import open_loader
 from lcm_distill.data.preparation import Preparation
 from lcm_distill.data.shards import count_samples, expand_shards
-from lcm_distill.data.stream import open_loader
 from lcm_distill.distributed.fsdp import device_before_split, optimizer_parts, prepare_for_training, split
 from lcm_distill.export.weights import export_full_student
 from lcm_distill.models import sd as family

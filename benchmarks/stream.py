@@ -66,11 +66,12 @@ import lcm_distill.data.preparation
 import lcm_distill.data.stream
 from benchmarks.provenance import provenance
 from lcm_distill.data.encoded import Encoding
+from lcm_distill.data.loader import make_loader
 from lcm_distill.data.preflight import inspect_shards
 from lcm_distill.data.preparation import Preparation, prepare_sample
 from lcm_distill.data.raw import LATENTS_EXTENSION
 from lcm_distill.data.shards import read_shard
-from lcm_distill.data.stream import DropCounter, ShardStream, make_loader
+from lcm_distill.data.stream import DropCounter, ShardStream
 from lcm_distill.data.tar import atomic_tar
 
 RESOLUTION = 512

@@ -53,7 +53,7 @@ FAULTS = (
     Fault("clipping × 1e6", PROGRAMS, r"args\.optimization\.max_grad_norm", "1e6 * args.optimization.max_grad_norm"),
     Fault(
         "max_bad_fraction 1",
-        "lcm_distill/data/stream.py",
+        "lcm_distill/data/loader.py",
         r"max_bad_fraction=flags\.max_bad_fraction",
         "max_bad_fraction=1.0",
     ),
@@ -66,7 +66,7 @@ FAULTS = (
     Fault("--filter ignored", "lcm_distill/data/preparation.py", r"(parse_filters\(\s*)flags\.filter", r"\1None"),
     Fault(
         "--resampled_shards ignored",
-        "lcm_distill/data/stream.py",
+        "lcm_distill/data/loader.py",
         r"resampled=flags\.resampled_shards",
         "resampled=False",
     ),

@@ -124,9 +124,9 @@ def run_with_spies(program: str, values: dict[str, Any], call: Any, patch: pytes
     spy(patch, seen, optim, "get_scheduler", "lr_scheduler")
     spy(patch, seen, accelerator_module, "Accelerator", "accelerator")
     spy(patch, seen, accelerator_module, "set_seed", "set_seed")
-    stream = importlib.import_module("lcm_distill.data.stream")
-    spy(patch, seen, stream.ShardStream, "__init__", "stream")
-    spy(patch, seen, stream.ShardLoader, "__init__", "loader")
+    loader = importlib.import_module("lcm_distill.data.loader")
+    spy(patch, seen, loader.ShardStream, "__init__", "stream")
+    spy(patch, seen, loader.ShardLoader, "__init__", "loader")
     spy(patch, seen, frozen, "encode_pixels", "encode_pixels")
     # the objective, under the names by which the programs call it
     for name in ("guided_prediction", "consistency_loss", "update_ema", "draw_guidance", "guidance_embedding"):

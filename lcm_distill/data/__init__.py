@@ -12,9 +12,10 @@
     encoded         the format of shards of latents and embeddings
     preparation     a raw sample to pixels (or latents) and a caption
     preflight       a first look into the shards, before any model is loaded
-    stream          the endless, seeded, resumable stream of batches, and its loader
+    stream          the endless, seeded, resumable stream of batches
+    loader          its loader: data workers, state, workers that fail
     packing         a folder of pictures to shards
 
-May import `errors`, `flags`, `redaction` and `environment`. Only `preparation` and `stream` import torch, and
+May import `errors`, `flags`, `redaction` and `environment`. Only `preparation`, `stream` and `loader` import torch, and
 `preflight` by way of `preparation`.
 """

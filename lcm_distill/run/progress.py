@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from lcm_distill.data.stream import DropCounter, ShardLoader
+from lcm_distill.data.loader import ShardLoader
+from lcm_distill.data.stream import DropCounter
 from lcm_distill.distributed.fsdp import gather
 from lcm_distill.errors import DivergenceError, WorkerError
 from lcm_distill.run.checkpoint import list_checkpoints

@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
+from lcm_distill.data.loader import ShardLoader, check_shared_memory
 from lcm_distill.data.preflight import ShardReport, inspect_shards
 from lcm_distill.data.preparation import Preparation
-from lcm_distill.data.stream import ShardLoader, check_shared_memory
 from lcm_distill.errors import WorkerError
 from lcm_distill.export.hub import HubUpload, open_hub
 from lcm_distill.flags import LaunchFlags, LengthFlags, OptimizationFlags, StreamingFlags

@@ -24,6 +24,7 @@ from test_stream import TouchesFile, noise_picture, take, write_tar
 from lcm_distill import encode_shards as module
 from lcm_distill.data.encoded import HEADER, read_encoding, unpack
 from lcm_distill.data.filters import FILTERED, parse_filters
+from lcm_distill.data.loader import make_loader
 from lcm_distill.data.preflight import inspect_shards
 from lcm_distill.data.preparation import Preparation, prepare_sample
 from lcm_distill.data.raw import (
@@ -38,7 +39,7 @@ from lcm_distill.data.raw import (
     UNREADABLE_SHARD,
 )
 from lcm_distill.data.shards import count_samples, expand_shards, read_shard
-from lcm_distill.data.stream import ShardStream, StreamIterator, make_loader
+from lcm_distill.data.stream import ShardStream, StreamIterator
 from lcm_distill.encode_shards import DROPPED, encode_shards, main, output_names
 from lcm_distill.errors import UsageError
 from lcm_distill.models import sd, sdxl

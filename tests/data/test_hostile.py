@@ -25,10 +25,11 @@ from pathlib import Path
 import pytest
 from hostile_shards import AFTER, END, MAKERS, TOUCHED, Hostile, Tar, Touches, write_shards
 
+from lcm_distill.data.loader import make_loader
 from lcm_distill.data.preflight import inspect_shards
 from lcm_distill.data.preparation import Preparation
 from lcm_distill.data.shards import count_samples
-from lcm_distill.data.stream import ShardStream, StreamIterator, deal_shards, make_loader
+from lcm_distill.data.stream import ShardStream, StreamIterator, deal_shards
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork and /proc")
 

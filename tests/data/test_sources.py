@@ -14,11 +14,11 @@ import pytest
 from test_stream import captions, make_stream, read_epochs, take, write_shards
 
 from lcm_distill.data import sources
+from lcm_distill.data.loader import make_loader
 from lcm_distill.data.preflight import inspect_shards
 from lcm_distill.data.preparation import Preparation
 from lcm_distill.data.shards import expand_shards, read_shard
 from lcm_distill.data.sources import open_shard
-from lcm_distill.data.stream import make_loader
 from lcm_distill.errors import UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

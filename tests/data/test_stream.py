@@ -24,15 +24,17 @@ import torch
 from PIL import Image
 
 from lcm_distill.data import decode, raw, sources
+from lcm_distill.data import loader as loader_module
 from lcm_distill.data import shards as shards_module
 from lcm_distill.data import stream as stream_module
 from lcm_distill.data.decode import decode_picture
 from lcm_distill.data.filters import FILTERED, parse_filters
+from lcm_distill.data.loader import make_loader
 from lcm_distill.data.preflight import inspect_shards
 from lcm_distill.data.preparation import Preparation, resize_and_crop
 from lcm_distill.data.raw import CODE_EXTENSIONS, PICTURE_EXTENSIONS
 from lcm_distill.data.shards import count_samples, expand_shards
-from lcm_distill.data.stream import DropCounter, ShardStream, StreamIterator, deal_shards, make_loader
+from lcm_distill.data.stream import DropCounter, ShardStream, StreamIterator, deal_shards
 from lcm_distill.errors import UsageError
 
 REPO = Path(__file__).parents[2]
@@ -257,7 +259,7 @@ def test_restore_is_exact(tmp_path, workers):
     for _ in range(27):
         states.append(original.state_dict())
         batches.append(next(iterator))
-    assert all(of_worker["epoch"] >= 1 for of_worker in stream_module._find_states(states[-1]))
+    assert all(of_worker["epoch"] >= 1 for of_worker in loader_module._find_states(states[-1]))
     assert {reason for batch in batches for reason in batch["dropped"]} > {raw.UNREADABLE_SHARD}
     for k in range(0, 27, 3):
         buffer = io.BytesIO()
@@ -345,7 +347,7 @@ def test_restore_with_another_layout_continues_at_the_epochs_start(
     saved = make_loader(make_stream(shards, world_size=ranks), workers)
     take(iter(saved), 24)  # in the second epoch, or, of two ranks, the fourth
     state = saved.state_dict()
-    epoch = min(of_worker["epoch"] for of_worker in stream_module._find_states(state))
+    epoch = min(of_worker["epoch"] for of_worker in loader_module._find_states(state))
     assert epoch >= 1
     restored = make_loader(make_stream(shards, world_size=new_ranks), new_workers)
     with caplog.at_level(logging.WARNING):
@@ -402,7 +404,8 @@ def test_stream_can_be_sent_to_a_spawned_worker(tmp_path):
 WORKERS_SCRIPT = """
 import sys, time
 from lcm_distill.data.preparation import Preparation
-from lcm_distill.data.stream import ShardStream, make_loader
+from lcm_distill.data.loader import make_loader
+from lcm_distill.data.stream import ShardStream
 stream = ShardStream(shards=sys.argv[1:2], preparation=Preparation(resolution=16), batch_size=1, seed=0)
 loader = make_loader(stream, 2)
 iterator = iter(loader)

@@ -12,9 +12,11 @@ import pytest
 import torch
 from test_stream import assert_same_batches, make_stream, take, write_shards
 
+from lcm_distill.data import loader as loader_module
 from lcm_distill.data import stream as stream_module
+from lcm_distill.data.loader import check_shared_memory, describe_failure, make_loader
 from lcm_distill.data.preparation import Preparation
-from lcm_distill.data.stream import StreamIterator, _SharingError, check_shared_memory, describe_failure, make_loader
+from lcm_distill.data.stream import SharingError, StreamIterator
 from lcm_distill.errors import UsageError, WorkerError
 from lcm_distill.flags import StreamingFlags
 
@@ -194,7 +196,7 @@ def test_other_loaders_keep_torch_s_handler(shards):
         (RuntimeError("received 0 items of ancdata"), "", [], "ulimit -n"),
         (RuntimeError("exited with code 1"), f"RuntimeError: {NO_SPACE}", [1], "--shm-size"),
         (RuntimeError("exited with code 1"), "PicklingError: a mistake", [1], "PicklingError: a mistake"),
-        (_SharingError("RuntimeError: unable to mmap 8 bytes"), "", [], "(RuntimeError: unable to mmap 8 bytes; /dev"),
+        (SharingError("RuntimeError: unable to mmap 8 bytes"), "", [], "(RuntimeError: unable to mmap 8 bytes; /dev"),
         (OSError(12, "Cannot allocate memory"), "", [], "has no memory (OSError: [Errno 12]"),
         (MemoryError(), "", [], "has no memory"),
     ],
@@ -226,7 +228,7 @@ def test_batches_that_do_not_fit_into_shared_memory_are_refused(
 ):
     preparation = Preparation(resolution=resolution, encoding=encoding)
     usage = SimpleNamespace(total=need, free=need)
-    monkeypatch.setattr(stream_module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(loader_module.shutil, "disk_usage", lambda path: usage)
     check_shared_memory(flags_for(workers, batch), preparation, processes)
     usage.free = need - 1
     remedy = rf"--shm-size \d+g\), or pass --dataloader_num_workers {workers - 1}\b"
@@ -239,5 +241,5 @@ def test_batches_that_do_not_fit_into_shared_memory_are_refused(
 
 
 def test_a_system_without_dev_shm_is_not_checked(monkeypatch):
-    monkeypatch.setattr(stream_module, "SHARED_MEMORY", "/no/such/folder")
+    monkeypatch.setattr(loader_module, "SHARED_MEMORY", "/no/such/folder")
     check_shared_memory(flags_for(1000, 1000), Preparation(resolution=4096))
