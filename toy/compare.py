@@ -16,7 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 
-from lcm_distill import evaluate
+from lcm_distill import evaluate, flags
 from lcm_distill.environment import quiet_libraries
 from lcm_distill.evaluate import CONTROL, EvaluatedRow
 from lcm_distill.flags import SAMPLERS
@@ -115,7 +115,7 @@ def verdict(rows: Sequence[EvaluatedRow]) -> list[str]:
 def main(argv: list[str] | None = None) -> list[EvaluatedRow]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", nargs="+", required=True, help="output folders of distillations of toy teachers")
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=lambda text: Path(flags.path(text)), required=True)
     parser.add_argument("--count", type=int, default=256, help="pictures per row")
     parser.add_argument("--guidance_scale", type=float, default=4.0, help="w + 1")
     parser.add_argument("--seed", type=int, default=0)

@@ -18,6 +18,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from lcm_distill import flags
 from toy import compare
 from toy.make_shards import make_shards
 from toy.recipes import RECIPES, Stage
@@ -48,7 +49,7 @@ def distil(program: str, stage: Stage, shards: Path, output_dir: Path, initial: 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=["sd"], help="what to run (default: sd)")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--output_dir", type=lambda text: Path(flags.path(text)), default=Path("runs/demo"))
     parser.add_argument(
         "--recipe", choices=RECIPES, default="plain", help="how (toy/recipes.py): plain, or few, for one and two steps"
     )

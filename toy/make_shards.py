@@ -20,6 +20,7 @@ import numpy as np
 import webdataset
 from PIL import Image
 
+from lcm_distill import flags
 from lcm_distill.errors import UsageError
 from toy.world import Scene, draw, random_scene
 
@@ -117,7 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m toy.make_shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("out_dir", metavar="OUT_DIR", help="folder to write into; made if it does not exist")
+    parser.add_argument(
+        "out_dir", type=flags.path, metavar="OUT_DIR", help="folder to write into; made if it does not exist"
+    )
     parser.add_argument("--shards", type=int, default=4, help="number of tars (default %(default)s)")
     parser.add_argument("--samples_per_shard", type=int, default=256, help="pictures in each tar (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="0 … 2³² − 1 (default %(default)s)")

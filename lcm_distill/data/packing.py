@@ -499,9 +499,16 @@ def _write_shards(
     """Writes the shards in several processes; adds the complete ones to `manifest` and `records`."""
     if not tasks:
         return
-    num_done, stop = multiprocessing.Value("Q", 0), multiprocessing.Event()
     earlier = pictures - sum(len(task.pictures) for task in tasks)
-    with ProcessPoolExecutor(min(num_workers, len(tasks)), None, _start_worker, (num_done, stop)) as pool:
+    try:
+        num_done, stop = multiprocessing.Value("Q", 0), multiprocessing.Event()
+        processes = ProcessPoolExecutor(min(num_workers, len(tasks)), None, _start_worker, (num_done, stop))
+    except OSError as error:  # not of OUT: locks between processes are in /dev/shm
+        raise UsageError(
+            f"the worker processes have no shared memory ({error.strerror or error}). Start the container with more, "
+            "such as docker run --shm-size 1g."
+        ) from None
+    with processes as pool:
         try:
             pending = {pool.submit(_write_shard, task) for task in tasks}
             with tqdm(desc="packing", unit=" pictures", total=pictures, initial=earlier, dynamic_ncols=True) as bar:

@@ -473,6 +473,18 @@ def test_nothing_usable_leaves_nothing(tmp_path):
     assert pack(tmp_path / "in", tmp_path / "out").samples == 1
 
 
+@pytest.mark.parametrize(("name", "kind"), [("Value", OSError(28, "No space left on device")),
+                                            ("Event", OSError(38, "Function not implemented")),
+                                            ("Value", PermissionError(13, "Permission denied"))])  # fmt: skip
+def test_missing_shared_memory_is_not_blamed_on_the_disk(tmp_path, monkeypatch, name, kind):
+    def failing(*args):
+        raise kind
+
+    monkeypatch.setattr(packing.multiprocessing, name, failing)
+    with pytest.raises(UsageError, match=f"^the worker processes have no shared memory .{kind.strerror}.*--shm-size"):
+        pack(fill(tmp_path, 1), tmp_path / "out")
+
+
 def test_shards_inside_the_images_are_not_packed(tmp_path):
     images = fill(tmp_path, 3)
     pack(images, images / "out")
