@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lcm_distill.data import stream as data_stream
+from lcm_distill.data import loader as data_loader
 from lcm_distill.data.loader import make_loader
 from lcm_distill.data.stream import ShardStream
 from lcm_distill.run.checkpoint import list_checkpoints
@@ -91,8 +91,8 @@ def test_two_ranks_of_a_batch_train_as_one_of_twice_the_batch(matching, command,
         return [ShardStream(**arguments | {"rank": rank, "world_size": 2}) for rank in (0, 1)]
 
     at = BatchGenerators.at
-    monkeypatch.setattr(data_stream, "ShardStream", both)
-    monkeypatch.setattr(data_stream, "make_loader", lambda streams, num_workers: _Alternating([*map(_loader, streams)]))
+    monkeypatch.setattr(data_loader, "ShardStream", both)
+    monkeypatch.setattr(data_loader, "make_loader", lambda streams, num_workers: _Alternating([*map(_loader, streams)]))
     monkeypatch.setattr(
         BatchGenerators,
         "at",
