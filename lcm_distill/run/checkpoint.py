@@ -34,6 +34,7 @@ from lcm_distill.run.best import RATING, changed_distance_flags, pick_best, read
 
 logger = logging.getLogger(__name__)
 
+_RECORDED = {"architecture": dict, "flags": dict, "seed": int, "processes": int, "global_step": int}  # in run.json
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -319,8 +320,15 @@ def find_run(
         run = json.loads((path / "run.json").read_text())
         if not isinstance(run, dict):
             raise ValueError("it holds no settings")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--resume_from_checkpoint {path}: its run.json cannot be read ({error}).") from None
+        for key, kind in _RECORDED.items():
+            if key in run and not isinstance(run[key], kind):
+                raise ValueError(f'its "{key}" is {str(run[key])[:100]}')
+        if "global_step" not in run:
+            raise ValueError("it has no global_step")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"--resume_from_checkpoint {path}: its run.json cannot be read ({error}); resume from another checkpoint."
+        ) from None
     check_resumable(path, run, program=program, architecture=architecture, seed=seed)
     check_optimizers(path, run, flags or {})
     return path, run
@@ -329,9 +337,12 @@ def find_run(
 def check_optimizers(path: Path, run: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
     """`UsageError` unless the optimizers' state in the checkpoint, and its fake score, if any, fit the `flags`.
 
-    `run` is the checkpoint's run.json. A flag that it does not have counts as unchanged.
+    `run` is the checkpoint's run.json. A flag that it does not have counts as unchanged; for --use_8bit_adam the state
+    itself decides.
     """
-    saved = run.get("flags", {})
+    saved = dict(run.get("flags", {}))
+    if not isinstance(saved.get("use_8bit_adam"), bool) and (has_8_bits := _has_8_bits(path)) is not None:
+        saved["use_8bit_adam"] = has_8_bits
     now = {**saved, **{name: value for name, value in flags.items() if name in saved}}
     if now.get("use_8bit_adam") != saved.get("use_8bit_adam"):
         given = "--use_8bit_adam: " if now["use_8bit_adam"] else "--use_8bit_adam is not given, but "
@@ -356,6 +367,15 @@ def check_optimizers(path: Path, run: Mapping[str, Any], flags: Mapping[str, Any
         )
 
 
+def _has_8_bits(path: Path) -> bool | None:
+    """Whether the optimizer's state in a checkpoint is 8-bit; None if there is none in one file, or it is damaged."""
+    try:  # mapped, since it has twice the size of the weights
+        state = torch.load(path / "optimizer.bin", map_location="cpu", weights_only=True, mmap=True)["state"]
+        return any("state1" in of_parameter for of_parameter in state.values()) if state else None
+    except Exception:  # noqa: BLE001 - loading it says what is wrong
+        return None
+
+
 def check_resumable(
     path: Path, run: Mapping[str, Any], *, program: str, architecture: Mapping[str, Any], seed: int | None
 ) -> None:
@@ -375,7 +395,7 @@ def check_resumable(
             f"{where} has another architecture ({'; '.join(different[:4])}). Give the teacher and the "
             "flags that it was trained with (time_cond_proj_dim is --unet_time_cond_proj_dim), or another --output_dir."
         )
-    if seed is not None and run["seed"] != seed:
+    if seed is not None and run.get("seed", seed) != seed:
         raise UsageError(
             f"--seed {seed}: the checkpoint {path} was trained with seed {run['seed']}; give that one, or no --seed."
         )

@@ -60,10 +60,31 @@ def test_a_new_run_does_not_mix_with_an_earlier_one(tmp_path):
     assert find(tmp_path, resume=None, dry_run=True) == (None, {})
 
 
-def test_a_run_json_without_settings_is_refused(tmp_path):
-    (make(tmp_path, 1) / "run.json").write_text("[]")
+@pytest.mark.parametrize("content", ["[]", "null", "", "[" * 100_000, '{"program": "p"}'])
+def test_a_run_json_without_settings_is_refused(tmp_path, content):
+    (make(tmp_path, 1) / "run.json").write_text(content)
     with pytest.raises(UsageError, match="run.json cannot be read"):
         find(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("architecture", None), ("architecture", [1]), ("flags", None), ("flags", "x"), ("seed", None), ("seed", "3"),
+     ("global_step", None), ("global_step", "1"), ("processes", {})],
+)  # fmt: skip
+def test_a_run_json_of_other_kinds_of_values_is_refused(tmp_path, key, value):
+    """Tracebacks, some only after the weights were loaded."""
+    make(tmp_path, 1, **{key: value})
+    with pytest.raises(UsageError, match=rf'run.json cannot be read \(its "{key}" is .*another checkpoint'):
+        find(tmp_path, flags={"use_8bit_adam": False}, seed=3)
+
+
+def test_a_checkpoint_that_does_not_say_its_seed(tmp_path):
+    path = make(tmp_path, 1)
+    record = json.loads((path / "run.json").read_text())
+    del record["seed"]
+    (path / "run.json").write_text(json.dumps(record))
+    assert find(tmp_path, seed=4)[0] == path
 
 
 def test_a_path_may_be_absolute_relative_or_inside_the_output_folder(tmp_path, monkeypatch):
@@ -119,6 +140,19 @@ def test_optimizers_and_fake_scores_of_other_flags_are_refused_before_models_are
     assert find(tmp_path, flags=saved)[1]["flags"] == saved
     with pytest.raises(UsageError, match=words):
         find(tmp_path, flags=saved | changed)
+
+
+@pytest.mark.parametrize("recorded", [{}, {"use_8bit_adam": None}, {"use_8bit_adam": "True"}])
+@pytest.mark.parametrize("has_8_bits", [True, False])
+def test_where_the_flags_do_not_say_it_the_optimizer_s_state_does(tmp_path, has_8_bits, recorded):
+    """Such a checkpoint was loaded with the other optimizer, and the first step was a KeyError."""
+    path = make(tmp_path, 1, flags=recorded)
+    moments = ("state1", "state2") if has_8_bits else ("exp_avg", "exp_avg_sq")
+    state = {"state": {0: {"step": 1} | {name: torch.zeros(2) for name in moments}}, "param_groups": []}
+    torch.save(state, path / "optimizer.bin")
+    assert find(tmp_path, flags={"use_8bit_adam": has_8_bits})[0] == path
+    with pytest.raises(UsageError, match="^--use_8bit_adam.* holds AdamW's state in " + "f8"[has_8_bits]):
+        find(tmp_path, flags={"use_8bit_adam": not has_8_bits})
 
 
 @pytest.mark.parametrize(
