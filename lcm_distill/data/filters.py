@@ -117,6 +117,8 @@ def parse_filters(
         if match is None:
             raise UsageError(f"--filter {text!r} cannot be parsed; write KEY>=NUMBER in quotes, like 'aesthetic>=5'.")
         key, comparison, word = match["key"], match["comparison"].replace("==", "="), match["value"]
+        if len(word) > 1 and word[0] == word[-1] and word[0] in "\"'":  # as in SQL; no shell has taken them
+            word = word[1:-1].strip()
         number = as_number(word)
         if number is None and comparison not in ("=", "!="):
             raise UsageError(f"--filter {text!r}: {word!r} is not a number; compare words by = or !=.")

@@ -200,7 +200,7 @@ def _inspect_sample(raw: RawSample, report: ShardReport) -> list[str]:
     report.json_keys.update(meta.keys())
     filters = report.preparation.filters
     report.not_compared.update(filters_that_cannot_compare(meta, filters))
-    report.not_compared.update(f"{one.flag} (no such key)" for one in filters if one.finds_nothing(meta))
+    report.not_compared.update(f"{one.flag} (no such key, or null)" for one in filters if one.finds_nothing(meta))
     try:
         # Only whether it decodes matters, so resize quickly. (The resolution of latents is that of the encoding.)
         quick = replace(report.preparation, resolution=1, interpolation="nearest", proportion_empty_prompts=0.0)

@@ -22,6 +22,11 @@ from lcm_distill.errors import UsageError
         ("language==en", {"language": "de"}, False),
         ("language!=en", {"language": "en"}, False),
         ("status=1", {"status": 2}, False),
+        ("language='en'", {"language": "en"}, True),  # as in SQL
+        ('language != "en"', {"language": "en"}, False),
+        ("aesthetic>='5'", {"aesthetic": 4}, False),
+        ("nsfw='false'", {"nsfw": True}, False),
+        ("name='", {"name": "'"}, True),
         ("x>-1e3", {"x": -1001}, False),
         # nothing to compare: never rejected
         ("aesthetic>=5", {}, True),
