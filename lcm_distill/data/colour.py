@@ -1,10 +1,11 @@
-"""Pictures with a colour profile (ICC) to sRGB, which is what the models know.
+"""Pictures with a colour profile (ICC), or with the gamma and primaries of a PNG, to sRGB, which the models know.
 
 image, note = to_srgb(image)        # note: "Display P3: converted to sRGB"; "" if there was nothing to do
 """
 
 import hashlib
 import io
+import struct
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -13,6 +14,11 @@ from lcm_distill.data.raw import printable
 
 MAX_PROFILE_BYTES = 16 * 2**20  # those of printing presses have up to 9 MB
 TOLERANCE = 2  # grey levels: a profile that changes nothing by more is sRGB's own, and its pictures stay as they are
+# Of a PNG's chunk gAMA. Within a twentieth of 1/2.2, which is what sRGB's programs write, nothing has to be done.
+_GAMMAS, _USUAL_GAMMAS = (0.2, 1.5), (0.43, 0.48)
+_SRGB_PRIMARIES = ((0.3127, 0.3290), (0.64, 0.33), (0.30, 0.60), (0.15, 0.06))  # white, red, green, blue
+_D50 = np.array([0.9642, 1.0, 0.8249])  # XYZ
+_BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 _MAX_REMEMBERED = 32  # profiles; a dataset has a handful
 _remembered: dict[bytes, "_Profile"] = {}
 
@@ -20,12 +26,19 @@ _remembered: dict[bytes, "_Profile"] = {}
 def to_srgb(image: Image.Image) -> tuple[Image.Image, str]:
     """Returns (the picture in sRGB without its profile; what was done, in a few words).
 
-    A picture without a profile, or with sRGB's own, is returned as it is, with "". A converted one is 8-bit RGB, or
-    RGBA if it has transparent parts. A profile that is damaged, or of other colours than the picture's (a CMYK profile
-    in an RGB picture), is ignored, and the note says so: then the picture is taken for sRGB, as one without a profile.
+    A PNG without a profile may have a gamma and primaries instead (its chunks gAMA and cHRM): they count as its profile,
+    unless it says that it is sRGB (chunk sRGB), or they are implausible. A picture without a profile, or with sRGB's
+    own, is returned as it is, with "". A converted one is 8-bit RGB, or RGBA if it has transparent parts. A profile
+    that is damaged, or of other colours than the picture's (a CMYK profile in an RGB picture), is ignored, and the note
+    says so: then the picture is taken for sRGB, as one without a profile.
     By Pillow's ImageCms (Little CMS), with the perceptual intent where a profile has several.
     """
     content = image.info.pop("icc_profile", None)
+    gamma, primaries = image.info.pop("gamma", None), image.info.pop("chromaticity", None)
+    if not content and gamma is not None and "srgb" not in image.info:
+        content = _profile_of_png(gamma, primaries)
+        if content is None:
+            return image, f"implausible gamma ({gamma:g}) or primaries: ignored"
     if not content:
         return image, ""
     digest = hashlib.blake2b(content, digest_size=16).digest()
@@ -72,6 +85,8 @@ class _Profile:
             return image, "damaged profile: ignored"
         in_colour = image.mode in ("RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "YCbCr")
         is_grey = image.mode in ("1", "L", "LA", "La")
+        if self._space == "Lab" and image.mode == "LAB":  # Pillow's own conversion is by such a profile
+            return image, ""
         fits = {"RGB": in_colour or is_grey, "GRAY": is_grey, "CMYK": image.mode == "CMYK"}
         if not fits.get(self._space):
             return image, f"{self._name}, not of the picture's colours: ignored"
@@ -92,6 +107,47 @@ class _Profile:
         converted = self._transform(mode, to).apply(image if image.mode == mode else image.convert(mode))
         converted.info.pop("icc_profile", None)  # sRGB's, which Pillow adds
         return converted
+
+
+def _profile_of_png(gamma: float, primaries: tuple[float, ...] | None) -> bytes | None:
+    """A profile (ICC version 2) of a PNG's chunks; b"" if they are those of sRGB, None if they are not plausible.
+
+    Args:
+        gamma: the exponent from linear light to pixels, 1/2.2 for most pictures.
+        primaries: x and y of white, red, green and blue; None: sRGB's.
+    """
+    points = np.reshape(primaries or _SRGB_PRIMARIES, (4, 2))
+    if _USUAL_GAMMAS[0] < gamma < _USUAL_GAMMAS[1] and np.abs(points - _SRGB_PRIMARIES).max() < 0.005:
+        return b""
+    x, y = points.T
+    if not _GAMMAS[0] <= gamma <= _GAMMAS[1] or not (y > 0).all():
+        return None
+    white, *colours = np.stack([x / y, np.ones(4), (1 - x - y) / y], 1)
+    try:
+        matrix = np.transpose(colours)
+        matrix = matrix * np.linalg.solve(matrix, white)
+        matrix = np.linalg.solve(_BRADFORD, (_BRADFORD @ _D50 / (_BRADFORD @ white))[:, None] * (_BRADFORD @ matrix))
+    except np.linalg.LinAlgError:
+        return None
+
+    def xyz(values: np.ndarray) -> bytes:
+        return b"XYZ " + bytes(4) + struct.pack(">3i", *(values * 65536).round().clip(-(2**31), 2**31 - 1).astype(int))
+
+    name = f"gamma {gamma:g}".encode() + (b"" if primaries is None else b" and primaries of a PNG") + b"\0"
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(256 / gamma))
+    tags = {
+        b"desc": b"desc" + bytes(4) + struct.pack(">I", len(name)) + name + bytes(78),
+        b"wtpt": xyz(_D50),
+        **{b"%cXYZ" % letter: xyz(column) for letter, column in zip(b"rgb", matrix.T, strict=True)},
+        **{b"%cTRC" % letter: curve for letter in b"rgb"},
+    }
+    table, data = struct.pack(">I", len(tags)), b""
+    for tag, content in tags.items():
+        table += tag + struct.pack(">2I", 128 + 4 + 12 * len(tags) + len(data), len(content))
+        data += content + bytes(-len(content) % 4)
+    size = 128 + len(table) + len(data)
+    header = struct.pack(">I4x4s4s4s4s", size, b"\2\x40\0\0", b"mntr", b"RGB ", b"XYZ ") + bytes(12) + b"acsp"
+    return (header + bytes(28) + xyz(_D50)[8:]).ljust(128, b"\0") + table + data
 
 
 def _colour_cube(steps: int = 9) -> Image.Image:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from lcm_distill.data.colour import to_srgb
+from lcm_distill.data.colour import MAX_PROFILE_BYTES, to_srgb
 from lcm_distill.data.filters import FILTERED
 from lcm_distill.data.raw import (
     DAMAGED_PICTURE,
@@ -21,6 +21,7 @@ from lcm_distill.data.raw import (
     NO_AVIF,
     NOT_A_PICTURE,
     NOT_ALL_BITS,
+    OTHER_KIND,
     UNKNOWN_RANGE,
     UNREAD_TIFF,
     BadSample,
@@ -31,6 +32,9 @@ Image.init()
 PILLOW_FORMATS = tuple(  # AVIF is not in every Pillow
     name for name in ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF") if name in Image.OPEN
 )
+# Of a PNG's profile or one of its texts, of which there may be 64 MB together. Pillow's own limit of 1 MB refuses
+# pictures with the profiles of printing presses, or with a workflow.
+PngImagePlugin.MAX_TEXT_CHUNK = MAX_PROFILE_BYTES
 MAX_PIXELS = 178_956_970  # more is treated as a decompression bomb, as in Pillow
 # Scans of a JPEG. Progressive ones have about 10; each costs a pass over the picture, and can be as short as 50 bytes.
 MAX_SCANS = 100
@@ -40,6 +44,27 @@ _TAGS = {  # of TIFFs
     "Orientation": 274,
     "SampleFormat": 339,  # 2: signed integers
 }
+# The first bytes of pictures of other kinds.
+_OTHER_KINDS = (
+    b"\xff\x0a",  # JPEG XL
+    b"\0\0\0\x0cJXL \r\n\x87\n",
+    b"\0\0\0\x0cjP  \r\n\x87\n",  # JPEG 2000
+    b"\xff\x4f\xff\x51",
+    b"II\xbc\x01",  # JPEG XR
+    b"8BPS",  # Photoshop
+    b"gimp xcf",
+    b"\x76\x2f\x31\x01",  # OpenEXR
+    b"#?RADIANCE",
+    b"DDS ",
+    b"qoif",
+    b"icns",
+    b"\0\0\1\0",  # icons
+    b"%!PS",
+    b"<svg",
+    b"FUJIFILMCCD-RAW",
+    *(b"P%d%c" % (kind, space) for kind in range(1, 8) for space in b" \n"),  # PBM, PGM, PPM, PAM
+)
+_SIGNED = 2  # SampleFormat
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # of the JPEG segments that have a length
 
 
@@ -71,7 +96,9 @@ def open_picture(content: bytes, formats: tuple[str, ...] = PILLOW_FORMATS) -> I
         image: Image.Image = Image.open(io.BytesIO(content), formats=formats)
     except Image.DecompressionBombError:
         raise BadSample(HUGE_PICTURE) from None
-    except Exception:  # noqa: BLE001 - a damaged header can raise nearly anything (SyntaxError, struct.error, ...)
+    except Exception as error:  # noqa: BLE001 - a damaged header can raise nearly anything (SyntaxError, ...)
+        if "MAX_TEXT" in str(error):  # a PNG's texts or profile that expand to more than they may
+            raise BadSample(HUGE_PICTURE) from None
         raise BadSample(_why_not_opened(content)) from None
     if image.width * image.height > MAX_PIXELS:
         raise BadSample(HUGE_PICTURE)
@@ -86,6 +113,10 @@ def _why_not_opened(content: bytes) -> str:
             return NOT_A_PICTURE if "AVIF" in PILLOW_FORMATS else NO_AVIF
         if brands & {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}:
             return HEIC
+        if b"crx " in brands:  # Canon's raw pictures
+            return OTHER_KIND
+    if content.startswith(_OTHER_KINDS) or (content.startswith(b"<?xml") and b"<svg" in content[:4096]):
+        return OTHER_KIND
     if content[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         try:
             TiffImageFile(io.BytesIO(content))
@@ -102,7 +133,7 @@ class Picture:
     image: Image.Image  # 8-bit sRGB, upright; possibly smaller than `size`
     size: tuple[int, int]  # the true (height, width), upright
     turned: bool  # the EXIF orientation turned it by 90 degrees
-    colours: str  # what was done about its colour profile (`to_srgb`)
+    colours: str  # what was done about its colour profile, or its gamma (`to_srgb`)
 
 
 def read_picture(content: bytes, *, resolution: int | None = None, min_image_size: int = 0) -> Picture:
@@ -149,13 +180,18 @@ def load_upright(image: Image.Image) -> bool:
     """
     # Pillow turns TIFFs when it loads them, pillow-heif HEIC when it opens them.
     orientation = _tag(image, "Orientation") or image.info.get("original_orientation")
-    has_16_bits = image.mode in ("RGB", "RGBA", "LA") and any(
+    if _tag(image, "SampleFormat") == _SIGNED and image.mode == "L":  # Pillow takes negative greys for bright ones
+        raise BadSample(UNREAD_TIFF)
+    has_16_bits = image.mode in ("RGB", "RGBX", "RGBA", "LA") and any(
         ";16" in str(tile[3]) for tile in getattr(image, "tile", ())
     )
     image.load()
     if has_16_bits:  # of which Pillow keeps the upper 8
-        colours = len(image.getbands()) - ("A" in image.getbands())
-        if 0 < np.asarray(image.getextrema())[:colours, 1].max() < 16:
+        colours = len(image.getbands()) - (image.getbands()[-1] in "AX")
+        # Cameras and scanners write 14 bits or fewer into the 16 of a TIFF. PNG's are scaled to all 16: only 12 or
+        # fewer, which would be nearly black, are taken for an error. With 8, nothing is left: it cannot be told from
+        # a picture that is black.
+        if np.asarray(image.getextrema())[:colours, 1].max() < (64 if image.format == "TIFF" else 16):
             raise BadSample(NOT_ALL_BITS)
     with contextlib.suppress(Exception):
         by_exif = image.getexif().get(_TAGS["Orientation"])
@@ -175,7 +211,7 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
 
     Deep grey is scaled, not clipped: `to_8_bits`, which see for the errors.
     """
-    if image.mode == "RGB" and "transparency" not in image.info and "icc_profile" not in image.info:
+    if image.mode == "RGB" and not {"transparency", "icc_profile", "gamma"}.intersection(image.info):
         return image, ""
     image, colours = to_srgb(to_8_bits(image))
     if image.has_transparency_data:
@@ -202,7 +238,9 @@ def to_8_bits(image: Image.Image) -> Image.Image:
         grey[top : top + len(strip)] = 255 - scaled if _tag(image, "PhotometricInterpretation") == 0 else scaled
     result = Image.fromarray(grey)
     result.info = dict(image.info)
-    result.info.pop("transparency", None)  # a deep value
+    transparent = result.info.pop("transparency", None)  # the one deep value that is transparent, in a PNG
+    if isinstance(transparent, int):
+        result.putalpha(Image.fromarray(np.where(np.asarray(image) == transparent, 0, 255).astype(np.uint8)))
     return result
 
 
@@ -240,7 +278,7 @@ def _usual_white(image: Image.Image, high: float, whole: bool) -> float | None:
     if high < 16:
         return None  # nearly black at any depth: classes rather than greys, or the highlights of linear light
     depths = [8, 10, 12, 14, 16]
-    if _tag(image, "SampleFormat") == 2 and _tag(image, "BitsPerSample") == 16:
+    if _tag(image, "SampleFormat") == _SIGNED and _tag(image, "BitsPerSample") == 16:
         depths = [8, 10, 12, 14, 15]
     elif whole and image.format != "TIFF" and high >= 2**12:
         depths = [16]

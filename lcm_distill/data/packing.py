@@ -33,6 +33,7 @@ from lcm_distill.data.raw import (
     DAMAGED_PICTURE,
     HEIC,
     HUGE_FILE,
+    OTHER_KIND,
     PICTURE_EXTENSIONS,
     BadSample,
     list_counts,
@@ -50,14 +51,17 @@ STORED_UNCHANGED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 HEIC_EXTENSIONS = ("heic", "heif", "hif")  # read where pillow-heif is installed
 # Of other pictures, which nothing here reads: they are named, so that none is missing in silence.
 OTHER_PICTURES = frozenset(
+    "jpe jif jfi pjpeg pjp mpo dib apng avifs heics heifs "
     "jxl jp2 j2k jpx jpf psd psb svg svgz eps ai tga ico icns ppm pgm pbm pnm exr hdr dds pcx xcf jxr wdp qoi "
     "raw dng cr2 cr3 crw nef nrw arw srf sr2 orf rw2 raf pef srw x3f 3fr iiq rwl".split()
 )
+# What may stand next to a text file of the same name without being captioned by it.
+_DATA_EXTENSIONS = frozenset("json jsonl csv tsv parquet xml yaml yml toml md html htm npy npz pt safetensors".split())
 
 # Why a picture is skipped, besides the reasons of `data.raw`.
 EMPTY_FILE = "empty file (zero bytes)"
 NO_CAPTION = "no caption, or an empty one"
-OTHER_KIND = "picture of a kind that is not read (save it as JPEG, PNG, WebP or TIFF)"
+NOT_KNOWN = "file with a caption, of a kind that is not known (save it as JPEG, PNG, WebP or TIFF)"
 NO_FILE = "row of the metadata without its picture"
 UNREADABLE = "not a file, a link to nothing, or no permission to read it"
 
@@ -128,7 +132,7 @@ def find_pictures(images: str, out: str, caption_column: str | None = None) -> t
         folders[:] = [name for name in visible if os.path.realpath(os.path.join(folder, name)) != out]
         prefix = os.path.relpath(os.path.join(folder, "x"), images)[:-1]
         texts: dict[str, dict[str, str]] = {}
-        pictures = []
+        pictures, unknown = [], []
         for name in sorted(name for name in names if not name.startswith(".")):
             stem, dotted = os.path.splitext(name)
             suffix = dotted.lower().removeprefix(".")
@@ -137,6 +141,8 @@ def find_pictures(images: str, out: str, caption_column: str | None = None) -> t
                 continue
             if suffix in HEIC_EXTENSIONS or suffix in OTHER_PICTURES:
                 skipped[HEIC if suffix in HEIC_EXTENSIONS else OTHER_KIND].append(prefix + name)
+            elif suffix not in _DATA_EXTENSIONS and suffix not in CAPTION_EXTENSIONS:
+                unknown.append((stem, name))
             other_files[dotted.lower() or "other file"] += 1
             if suffix in CAPTION_EXTENSIONS and caption_column is None:
                 texts.setdefault(stem, {})[suffix] = prefix + name
@@ -145,6 +151,9 @@ def find_pictures(images: str, out: str, caption_column: str | None = None) -> t
                     path = posixpath.normpath(posixpath.join(prefix, path))
                     columns.update(row.keys())
                     rows[path] = rows.get(path, b"") + json.dumps(row).encode() + b"\n"
+        stems = {stem for stem, _ in pictures}
+        if lost := [prefix + name for stem, name in unknown if stem in texts and stem not in stems]:
+            skipped[NOT_KNOWN] += lost
         for stem, name in pictures:
             bar.update()
             text = next((texts[stem][suffix] for suffix in CAPTION_EXTENSIONS if suffix in texts.get(stem, ())), "")

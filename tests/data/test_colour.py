@@ -2,6 +2,8 @@
 
 import io
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -140,6 +142,81 @@ def test_a_profile_that_cannot_be_used_is_ignored(profile, mode, note):
     picture = read_picture(encode(image, "TIFF", icc_profile=profile))
     assert picture.colours == note
     assert np.array_equal(np.asarray(picture.image), np.asarray(image.convert("RGB")))
+
+
+def png_chunks(gamma, space=None):
+    chunks = [(b"gAMA", struct.pack(">I", round(gamma * 100_000)))]
+    if space is not None:
+        red, green, blue, white = space
+        points = [round(value * 100_000) for point in (white, red, green, blue) for value in point]
+        chunks.append((b"cHRM", struct.pack(">8I", *points)))
+    return chunks
+
+
+def with_chunks(image, chunks):
+    """The PNG of an image with (type, content) of more chunks."""
+    content = encode(image, "PNG")
+    added = b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+    return content[:33] + added + content[33:]  # after the header
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
+@pytest.mark.parametrize(
+    ("gamma", "space"), [(1, None), (1 / 1.8, None), (1 / 2.2, ADOBE_RGB), (1 / 1.8, PROPHOTO), (1 / 2.2, DISPLAY_P3)]
+)
+def test_the_gamma_and_primaries_of_a_png_are_a_profile(gamma, space, mode):
+    """They were ignored."""
+    image = Image.fromarray(noise()).convert(mode)
+    picture = read_picture(with_chunks(image, png_chunks(gamma, space)))
+    profile = rgb_profile("reference", space or SRGB, 1 / gamma)
+    difference = np.asarray(picture.image, int) - by_pillow(image.convert("RGB"), profile)
+    assert np.abs(difference).max() <= 1 and picture.colours.endswith(": converted to sRGB")
+    by_hand = to_srgb(image.convert("RGB"), space or SRGB, 1 / gamma)
+    assert np.abs(np.asarray(picture.image) - by_hand).max() < 1
+
+
+@pytest.mark.parametrize(
+    ("chunks", "note"),
+    [
+        (png_chunks(1 / 2.2), ""),
+        (png_chunks(1 / 2.2, SRGB), ""),
+        ([(b"sRGB", b"\0"), *png_chunks(1)], ""),
+        (png_chunks(0), "implausible gamma (0) or primaries: ignored"),
+        (png_chunks(20), "implausible gamma (20) or primaries: ignored"),
+        (png_chunks(1 / 2.2, [(0.3, 0.3)] * 4), "implausible gamma (0.45455) or primaries: ignored"),
+        ([*png_chunks(1 / 2.2), (b"cHRM", bytes(32))], "implausible gamma (0.45455) or primaries: ignored"),
+    ],
+)
+def test_a_gamma_that_is_srgb_s_or_none_changes_nothing(chunks, note):
+    pixels = noise()
+    picture = read_picture(with_chunks(Image.fromarray(pixels), chunks))
+    assert np.array_equal(np.asarray(picture.image), pixels) and picture.colours == note
+
+
+def test_a_profile_counts_before_a_gamma():
+    image = Image.fromarray(noise())
+    chunk = b"x\0\0" + zlib.compress(PROFILES["Adobe RGB"])
+    content = with_chunks(image, [*png_chunks(1), (b"iCCP", chunk)])
+    picture = read_picture(content)
+    assert np.array_equal(np.asarray(picture.image), by_pillow(image, PROFILES["Adobe RGB"]))
+
+
+def test_lab_is_converted_and_its_profile_is_no_foreign_one():
+    """The report had it as "not of the picture's colours: ignored"."""
+    lab = ImageCms.createProfile("LAB")
+    image = ImageCms.profileToProfile(Image.fromarray(noise()), ImageCms.createProfile("sRGB"), lab, outputMode="LAB")
+    picture = read_picture(encode(image, "TIFF"))
+    reference = ImageCms.profileToProfile(image, lab, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    assert np.array_equal(np.asarray(picture.image), np.asarray(reference)) and picture.colours == ""
+
+
+def test_a_png_may_have_a_large_profile():
+    """From 1 MB on the picture was left out, as none."""
+    image = Image.fromarray(noise())
+    picture = read_picture(encode(image, "PNG", icc_profile=PROFILES["Adobe RGB"] + bytes(3 * 2**20)))
+    assert np.array_equal(np.asarray(picture.image), by_pillow(image, PROFILES["Adobe RGB"]))
 
 
 def test_many_profiles_are_not_all_remembered(monkeypatch):

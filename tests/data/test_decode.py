@@ -2,6 +2,7 @@
 
 import json
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -137,10 +138,87 @@ def test_colour_of_16_bits(order):
     values = np.random.default_rng(0).integers(0, 65536, (8, 8, 3), dtype=np.uint16)
     values[0, 0] = 65535
     assert np.array_equal(np.asarray(decode_picture(tiff(values, order=order))[0]), values >> 8)
-    assert not np.asarray(decode_picture(tiff(values * 0, order=order))[0]).any()
+    for unused in (2, 4, 6, 8, 16):  # 14, 12, 10 and 8 bits, and black
+        with pytest.raises(BadSample) as caught:
+            decode_picture(tiff(values >> unused, order=order))
+        assert caught.value.reason == raw.NOT_ALL_BITS
+
+
+def png(values, kind, *chunks):
+    """A PNG of 16 bits; `kind`: 0 grey, 2 RGB, 4 grey and alpha, 6 RGBA. `chunks` (type, content) stand before it."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">2I5B", values.shape[1], values.shape[0], 16, kind, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    before = b"".join(chunk(*of) for of in chunks)
+    after = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + before + after
+
+
+@pytest.mark.parametrize(("kind", "channels"), [(2, 3), (4, 2), (6, 4)])
+@pytest.mark.parametrize(
+    ("highest", "left_out"), [(65535, False), (16383, False), (4095, True), (255, True), (1, True)]
+)
+def test_colour_of_16_bits_in_a_png(kind, channels, highest, left_out):
+    """Values up to 255 became black without a word."""
+    values = np.full((8, 8, channels), highest, np.uint16)
+    if channels in (2, 4):
+        values[..., -1] = 65535
+    if left_out:
+        with pytest.raises(BadSample) as caught:
+            decode_picture(png(values, kind))
+        assert caught.value.reason == raw.NOT_ALL_BITS
+    else:
+        assert set(np.unique(decode_picture(png(values, kind))[0])) == {highest >> 8}
+
+
+@pytest.mark.parametrize("max_size", [None, 4])
+def test_a_transparent_value_of_deep_grey_becomes_white(tmp_path, max_size):
+    values = np.linspace(0, 65535, 16 * 16).round().astype(np.uint16).reshape(16, 16)
+    values[:8] = 1000
+    content = png(values, 0, (b"tRNS", struct.pack(">H", 1000)))
+    expected = np.where(values == 1000, 255, (values / 257).round())
+    assert np.array_equal(greys(content), expected)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(content)
+    (tmp_path / "in" / "a.txt").write_text("a")
+    pack_shards(tmp_path / "in", tmp_path / "out", Settings(max_size=max_size), num_workers=1)
+    (sample,) = read_shard(expand_shards(str(tmp_path / "out"))[0])
+    assert (greys(sample.files["png"])[: (max_size or 16) // 4] == 255).all()
+
+
+@pytest.mark.parametrize("values", [[0, 127], [-128, 127], [-1, -1]])
+def test_signed_bytes_are_left_out(values):
+    """Pillow shows -1 as 255."""
     with pytest.raises(BadSample) as caught:
-        decode_picture(tiff(values >> 4, order=order))
-    assert caught.value.reason == raw.NOT_ALL_BITS
+        decode_picture(tiff(np.resize(np.array(values, np.int8), (8, 8))))
+    assert caught.value.reason == raw.UNREAD_TIFF
+
+
+@pytest.mark.parametrize("size", [2**21, 8 * 2**20, 80 * 2**20])
+def test_a_png_may_have_a_large_text(size):
+    """From 1 MB on it was "no picture"."""
+    text = b"Comment\0\0" + zlib.compress(bytes(size))
+    content = png(np.full((8, 8, 3), 65535), 2, (b"zTXt", text))
+    if size < 16 * 2**20:
+        assert np.asarray(decode_picture(content)[0]).all()
+        return
+    with pytest.raises(BadSample) as caught:
+        decode_picture(content)
+    assert caught.value.reason == raw.HUGE_PICTURE
+
+
+@pytest.mark.parametrize(
+    "first", [b"\xff\x0a\xfa", b"\0\0\0\x0cJXL \r\n\x87\n", b"\0\0\0\x0cjP  \r\n\x87\n", b"8BPS", b"<svg>",
+              b"<?xml version='1.0'?><svg>", b"\0\0\0\x18ftypcrx ", b"P6\n8 8\n255\n", b"%!PS-Adobe"],
+)  # fmt: skip
+def test_pictures_of_other_kinds_are_named(first):
+    """With a wrong extension they were "no picture"."""
+    with pytest.raises(BadSample) as caught:
+        decode_picture(first + bytes(99))
+    assert caught.value.reason == raw.OTHER_KIND
 
 
 @pytest.mark.parametrize("array", [GREYS, np.zeros((8, 8, 3), np.float32), np.zeros((8, 8, 3), np.int32)])

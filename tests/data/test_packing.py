@@ -391,6 +391,20 @@ def test_pictures_of_other_kinds_are_named(tmp_path, monkeypatch):
     packing.heif_formats.cache_clear()
 
 
+def test_files_with_a_caption_that_are_of_no_known_kind_are_named(tmp_path):
+    images = fill(tmp_path / "in", 1)
+    for name in ("a.jpg_large", "sub/b", "c.jpe", "d.mp4", "000.mask", "e.json", "f.apng"):
+        (images / name).parent.mkdir(exist_ok=True)
+        (images / name).write_bytes(b"\xff\xd8")
+        (images / name).with_suffix(".txt").write_text(name)
+    (images / "without_caption.xyz").write_bytes(b"")
+    packed = pack(images, tmp_path / "out")
+    assert packed.samples == 1 and {reason: sorted(of) for reason, of in packed.skipped.items()} == {
+        packing.NOT_KNOWN: ["a.jpg_large", "d.mp4", "sub/b"],
+        packing.OTHER_KIND: ["c.jpe", "f.apng"],
+    }
+
+
 @pytest.mark.parametrize("max_size", [None, 16])
 def test_heic_is_read_where_pillow_heif_is_installed(tmp_path, max_size):
     """Its colours become sRGB, it is stored upright, and a size from before turning is that of the upright picture."""
