@@ -26,8 +26,8 @@ _remembered: dict[bytes, "_Profile"] = {}
 def to_srgb(image: Image.Image) -> tuple[Image.Image, str]:
     """Returns (the picture in sRGB without its profile; what was done, in a few words).
 
-    A PNG without a profile may have a gamma and primaries instead (its chunks gAMA and cHRM): they count as its profile,
-    unless it says that it is sRGB (chunk sRGB), or they are implausible. A picture without a profile, or with sRGB's
+    A PNG without a profile may have a gamma and primaries instead (its chunks gAMA and cHRM), which are then taken for
+    its profile, unless it says that it is sRGB, or they are implausible. A picture without a profile, or with sRGB's
     own, is returned as it is, with "". A converted one is 8-bit RGB, or RGBA if it has transparent parts. A profile
     that is damaged, or of other colours than the picture's (a CMYK profile in an RGB picture), is ignored, and the note
     says so: then the picture is taken for sRGB, as one without a profile.
