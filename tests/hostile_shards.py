@@ -38,6 +38,7 @@ from lcm_distill.data.raw import (
     NO_CAPTION,
     NO_PICTURE,
     NOT_A_PICTURE,
+    OTHER_KIND,
     UNREADABLE_SHARD,
 )
 
@@ -375,7 +376,7 @@ def not_pictures(tar: Tar) -> None:
     contents += [encode(noise(8, 8), kind) for kind in ("PPM", "TGA", "ICO", "EPS", "JPEG2000", "SGI")]
     contents += [b"\xd7\xcd\xc6\x9a" + bytes(99), b"8BPS\0\1" + bytes(99), b"\x89HDF\r\n\x1a\n" + bytes(99)]
     for content in contents:
-        tar.bad(NOT_A_PICTURE, jpg=content)
+        tar.bad((NOT_A_PICTURE, OTHER_KIND), jpg=content)
         tar.good()
 
 

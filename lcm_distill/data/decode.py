@@ -44,6 +44,7 @@ _TAGS = {  # of TIFFs
     "Orientation": 274,
     "SampleFormat": 339,  # 2: signed integers
 }
+_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
 # The first bytes of pictures of other kinds.
 _OTHER_KINDS = (
     b"\xff\x0a",  # JPEG XL
@@ -59,7 +60,6 @@ _OTHER_KINDS = (
     b"qoif",
     b"icns",
     b"\0\0\1\0",  # icons
-    b"%!PS",
     b"<svg",
     b"FUJIFILMCCD-RAW",
     *(b"P%d%c" % (kind, space) for kind in range(1, 8) for space in b" \n"),  # PBM, PGM, PPM, PAM
@@ -106,11 +106,11 @@ def open_picture(content: bytes, formats: tuple[str, ...] = PILLOW_FORMATS) -> I
 
 
 def _why_not_opened(content: bytes) -> str:
-    """The reason to leave out what Pillow does not open: a kind of picture that it does not read, or no picture."""
+    """The reason to leave out what Pillow does not open: a picture of another kind, a damaged one, or none."""
     if content[4:8] == b"ftyp":
         brands = {content[place : place + 4] for place in (8, *range(16, min(len(content), 64), 4))}
         if brands & {b"avif", b"avis"}:
-            return NOT_A_PICTURE if "AVIF" in PILLOW_FORMATS else NO_AVIF
+            return DAMAGED_PICTURE if "AVIF" in PILLOW_FORMATS else NO_AVIF
         if brands & {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}:
             return HEIC
         if b"crx " in brands:  # Canon's raw pictures
@@ -123,7 +123,9 @@ def _why_not_opened(content: bytes) -> str:
         except Exception as error:  # noqa: BLE001 - as above
             if "unknown pixel mode" in str(error):  # whole, but its bits, channels or kind of numbers are not known
                 return UNREAD_TIFF
-    return NOT_A_PICTURE
+        return DAMAGED_PICTURE
+    is_webp = content[:4] == b"RIFF" and content[8:12] == b"WEBP"
+    return DAMAGED_PICTURE if is_webp or content.startswith(_BEGINNINGS) else NOT_A_PICTURE
 
 
 @dataclass(frozen=True)

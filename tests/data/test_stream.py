@@ -961,7 +961,7 @@ BAD_SAMPLES = [
     (raw.NOT_A_PICTURE, [("a.jpg", "text in place of a picture"), ("a.txt", "x")]),
     (raw.NOT_A_PICTURE, [("a.jpg", ""), ("a.txt", "x")]),
     (raw.NOT_A_PICTURE, [("a.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), ("a.txt", "x")]),
-    (raw.NOT_A_PICTURE, [("a.png", GOOD[:20]), ("a.txt", "x")]),
+    (raw.DAMAGED_PICTURE, [("a.png", GOOD[:20]), ("a.txt", "x")]),
     (raw.DAMAGED_PICTURE, [("a.png", GOOD[: len(GOOD) // 2]), ("a.txt", "x")]),
     (raw.HUGE_PICTURE, [("a.png", bomb()), ("a.txt", "x")]),
     (raw.DUPLICATE_NAME, [("a.png", GOOD), ("a.txt", "x"), ("a.png", noise_picture(1)), ("a.txt", "y")]),
