@@ -371,7 +371,8 @@ def _has_8_bits(path: Path) -> bool | None:
     """Whether the optimizer's state in a checkpoint is 8-bit; None if there is none in one file, or it is damaged."""
     try:  # mapped, since it has twice the size of the weights
         state = torch.load(path / "optimizer.bin", map_location="cpu", weights_only=True, mmap=True)["state"]
-        return any("state1" in of_parameter for of_parameter in state.values()) if state else None
+        # PyTorch's moments have these names; bitsandbytes' have had others, on several levels.
+        return not any("exp_avg" in of_parameter for of_parameter in state.values()) if state else None
     except Exception:  # noqa: BLE001 - loading it says what is wrong
         return None
 

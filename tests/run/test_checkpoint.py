@@ -143,12 +143,20 @@ def test_optimizers_and_fake_scores_of_other_flags_are_refused_before_models_are
 
 
 @pytest.mark.parametrize("recorded", [{}, {"use_8bit_adam": None}, {"use_8bit_adam": "True"}])
-@pytest.mark.parametrize("has_8_bits", [True, False])
-def test_where_the_flags_do_not_say_it_the_optimizer_s_state_does(tmp_path, has_8_bits, recorded):
+@pytest.mark.parametrize("moments", [("exp_avg", "exp_avg_sq"), ("state1", "state2"), ("nested",), None])
+def test_where_the_flags_do_not_say_it_the_optimizer_s_state_does(tmp_path, moments, recorded):
     """Such a checkpoint was loaded with the other optimizer, and the first step was a KeyError."""
     path = make(tmp_path, 1, flags=recorded)
-    moments = ("state1", "state2") if has_8_bits else ("exp_avg", "exp_avg_sq")
-    state = {"state": {0: {"step": 1} | {name: torch.zeros(2) for name in moments}}, "param_groups": []}
+    has_8_bits = moments != ("exp_avg", "exp_avg_sq")
+    if moments:
+        values = {"state1": torch.zeros(2)} if moments == ("nested",) else torch.zeros(2)
+        state = {"state": {0: {"step": 1} | dict.fromkeys(moments, values)}, "param_groups": []}
+    else:
+        parameter = torch.nn.Parameter(torch.ones(64, 64))
+        optimizer = pytest.importorskip("bitsandbytes").optim.AdamW8bit([parameter])
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        state = optimizer.state_dict()
     torch.save(state, path / "optimizer.bin")
     assert find(tmp_path, flags={"use_8bit_adam": has_8_bits})[0] == path
     with pytest.raises(UsageError, match="^--use_8bit_adam.* holds AdamW's state in " + "f8"[has_8_bits]):
