@@ -116,8 +116,8 @@ def choose_workers(workers: int | None, accelerator: Accelerator, resumed: Mappi
     another number of ranks it cannot in any case.
     """
     if workers is None and resumed.get("processes") == accelerator.num_processes:
-        workers = resumed["flags"]["dataloader_num_workers"]
-    elif workers is None and accelerator.device.type == "cuda":
+        workers = resumed.get("flags", {}).get("dataloader_num_workers")
+    if workers is None and accelerator.device.type == "cuda":
         ranks = processes_here()
         # Linux knows which cores a process may use, other systems how many there are.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -151,6 +151,9 @@ def test_ddp_s_buckets_are_the_gradients(tmp_path):
         (None, "cpu", 16, 1, {"processes": 2, "flags": {"dataloader_num_workers": 3}}, 3),
         (3, "cuda", 16, 1, {"processes": 2, "flags": {"dataloader_num_workers": 5}}, 3),
         (None, "cuda", 16, 1, {"processes": 1, "flags": {"dataloader_num_workers": 7}}, 4),  # of other ranks
+        (None, "cuda", 16, 1, {"processes": 2, "flags": {"dataloader_num_workers": None}}, 4),
+        (None, "cuda", 16, 1, {"processes": 2, "flags": {}}, 4),  # a checkpoint that does not say
+        (None, "cpu", 16, 1, {"processes": 2}, 0),
     ],
 )
 def test_workers_go_by_the_flag_then_the_checkpoint_then_the_machine(
