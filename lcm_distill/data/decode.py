@@ -191,7 +191,7 @@ def load_upright(image: Image.Image) -> bool:
     if has_16_bits:  # of which Pillow keeps the upper 8
         colours = len(image.getbands()) - (image.getbands()[-1] in "AX")
         # Cameras and scanners write 14 bits or fewer into the 16 of a TIFF. PNG's are scaled to all 16: only 12 or
-        # fewer, which would be nearly black, are taken for an error. With 8, nothing is left: it cannot be told from
+        # fewer, which would be nearly black, are taken for an error. With 8, nothing is left: no one can tell it from
         # a picture that is black.
         if np.asarray(image.getextrema())[:colours, 1].max() < (64 if image.format == "TIFF" else 16):
             raise BadSample(NOT_ALL_BITS)
