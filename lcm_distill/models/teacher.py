@@ -210,7 +210,13 @@ class Teacher:
     def read_vae_config(self) -> dict[str, Any]:
         if self.vae is None:
             return self.read_config(AutoencoderKL, "vae")
-        files = ModelFiles(self.vae, VAE_FLAG, self.vae_revision, self.cache_dir)
+        files, path = ModelFiles(self.vae, VAE_FLAG, self.vae_revision, self.cache_dir), Path(self.vae)
+        if path.is_file():
+            raise UsageError(f"{files} is a file; pass a folder or Hub id with a {AutoencoderKL.config_name}.")
+        if files.is_local and files.find(AutoencoderKL.config_name) is None:
+            inner = f"vae/{AutoencoderKL.config_name}"
+            remedy = f"pass its folder {path / 'vae'}" if files.find(inner) else "pass the folder of a Diffusers VAE"
+            raise UsageError(f"{files} contains no {AutoencoderKL.config_name}; {remedy}.")
         return files.read_json(AutoencoderKL.config_name)
 
     def read_text_config(self, part: str) -> CLIPTextConfig:

@@ -663,3 +663,16 @@ def test_a_folder_of_which_some_parts_come_in_the_variant(half, teacher, tmp_pat
     for part, kind in {"vae": AutoencoderKL, "unet": UNet2DConditionModel}.items():
         expected = Teacher(teacher).fingerprint(part, kind)
         assert Teacher(str(folder), variant="fp16").fingerprint(part, kind) == expected
+
+
+def test_what_is_no_vae_folder_gets_a_remedy(teacher, tmp_path):
+    """It was to pass a pipeline folder, which is what had been passed."""
+    (tmp_path / "vae.safetensors").touch()
+    (tmp_path / "empty").mkdir()
+    for vae, message in {
+        teacher: f"contains no config.json; pass its folder {teacher}/vae",
+        str(tmp_path / "vae.safetensors"): "is a file; pass a folder or Hub id",
+        str(tmp_path / "empty"): "contains no config.json; pass the folder of a Diffusers VAE",
+    }.items():
+        with pytest.raises(UsageError, match=f"--pretrained_vae_model_name_or_path {vae} {message}"):
+            read_configs(Teacher(teacher, vae=vae), **CONFIGS)
