@@ -32,13 +32,19 @@ class ModelFiles:
 
     @property
     def is_local(self) -> bool:
-        return Path(self.model).exists()
+        try:
+            return Path(self.model).exists()
+        except OSError as error:  # a folder of another user, a name that is too long
+            raise UsageError(f"{self} cannot be read. ({brief(error)})") from None
 
     def find(self, file: str) -> Path | None:
         """The path of `file`, downloaded if need be; None if the model has none. `UsageError` without such a model."""
         if self.is_local:
             path = Path(self.model) / file
-            return path if path.is_file() else None
+            try:
+                return path if path.is_file() else None
+            except OSError as error:
+                raise UsageError(f"{self}: {file} cannot be read. ({brief(error)})") from None
         if self.model.startswith((".", "/", "~")) or self.model.count("/") > 1:
             raise UsageError(f"{self}: no such folder; pass a Diffusers pipeline folder or a Hub id.")
         try:

@@ -66,7 +66,7 @@ def text_fingerprint(teacher: Teacher) -> str:
 
 def uses_zeros_for_empty_caption(teacher: Teacher) -> bool:
     """Whether the teacher's pipeline encodes the empty caption as zeros."""
-    return teacher.read_config(PIPELINE, None).get("force_zeros_for_empty_prompt", True)
+    return teacher.zeros_for_empty_caption()
 
 
 def load_frozen(

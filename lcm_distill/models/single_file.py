@@ -27,6 +27,8 @@ _SD2_NAME = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.t
 _FIRST, _LAST = "model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.out.2.weight"
 # What trainers write about the prediction: Stability's ModelSpec, which kohya-ss/sd-scripts writes, and ComfyUI.
 _PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
+# ModelSpec's name of the Stable Diffusion 2 that predicts v; the other is "…-v2-512".
+_ARCHITECTURE_KEY, _SD2_V = "modelspec.architecture", "stable-diffusion-v2-768-v"
 _PREDICTIONS = {
     **dict.fromkeys(("epsilon", "eps", "noise"), "epsilon"),
     **dict.fromkeys(("v", "v_prediction", "v-prediction", "v_pred", "v-pred", "vpred", "velocity"), "v_prediction"),
@@ -62,8 +64,9 @@ class SingleFile:
 
         `UsageError` if it says one that no scheduler config has.
         """
-        if "v_pred" in self.shapes:  # the marker of such fine-tunes, a tensor without values
-            return "v_prediction"
+        found = {"v_pred": "v_prediction"} if "v_pred" in self.shapes else {}  # a tensor without values, a marker
+        if _SD2_V in self.metadata.get(_ARCHITECTURE_KEY, "").lower():
+            found[_ARCHITECTURE_KEY] = "v_prediction"
         for key in _PREDICTION_KEYS:
             said = self.metadata.get(key, "").strip().lower()
             if said and said not in _PREDICTIONS:
@@ -72,8 +75,15 @@ class SingleFile:
                     "are epsilon, v and sample."
                 )
             if said:
-                return _PREDICTIONS[said]
-        return None
+                found[key] = _PREDICTIONS[said]
+        if "v_pred" in found:  # which fine-tunes add, while their metadata stay those of the model they were made from
+            return found["v_pred"]
+        if len({*found.values()}) > 1:
+            raise UsageError(
+                f"{self.name}: its metadata contradict each other ({', '.join(map(': '.join, found.items()))}); remove "
+                "what is wrong."
+            )
+        return next(iter(found.values()), None)
 
     @property
     def ends_at_zero_snr(self) -> bool:
@@ -122,6 +132,11 @@ class SingleFile:
             raise UsageError(
                 f"{self.name} is a model of another kind, {kind}; only Stable Diffusion 1.x, 2.x and SDXL are "
                 "supported."
+            )
+        if markers := sorted(key for key in self.shapes if key.startswith("edm_")):
+            raise UsageError(
+                f"{self.name} has the continuous noise levels of EDM (its marker {markers[0]}), as Playground v2.5 and "
+                "CosXL; only models that were trained with a discrete schedule of betas are supported."
             )
         for part, remedy in parts.items():
             if not any(key.startswith(PREFIXES[part]) for key in self.shapes):

@@ -6,10 +6,12 @@ built without memory, so that a config that nobody thought of is refused too.
 """
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
@@ -42,6 +44,7 @@ _CONDITIONED = {
     "encoder_hid_dim": "a model with another text or image encoder (Kolors, DeepFloyd IF, Kandinsky)",
     "dual_cross_attention": "a model that is conditioned on text and pictures (Versatile Diffusion)",
 }
+_PIPELINES = [f"StableDiffusion{of}{task}Pipeline" for of in ("", "XL") for task in ("", "Img2Img", "Inpaint")]
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # that LCMScheduler, the students' sampler, has
 _MOST_TIMESTEPS = 100_000
 _MOST_LAYERS = 256
@@ -54,11 +57,17 @@ def is_sdxl(unet_config: Mapping[str, Any]) -> bool:
 
 
 def check_pipeline(index: Mapping[str, Any], *, name: str) -> None:
-    """For the pipeline's model_index.json: that it has a U-Net such as Stable Diffusion's, and begins from noise."""
+    """For the pipeline's model_index.json: that it has a U-Net such as Stable Diffusion's, and begins from noise.
+
+    The index of a pipeline that was saved without its U-Net lists none; the U-Net's own config then counts.
+    """
     kind, unet = index.get("_class_name"), index.get("unet")
+    if unet in (None, [None, None]) and kind in _PIPELINES:
+        unet = ["diffusers", UNet2DConditionModel.__name__]
     if (kind or unet) and (not isinstance(unet, list) or unet[1:] != [UNet2DConditionModel.__name__]):
-        raise UsageError(f"{name} is a {kind or 'model with another U-Net'}; {SUPPORTED}.")
-    if index.get("requires_aesthetics_score"):
+        what = f", whose model_index.json lists the U-Net {unet!r}" if kind in _PIPELINES else ""
+        raise UsageError(f"{name} is a {kind or 'model with another U-Net'}{what}; {SUPPORTED}.")
+    if index.get("requires_aesthetics_score") is True:
         raise _refiner(name)
 
 
@@ -96,17 +105,20 @@ def check_unet(config: Mapping[str, Any], *, family: str, name: str) -> None:
 def check_channels(unet: Mapping[str, Any], latent_channels: int, *, name: str, vae_name: str) -> None:
     """That the U-Net, named `name`, takes latents of the VAE, named `vae_name`, and predicts as many channels."""
     taken, predicted = unet.get("in_channels", 4), unet.get("out_channels", 4)
-    if taken in _WITH_PICTURE and taken != latent_channels:
+    with_picture = _WITH_PICTURE.get(taken) if isinstance(taken, int) else None
+    if with_picture and taken != latent_channels:
         raise UsageError(
-            f"{name} is {_WITH_PICTURE[taken]}: its U-Net takes {taken} channels, where latents have "
+            f"{name} is {with_picture}: its U-Net takes {taken} channels, where latents have "
             f"{latent_channels}; {SUPPORTED}. Pass the text-to-image model that it was made from."
         )
     if taken != latent_channels:
-        raise UsageError(f"{vae_name}: its latents have {latent_channels} channels, the teacher's U-Net takes {taken}.")
+        raise UsageError(
+            f"{vae_name}: its latents have {latent_channels} channels, the teacher's U-Net takes {taken!r}."
+        )
     if predicted != taken:
         raise UsageError(
-            f"{name}: its U-Net takes {taken} channels and predicts {predicted}, as models do that predict a variance "
-            f"too, or several pictures; {SUPPORTED}."
+            f"{name}: its U-Net takes {taken} channels and predicts {predicted!r}, as models do that predict a "
+            f"variance too, or several pictures; {SUPPORTED}."
         )
 
 
@@ -115,13 +127,15 @@ def check_text_encoder(config: Mapping[str, Any], *, part: str, name: str) -> CL
     name = f"{name}: its {part}"
     kind = config.get("model_type") or "clip_text_model"
     architectures = config.get("architectures") or ["CLIPTextModel"]
-    if kind not in ("clip_text_model", "clip") or not str(architectures).startswith("['CLIP"):
+    if kind not in ("clip_text_model", "clip") or not str(architectures).lstrip("['").startswith("CLIP"):
         raise UsageError(f"{name} is of the kind {kind} ({architectures}); only CLIP's text encoder is supported.")
     _check_not_quantized(config, name)
     network = CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel
     _check_layers(config, ("num_hidden_layers",), name)
     found = _built(lambda: CLIPTextConfig.from_dict(_text_part(config)), name)
     _built(lambda: network(found), name)
+    if not _is_number(found.layer_norm_eps):  # Transformers takes null, and fails when it first encodes
+        raise UsageError(f"{name}'s layer_norm_eps is {found.layer_norm_eps!r}, not a number; CLIP's is 1e-05.")
     return found
 
 
@@ -192,6 +206,20 @@ def check_scheduler(config: Mapping[str, Any], *, name: str) -> None:
         raise UsageError(
             f"{name} beta_start {config['beta_start']} is above its beta_end {config['beta_end']}: less and less noise "
             "would be added."
+        )
+
+
+def check_noise_levels(alphas: torch.Tensor, *, name: str) -> None:
+    """That the last of a schedule's `alphas` `[T]` is a small one: sampling starts there, from noise alone.
+
+    Stable Diffusion's is 0.07; above 0.71, its picture is stronger than its noise.
+    """
+    last = float(alphas[-1])
+    if last**2 > 0.5:
+        raise UsageError(
+            f"{name}: its scheduler's last timestep, where sampling starts from noise alone, is more picture than "
+            f"noise (alpha {last:.2f}; Stable Diffusion's is 0.07): too small betas, or too few timesteps; "
+            "write those that the model was trained with."
         )
 
 
@@ -276,8 +304,37 @@ def _is_beta(value: Any) -> bool:
 def _build(kind: Any, config: Mapping[str, Any], name: str) -> Any:
     """A network of the Diffusers class `kind`; entries that it does not know are left to its loading to name."""
     known = inspect.signature(kind).parameters
+    for key, parameter in known.items():
+        if key in config:
+            _check_entry(config[key], parameter, name)
     own = {key: value for key, value in config.items() if key in known or key == "_use_default_values"}
     return _built(lambda: kind.from_config(own), name)
+
+
+def _check_entry(value: Any, parameter: inspect.Parameter, name: str) -> None:
+    """`UsageError` if an entry is text, or null, where the class's default is a number, or true or false.
+
+    Python takes such an entry until the network runs, or as true: the text "false".
+    """
+    default = parameter.default
+    if not isinstance(default, (bool, int, float)) or parameter.name == "sample_size":  # which only pipelines read
+        return
+    kinds = (bool,) if isinstance(default, bool) else (int, float)
+    values = [value]
+    while values:
+        item = values.pop()
+        if isinstance(item, (list, tuple)):  # one for each block
+            values += item
+            continue
+        can_be_null = "None" in str(parameter.annotation) or "Optional" in str(parameter.annotation)
+        null_is_default = default is False or can_be_null
+        right = isinstance(item, kinds) and (bool in kinds or not isinstance(item, bool))
+        if not right and not (item is None and null_is_default):
+            expected = "true or false" if bool in kinds else "a number"
+            raise UsageError(
+                f"{name} cannot be built from its config: {parameter.name} is {value!r}, not {expected}; Diffusers' "
+                f"default is {json.dumps(default)}."
+            )
 
 
 def _built(build: Callable[[], Any], name: str) -> Any:

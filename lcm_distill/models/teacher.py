@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _WEIGHTS = (".safetensors", ".bin")  # in a folder
+_NETWORKS = ("unet", "text_encoder", "text_encoder_2", "vae")
 
 
 @dataclasses.dataclass
@@ -192,10 +193,30 @@ class Teacher:
                 )
         return config
 
+    def zeros_for_empty_caption(self) -> bool:
+        """Whether the pipeline of an SDXL teacher encodes the empty caption as zeros; `UsageError` if unknown."""
+        index = self.read_json("model_index.json", optional=True)
+        what = "whether the empty caption is encoded as zeros (force_zeros_for_empty_prompt, true or false)"
+        if not index:
+            raise UsageError(
+                f"{self.files} has no model_index.json, which says {what}; copy it from the model that the teacher was "
+                "made from."
+            )
+        zeros = index.get("force_zeros_for_empty_prompt", True)  # the pipeline's own default
+        if not isinstance(zeros, bool):
+            raise UsageError(f"{self.files}: its model_index.json has to say {what}, and says {zeros!r}; correct it.")
+        return zeros
+
     def read_vae_config(self) -> dict[str, Any]:
         if self.vae is None:
             return self.read_config(AutoencoderKL, "vae")
-        files = ModelFiles(self.vae, VAE_FLAG, self.vae_revision, self.cache_dir)
+        files, path = ModelFiles(self.vae, VAE_FLAG, self.vae_revision, self.cache_dir), Path(self.vae)
+        if path.is_file():
+            raise UsageError(f"{files} is a file; pass a folder or Hub id with a {AutoencoderKL.config_name}.")
+        if files.is_local and files.find(AutoencoderKL.config_name) is None:
+            inner = f"vae/{AutoencoderKL.config_name}"
+            remedy = f"pass its folder {path / 'vae'}" if files.find(inner) else "pass the folder of a Diffusers VAE"
+            raise UsageError(f"{files} contains no {AutoencoderKL.config_name}; {remedy}.")
         return files.read_json(AutoencoderKL.config_name)
 
     def read_text_config(self, part: str) -> CLIPTextConfig:
@@ -234,18 +255,40 @@ class Teacher:
         return loaded
 
     def _load_folder(self, parts: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
-        where: dict[str, Any] = dict(variant=self.variant, revision=self.revision, cache_dir=self.cache_dir)
+        where: dict[str, Any] = dict(revision=self.revision, cache_dir=self.cache_dir)
         loaded = {}
         for name, kind in parts.items():
             try:
-                loaded[name] = _from_folder(kind, self.model, dtypes[name], subfolder=name, **where)
+                variant_here = self._variant_of(name)
+                loaded[name] = _from_folder(
+                    kind, self.model, dtypes[name], subfolder=name, variant=variant_here, **where
+                )
             except Exception as error:  # a pickle that is none, shapes that do not fit: each raises another class
+                if isinstance(error, _UnfitError):
+                    raise UsageError(f"{self}: its {error}; use weights and config of the same model.") from None
                 variant = "" if self.variant is None else f" in the variant {self.variant}"
                 raise UsageError(
                     f"{self}: the weights of its {name} cannot be loaded{variant}; {self._remedy(name)}. "
                     f"({brief(error)})"
                 ) from None
         return loaded
+
+    def _variant_of(self, part: str) -> str | None:
+        """The variant of the weight files of `part`: as in Diffusers' pipelines, none if only others come in it."""
+        if self.variant is None or self._has_variant(part):
+            return self.variant
+        elsewhere = any(self._has_variant(other) for other in _NETWORKS if other != part)
+        return None if elsewhere else self.variant
+
+    def _has_variant(self, part: str) -> bool:
+        """Whether `part` has weight files in the variant, in one piece or several."""
+        stems = ("model", "pytorch_model") if part.startswith("text_encoder") else ("diffusion_pytorch_model",) * 2
+        files = [
+            f"{part}/{stem}.{name}"
+            for stem, kind in zip(stems, _WEIGHTS, strict=True)
+            for name in (f"{self.variant}{kind}", f"{kind[1:]}.index.{self.variant}.json")
+        ]
+        return any(self.files.find(file) is not None for file in files)
 
     def _remedy(self, part: str) -> str:
         """What to do if the weights of `part` of a folder or a Hub model cannot be loaded."""
@@ -313,7 +356,14 @@ class Teacher:
                 yield name, tensor[:1] if tensor.dim() > 1 else tensor
             return
         prefixes = PREFIXES[part] if path == self.model else ("",)
-        with safe_open(path, "pt") as file:
+        try:
+            file = safe_open(path, "pt")
+        except (OSError, SafetensorError) as error:
+            raise UsageError(
+                f"{VAE_FLAG if part == 'vae' and self.vae else TEACHER_FLAG}: {path} is not a complete .safetensors "
+                f"file; download it again. ({brief(error)})"
+            ) from None
+        with file:
             for name in file.keys():
                 for prefix in prefixes:
                     if name.startswith(prefix):
@@ -328,7 +378,7 @@ class Teacher:
         elif self.is_single_file:
             return self.model
         else:
-            model, subfolder, revision, variant = self.model, f"{part}/", self.revision, self.variant
+            model, subfolder, revision, variant = self.model, f"{part}/", self.revision, self._variant_of(part)
         stem = "diffusion_pytorch_model" if hasattr(kind, "load_config") else "model"
         file = f"{subfolder}{stem}{f'.{variant}' if variant else ''}.safetensors"
         if Path(model).exists():
@@ -339,17 +389,25 @@ class Teacher:
             return None
 
 
-def _from_folder(kind: Any, model: str, dtype: torch.dtype, **where: Any) -> torch.nn.Module:
-    """A network of class `kind` by its `from_pretrained`; `ValueError` if weights are missing.
+class _UnfitError(ValueError):
+    """Weights are whole, but not those of the config."""
 
-    The libraries would initialize these at random, with a warning at most.
+
+def _from_folder(kind: Any, model: str, dtype: torch.dtype, **where: Any) -> torch.nn.Module:
+    """A network of class `kind` by its `from_pretrained`; `ValueError` if weights are missing or left over.
+
+    The libraries would initialize the first at random and ignore the second, with a warning at most: a network with
+    fewer layers than it was trained with, or an LCM without its guidance embedding.
     """
     argument = "torch_dtype" if hasattr(kind, "load_config") else "dtype"  # Diffusers', Transformers'
     part, report = kind.from_pretrained(model, output_loading_info=True, **{argument: dtype}, **where)
     missing = sorted(report["missing_keys"])
+    folder = where.get("subfolder") or model
     if missing:
-        folder = where.get("subfolder") or model
         raise ValueError(f"{folder} lacks {len(missing)} weights, such as {missing[0]}")
+    unused = sorted(report["unexpected_keys"]) if hasattr(kind, "load_config") else []
+    if unused:  # of a text encoder, the last layers are left out on purpose in some models ("clip skip")
+        raise _UnfitError(f"{folder} has {len(unused)} weights that its config has no place for, such as {unused[0]}")
     return part
 
 
@@ -378,9 +436,11 @@ def read_configs(teacher: Teacher, *, family: str, resolution: int, num_ddim_tim
     support.check_scheduler(scheduler, name=name)
     if teacher.is_single_file:
         teacher.file.check_scheduler(scheduler, teacher.config_source)
-    NoiseSchedule.from_config(scheduler)  # fails for one of another kind, or an unknown prediction type
+    schedule = NoiseSchedule.from_config(scheduler)  # fails for one of another kind, or an unknown prediction type
+    support.check_noise_levels(schedule.alphas, name=name)
     if family == "sdxl":
         support.check_not_refiner(unet, teacher.read_json("text_encoder_2/config.json"), name=name)
+        teacher.zeros_for_empty_caption()
     text = {part: teacher.read_text_config(part) for part in text_parts.values()}
     for part in text_parts:
         teacher.tokenizer(part)

@@ -97,6 +97,12 @@ def _check_vocabulary(tokenizer: CLIPTokenizer, model: dict[str, Any], name: str
             f"{name} has no merges for {unreachable} of its {len(vocabulary)} tokens (merges.txt, or tokenizer.json): "
             "they are not complete; copy them from the model that the teacher was made from."
         )
+    formed = [vocabulary[first + second] for first, second in model["merges"] if first + second in vocabulary]
+    if formed != sorted(formed):  # CLIP's tokens have the order in which they are merged
+        raise UsageError(
+            f"{name} has its merges in another order than its tokens, so that other tokens would be formed; copy "
+            "merges.txt, or tokenizer.json, from the model that the teacher was made from."
+        )
 
 
 def _check_fit(tokenizer: CLIPTokenizer, text_encoder: CLIPTextConfig, name: str) -> None:
@@ -132,11 +138,12 @@ def _try_out(tokenizer: CLIPTokenizer, name: str) -> None:
     first, last, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     tokens = tokenizer.convert_tokens_to_ids(["a" + _WORD_END, "b" + _WORD_END])
     expected = [[first, token, last, *[pad] * (length - _CAN_BE_CAPTIONS)] for token in tokens]
-    if ids != expected:
-        raise UsageError(
-            f"{name} turns the caption 'a' into the tokens {ids[0][:5]} …, where CLIP's gives "
-            f"{expected[0][:5]} …; copy its files from the model that the teacher was made from."
-        )
+    for caption, found, right in zip("ab", ids, expected, strict=True):
+        if found != right:
+            raise UsageError(
+                f"{name} turns the caption {caption!r} into the tokens {found[:5]} …, where CLIP's gives "
+                f"{right[:5]} …; copy its files from the model that the teacher was made from."
+            )
 
 
 def count_tokens(tokenizers: Iterable[CLIPTokenizer], captions: Sequence[str]) -> list[tuple[int, int]]:

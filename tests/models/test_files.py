@@ -1,6 +1,7 @@
 """The JSON in a model's files: what no config can hold is refused by name."""
 
 import json
+from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -83,3 +84,15 @@ def test_a_model_that_the_hub_does_not_provide_is_named(kind, monkeypatch):
     monkeypatch.setattr(files, "hf_hub_download", fail)
     with pytest.raises(UsageError, match=f"{FLAG} some/model: neither a local folder .*{kind.__name__}"):
         ModelFiles("some/model", FLAG).read_optional_json("config.json")
+
+
+@pytest.mark.parametrize("name", ["exists", "is_file"])
+def test_a_folder_that_may_not_be_read_is_named(name, tmp_path, monkeypatch):
+    """Of another user: a traceback."""
+
+    def denied(path, *args, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, name, denied)
+    with pytest.raises(UsageError, match=f"{FLAG} {tmp_path}.* cannot be read.*Permission denied"):
+        ModelFiles(str(tmp_path), FLAG).read_json("unet/config.json")

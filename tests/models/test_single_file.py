@@ -158,3 +158,23 @@ def test_the_header_alone_is_read(weights, write, teacher, monkeypatch):
     monkeypatch.setattr("lcm_distill.models.single_file.SingleFile.read", lambda *_: pytest.fail("weights were read"))
     read(path, teacher)
     assert load_file(path).keys() == weights.keys()
+
+
+@pytest.mark.parametrize("markers", [("edm_vpred.sigma_max", "edm_vpred.sigma_min"), ("edm_mean", "edm_std")])
+def test_a_file_with_edm_s_markers_is_refused_whatever_its_configs_say(markers, weights, write, changed):
+    """CosXL's and Playground v2.5's: trained on betas that the model was never trained with."""
+    with pytest.raises(UsageError, match=f"EDM \\(its marker {markers[0]}\\)"):
+        read(write(weights | dict.fromkeys(markers, torch.zeros(4)) | {markers[1]: torch.ones(4)}), str(changed("sd")))
+
+
+@pytest.mark.parametrize("suffix", ["", "/dreambooth"])
+def test_an_architecture_that_predicts_v_counts(suffix, weights, write, changed):
+    path = write(weights, {"modelspec.architecture": f"stable-diffusion-v2-768-v{suffix}"})
+    with pytest.raises(UsageError, match="says that it predicts v_prediction"):
+        read(path, str(changed("sd")))
+
+
+@pytest.mark.parametrize("metadata", [{SPEC: "epsilon", COMFY: "v"}, {SPEC: "v", COMFY: "eps"}], ids=str)
+def test_metadata_that_contradict_each_other_are_refused(metadata, weights, write, changed):
+    with pytest.raises(UsageError, match="metadata contradict each other .*epsilon"):
+        read(write(weights, metadata), str(changed("sd")))

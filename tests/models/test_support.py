@@ -318,3 +318,82 @@ def test_nothing_is_drawn_from_the_global_generator(teacher):
     assert torch.equal(torch.get_rng_state(), before)
     layer = torch.nn.Linear(4, 4)  # initialized as ever
     assert layer.weight.device.type == "cpu" and layer.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"])
+@pytest.mark.parametrize("listed", [None, [None, None]])
+def test_a_pipeline_that_was_saved_without_its_u_net_is_known_by_the_u_net(kind, listed, changed):
+    """The message was that a StableDiffusionPipeline is none of Stable Diffusion's."""
+    read(changed("sd", "model_index.json", _class_name=kind, unet=listed))
+
+
+@pytest.mark.parametrize("channels", [[4], {"a": 4}, "4", 4.0])
+def test_channels_that_are_no_whole_number_are_refused(channels, changed):
+    """A list was a traceback; the text "4" gave a message that 4 is not 4."""
+    assert_refused(changed("sd", UNET, in_channels=channels), "U-Net")
+
+
+@pytest.mark.parametrize(
+    "file, entries",
+    [
+        (UNET, {"flip_sin_to_cos": "false"}),
+        (UNET, {"upcast_attention": "false"}),
+        (UNET, {"center_input_sample": "no"}),
+        (UNET, {"freq_shift": "0"}),
+        (UNET, {"freq_shift": None}),
+        (UNET, {"norm_eps": None}),
+        (UNET, {"norm_eps": "1e-5"}),
+        (UNET, {"mid_block_scale_factor": None}),
+        (VAE, {"force_upcast": "false"}),
+        (VAE, {"force_upcast": None}),
+        (VAE, {"use_quant_conv": 1}),
+    ],
+    ids=str,
+)
+def test_entries_of_another_kind_than_the_class_s_default_are_refused(file, entries, changed):
+    """A network is built with them, and takes "false" for true, or fails when it first runs."""
+    (key,) = entries
+    assert_refused(changed("sd", file, **entries), f"cannot be built from its config: {key} is {entries[key]!r}")
+
+
+@pytest.mark.parametrize("entries", [{"upcast_attention": None}, {"only_cross_attention": [False] * 3}])
+def test_entries_that_mean_the_default_are_kept(entries, changed):
+    """SDXL's own config says null of upcast_attention."""
+    read(changed("sd", UNET, **entries))
+
+
+def test_a_text_encoder_s_epsilon_has_to_be_a_number(changed):
+    assert_refused(changed("sd", TEXT, layer_norm_eps=None), "layer_norm_eps is None")
+
+
+def test_a_text_encoder_s_architecture_may_be_text(changed):
+    read(changed("sd", TEXT, architectures="CLIPTextModel"))
+
+
+@pytest.mark.parametrize("value", ["false", None, 0, []])
+def test_how_sdxl_s_empty_caption_is_encoded_is_true_or_false(value, changed):
+    """The text "false" was taken for true: half of the guidance was of another caption."""
+    folder = changed("sdxl", "model_index.json", force_zeros_for_empty_prompt=value)
+    assert_refused(folder, "force_zeros_for_empty_prompt.*correct it", "sdxl")
+
+
+def test_an_sdxl_folder_without_an_index_is_refused_before_weights_are_read(changed):
+    folder = changed("sdxl")
+    (folder / "model_index.json").unlink()
+    assert_refused(folder, "has no model_index.json, which says whether the empty caption is encoded as zeros", "sdxl")
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        {"_class_name": "DDPMScheduler", "beta_end": 1e-5},  # below its own beta_start
+        {"_class_name": "DDIMScheduler", "beta_start": 1e-9, "beta_end": 1e-9},
+        {"_class_name": "PNDMScheduler", "num_train_timesteps": 60},
+        {"_class_name": "DDIMScheduler", "trained_betas": [1e-4] * 1000},
+    ],
+    ids=lambda config: str(config)[:60],
+)
+def test_a_schedule_that_does_not_end_in_noise_is_refused(scheduler, changed):
+    folder = changed("sd")
+    (folder / SCHEDULER).write_text(json.dumps(scheduler))
+    assert_refused(folder, "last timestep, where sampling starts from noise alone, is more picture than noise")

@@ -604,3 +604,75 @@ def test_a_folder_of_half_precision_files_needs_the_variant(family, teachers, tm
         load(Teacher(str(tmp_path)), family)
     with pytest.raises(UsageError, match="in the variant fp16; .*leave out --variant"):
         load(Teacher(teachers[family], variant="fp16"), family)
+
+
+# Weights that do not fit the configs
+
+
+def with_weights(folder: Path, part: str, **tensors: torch.Tensor) -> None:
+    (file,) = (folder / part).glob("*.safetensors")
+    save_file(load_file(file) | tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "kind", ["an LCM", "fewer layers", "no middle", "a VAE without quant_conv", "a VAE of its own"]
+)
+def test_weights_that_a_config_has_no_place_for_are_refused(kind, teacher, tmp_path):
+    """Diffusers leaves them out with a warning: an LCM was distilled as if it were its teacher."""
+    folder = Path(shutil.copytree(teacher, tmp_path / "teacher"))
+    part, entries = "unet", {}
+    if kind == "an LCM":
+        with_weights(folder, "unet", **{"time_embedding.cond_proj.weight": torch.zeros(24, 64)})
+    elif kind == "fewer layers":
+        entries = {"transformer_layers_per_block": 0}
+    elif kind == "no middle":
+        entries = {"mid_block_type": None}
+    else:
+        part, entries = "vae", {"use_quant_conv": False}
+    path = folder / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    given = Teacher(teacher, vae=str(folder / "vae")) if kind == "a VAE of its own" else Teacher(str(folder))
+    networks = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+    with pytest.raises(UsageError, match="weights that its config has no place for, such as") as info:
+        given.load({part: networks[part]}, {part: torch.float32})
+    assert "download" not in str(info.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"\x08\0\0\0\0\0\0\0{}"])
+@pytest.mark.parametrize("given", ["teacher", "vae"])
+def test_the_fingerprint_of_damaged_weights_is_refused(content, given, teacher, tmp_path):
+    """Encoded shards are checked before weights are loaded: a traceback."""
+    folder = Path(shutil.copytree(teacher, tmp_path / "teacher"))
+    (file,) = (folder / "vae").glob("*.safetensors")
+    file.write_bytes(content)
+    broken = Teacher(str(folder)) if given == "teacher" else Teacher(teacher, vae=str(folder / "vae"))
+    flag = "--pretrained_teacher_model" if given == "teacher" else "--pretrained_vae_model_name_or_path"
+    with pytest.raises(UsageError, match=f"{flag}.*{file.name}.* not a complete .safetensors file"):
+        broken.fingerprint("vae", AutoencoderKL)
+
+
+@pytest.mark.parametrize("half", [("unet",), ("vae",), ("text_encoder", "unet")])
+def test_a_folder_of_which_some_parts_come_in_the_variant(half, teacher, tmp_path):
+    """As Diffusers' pipelines take it. Each of two messages asked for what the other refused."""
+    folder = Path(shutil.copytree(teacher, tmp_path / "teacher"))
+    for part in half:
+        (file,) = (folder / part).glob("*.safetensors")
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    frozen = load(Teacher(str(folder), variant="fp16"), "sd")
+    assert_same_networks(frozen, load(Teacher(teacher), "sd"))
+    for part, kind in {"vae": AutoencoderKL, "unet": UNet2DConditionModel}.items():
+        expected = Teacher(teacher).fingerprint(part, kind)
+        assert Teacher(str(folder), variant="fp16").fingerprint(part, kind) == expected
+
+
+def test_what_is_no_vae_folder_gets_a_remedy(teacher, tmp_path):
+    """It was to pass a pipeline folder, which is what had been passed."""
+    (tmp_path / "vae.safetensors").touch()
+    (tmp_path / "empty").mkdir()
+    for vae, message in {
+        teacher: f"contains no config.json; pass its folder {teacher}/vae",
+        str(tmp_path / "vae.safetensors"): "is a file; pass a folder or Hub id",
+        str(tmp_path / "empty"): "contains no config.json; pass the folder of a Diffusers VAE",
+    }.items():
+        with pytest.raises(UsageError, match=f"--pretrained_vae_model_name_or_path {vae} {message}"):
+            read_configs(Teacher(teacher, vae=vae), **CONFIGS)

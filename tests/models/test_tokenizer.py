@@ -309,3 +309,17 @@ def test_of_two_tokenizers_the_one_that_cuts_more_counts(teacher):
 def test_describe_cut(counted, expected):
     found = describe_cut(counted)
     assert found is None if expected is None else re.match(expected, found)
+
+
+@pytest.mark.parametrize("layout", ["tokenizer.json", "merges.txt"])
+def test_merges_in_another_order_are_refused(layout, changed):
+    """Each token can still be formed, but a caption becomes others."""
+    folder = changed("sd")
+    edit(folder, lambda content: content["model"]["merges"].reverse())
+    if layout == "merges.txt":
+        split(folder)
+    assert_refused(folder, "merges in another order")
+
+
+def test_the_caption_that_differs_is_named(changed):
+    assert_refused(changed("sd", CONFIG, extra_special_tokens={"name": "b"}), "turns the caption 'b' into")
