@@ -97,7 +97,8 @@ def test_the_launcher_s_death_stops_a_run(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     stopping = Stopping(Accelerator(cpu=True), None)
     assert not stopping.requested()
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    parent = os.getppid()
+    monkeypatch.setattr(os, "getppid", lambda: parent + 1)
     assert stopping.requested() and stopping.reason == "the launcher has died"
     stopping.close()
 
