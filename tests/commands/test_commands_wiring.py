@@ -166,9 +166,10 @@ def _watch(run: Run, teacher: str, patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(argparse.ArgumentParser, "parse_args", parse)
     patch.setattr(Teacher, "from_flags", classmethod(make_teacher))
-    for kind in (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTokenizer, LCMScheduler):
+    for kind in (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTokenizer):
         watch_loader(kind, "from_pretrained")
-    watch_loader(UNet2DConditionModel, "load_config")
+    for kind in (UNet2DConditionModel, LCMScheduler):
+        watch_loader(kind, "load_config")
     patch.setattr(StableDiffusionPipeline, "load_lora_weights", watched_load_lora)
     patch.setattr(AutoencoderKL, "encode", watched_encode)
     patch.setattr(AutoencoderKL, "decode", decode)
