@@ -19,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import LCMScheduler, UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.architectures import RESOLUTIONS, UNETS, build_text_encoders, build_vae, is_sdxl
@@ -148,7 +148,7 @@ def _build(case: Case, begin: Callable[[str], None], device: str) -> Callable[[]
     if fake_score:
         fake_score.train()
         fake_optimizer = build_optimizer(fake_score.parameters(), case)
-    schedule = NoiseSchedule.from_config({"beta_schedule": "scaled_linear", "num_train_timesteps": 1000}).to(device)
+    schedule = NoiseSchedule(LCMScheduler(beta_schedule="scaled_linear").alphas_cumprod).to(device)
     solver, consistency = DDIMSolver(schedule, 50), lcd.ConsistencyFunction(schedule)
     batch, states = case.train_batch_size, UNETS[case.teacher]["cross_attention_dim"]
 

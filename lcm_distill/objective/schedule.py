@@ -82,13 +82,6 @@ class NoiseSchedule:
         self.alphas = alphas_cumprod.sqrt().float()
         self.sigmas = (1 - alphas_cumprod).sqrt().float()
         self.prediction_type = prediction_type
-        if prediction_type == "epsilon" and (self.alphas < _LEAST_ALPHA).any():
-            raise UsageError(
-                "--pretrained_teacher_model: its scheduler's prediction_type is epsilon, and its last timestep is pure "
-                "noise (rescale_betas_zero_snr, or large betas), where no picture follows from a prediction of noise. "
-                "If the model predicts v, set prediction_type to v_prediction in its scheduler_config.json; else set "
-                "rescale_betas_zero_snr to false."
-            )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
@@ -97,7 +90,15 @@ class NoiseSchedule:
         `UsageError` if the config is not one of a discrete schedule of betas, or its prediction type does not fit.
         """
         chosen = complete_schedule(config)
-        return cls(LCMScheduler(**chosen).alphas_cumprod, chosen["prediction_type"])
+        schedule = cls(LCMScheduler(**chosen).alphas_cumprod, chosen["prediction_type"])
+        if schedule.prediction_type == "epsilon" and (schedule.alphas < _LEAST_ALPHA).any():
+            raise UsageError(
+                "--pretrained_teacher_model: its scheduler's prediction_type is epsilon, and its last timestep is pure "
+                "noise (rescale_betas_zero_snr, or large betas), where no picture follows from a prediction of noise. "
+                "If the model predicts v, set prediction_type to v_prediction in its scheduler_config.json; else set "
+                "rescale_betas_zero_snr to false."
+            )
+        return schedule
 
     def __len__(self) -> int:
         return len(self.alphas)
