@@ -76,10 +76,12 @@ class UNetPart:
 def keeping_config(unet: UNet2DConditionModel) -> Iterator[None]:
     """Restores the config of `unet` afterwards: Diffusers' SD pipelines replace a small sample_size of an old one."""
     before = dict(unet.config)
-    yield
-    changed = {key: value for key, value in before.items() if unet.config[key] != value}
-    if changed:
-        unet.register_to_config(**changed)
+    try:
+        yield
+    finally:
+        changed = {key: value for key, value in before.items() if unet.config[key] != value}
+        if changed:
+            unet.register_to_config(**changed)
 
 
 def architecture(config: Mapping[str, Any]) -> dict[str, Any]:
