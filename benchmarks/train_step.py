@@ -259,10 +259,10 @@ class Watch:
         wrap(AcceleratedOptimizer, "step", "optimizer")
         batches = Progress.batches
 
-        def watched(progress: Progress, loader: Any) -> Iterator[Any]:
+        def watched(progress: Progress, loader: Any, *others: Any) -> Iterator[Any]:
             # An error's traceback may hold the loader's iterator: then ending it would take five seconds per worker.
             stack.callback(loader.close)
-            data = batches(progress, loader)
+            data = batches(progress, loader, *others)
             while True:
                 with self.part("data"):
                     batch = next(data)
@@ -295,8 +295,8 @@ class OnePicture:
             self._trained = trained
             apply(flags, trained, *others)
 
-        def cut(progress: Progress, loader: Any) -> Iterator[Any]:
-            for batch in batches(progress, loader):
+        def cut(progress: Progress, loader: Any, *others: Any) -> Iterator[Any]:
+            for batch in batches(progress, loader, *others):
                 sliced = {k: v[:1] if isinstance(v, (list, torch.Tensor)) else v for k, v in batch.items()}
                 yield sliced if self._on else batch
 

@@ -223,10 +223,11 @@ def test_a_public_program_is_clocked_from_outside(tmp_path, monkeypatch):
     assert 100 <= taken["step_ms"] < 1000 and taken["first_step_s"] > 0.1 and taken["peak_memory_bytes"] > 1e7
     with pytest.raises(RuntimeError, match="ended with status 2 .*unrecognized arguments: --no_such_flag"):
         public.measure(tmp_path, "sd", [*argv, "2", "--no_such_flag"], tmp_path / "shards", plan)
+    before = set(psutil.Process().children())  # a tracker's service of an earlier test may still be there
     monkeypatch.setattr(public, "_LIMIT", 1)
     with pytest.raises(RuntimeError, match="took more than 1 s"):
         public.measure(tmp_path, "sd", [*argv, "1"], tmp_path / "shards", plan)
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= before
 
 
 def test_what_is_measured_comes_in_this_order(tmp_path, monkeypatch):

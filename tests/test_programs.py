@@ -924,8 +924,8 @@ from lcm_distill.run.randomness import BatchGenerators
 rank = None
 log = []
 batches = Progress.batches
-def spying(self, loader):
-    for batch in batches(self, loader):
+def spying(self, *given):
+    for batch in batches(self, *given):
         log.append((tuple(batch["captions"]), float(batch["pixels"].float().sum())))
         yield batch
 Progress.batches = spying
