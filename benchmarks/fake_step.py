@@ -23,15 +23,16 @@ from diffusers import LCMScheduler, UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.architectures import RESOLUTIONS, UNETS, build_text_encoders, build_vae, is_sdxl
-from lcm_distill.flags import SpeedFlags
+from lcm_distill.flags import MatchingFlags, OptimizationFlags, SpeedFlags
 from lcm_distill.models import unets
 from lcm_distill.models.fake_score import FakeScore
 from lcm_distill.models.lora import Lora
 from lcm_distill.models.vae import encode_pixels
 from lcm_distill.objective import consistency as lcd
-from lcm_distill.objective import matching as dm
 from lcm_distill.objective.schedule import DDIMSolver, NoiseSchedule
+from lcm_distill.run import matching as run_matching
 from lcm_distill.run.accelerator import autocast_over
+from lcm_distill.run.matching import DistributionMatching
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,6 @@ def fake_networks() -> Iterator[None]:
     """Inside, tensors and networks are fake."""
     with FakeTensorMode(), mock.patch.object(torch.nn.Module, "_apply", replacing):
         yield
-
-
-def build_optimizer(trained: list[torch.nn.Parameter], case: Case) -> torch.optim.Optimizer:
-    return State(trained, case.use_8bit_adam)
 
 
 class State(torch.optim.Optimizer):
@@ -144,10 +141,7 @@ def _build(case: Case, begin: Callable[[str], None], device: str) -> Callable[[]
     )
     unets.apply_speed_flags(speed, *([unet] if target is None else [student, target, unet]))
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = build_optimizer(trained, case)
-    if fake_score:
-        fake_score.train()
-        fake_optimizer = build_optimizer(fake_score.parameters(), case)
+    optimizer = State(trained, case.use_8bit_adam)
     schedule = NoiseSchedule(LCMScheduler(beta_schedule="scaled_linear").alphas_cumprod).to(device)
     solver, consistency = DDIMSolver(schedule, 50), lcd.ConsistencyFunction(schedule)
     batch, states = case.train_batch_size, UNETS[case.teacher]["cross_attention_dim"]
@@ -163,7 +157,19 @@ def _build(case: Case, begin: Callable[[str], None], device: str) -> Callable[[]
         enabled = half != torch.float32
         return torch.autocast(device, dtype=half if enabled else torch.bfloat16, enabled=enabled)
 
-    accelerator: Any = SimpleNamespace(autocast=autocast)
+    # No loss scaler in fp16: it looks at the gradients' values, which fake tensors do not have.
+    accelerator: Any = SimpleNamespace(
+        autocast=autocast, device=torch.device(device), mixed_precision="no", num_processes=1, sync_gradients=True
+    )
+    guided = partial(lcd.guided_prediction, unet, schedule, dtype=weights, batch_size=case.teacher_batch_size)
+    teacher = lora.off if lora else contextlib.nullcontext
+    run: Any = SimpleNamespace(accelerator=accelerator, output_dir=None, add_values=lambda **values: None)
+    flags = MatchingFlags(dm_weight=1.0, dm_steps=case.dm_steps, dm_rank=case.dm_rank)
+    with mock.patch.object(run_matching, "build_optimizer", lambda given, *_, **__: State(given, case.use_8bit_adam)):
+        matching = DistributionMatching(
+            run, flags, OptimizationFlags(), fake_score, schedule, guided, teacher, dtype=weights
+        )
+    generator = torch.Generator(device)
 
     def step() -> None:
         begin("text")
@@ -172,20 +178,17 @@ def _build(case: Case, begin: Callable[[str], None], device: str) -> Callable[[]
                 encoder(torch.zeros(batch, 77, dtype=torch.int64), output_hidden_states=True)
         begin("VAE")
         pixels = torch.zeros(batch, 3, size, size, dtype=torch.uint8)
-        latents = encode_pixels(vae, pixels, case.vae_encode_batch_size, torch.Generator(device))
+        latents = encode_pixels(vae, pixels, case.vae_encode_batch_size, generator)
         index = torch.zeros(batch, dtype=torch.int64)
         start, end = solver.timesteps[index], solver.previous_timesteps[index]
         noisy = schedule.add_noise(latents, torch.zeros_like(latents), start)
         given, w = conditioning(batch), torch.ones(batch)
-        options: dict[str, Any] = {"dtype": weights}
-        scored = options if lora else {"dtype": weights, "timestep_cond": torch.zeros(batch, 256)}
-        guided = partial(lcd.guided_prediction, unet, schedule, dtype=weights, batch_size=case.teacher_batch_size)
+        embedding = None if lora else torch.zeros(batch, 256)
+        options: dict[str, Any] = {"dtype": weights} if lora else {"timestep_cond": embedding}
         begin("teacher")
-        with torch.no_grad(), autocast_over(accelerator, weights), lora.off() if lora else contextlib.nullcontext():
+        with torch.no_grad(), autocast_over(accelerator, weights), teacher():
             clean, epsilon = guided(noisy, start, given, conditioning(1), w)
         previous = solver.step(clean, epsilon, index)
-        if not lora:
-            options = {"timestep_cond": torch.zeros(batch, 256)}
         begin("target")
         with torch.no_grad(), autocast(), lora.target() if lora else contextlib.nullcontext():
             goal = consistency(lcd.unet_output(target or unet, previous, end, given, **options), previous, end)
@@ -193,17 +196,9 @@ def _build(case: Case, begin: Callable[[str], None], device: str) -> Callable[[]
         with autocast():
             prediction = consistency(lcd.unet_output(student, noisy, start, given, **options), noisy, start)
         loss = lcd.consistency_loss(prediction, goal)
-        x = prediction.detach()
         if fake_score:
             begin("matching")
-            again = schedule.add_noise(x, torch.zeros_like(x), start)
-            with torch.no_grad():
-                with autocast_over(accelerator, weights), lora.off() if lora else contextlib.nullcontext():
-                    real, _ = guided(again, start, given, conditioning(1), w)
-                with autocast(), fake_score.active():
-                    output = lcd.unet_output(unet, again, start, given, **scored)
-            loss = loss + dm.matching_loss(prediction, real, schedule.predict_x0(output, again, start))
-            del again, real, output
+            loss = loss + matching.loss(prediction, given, conditioning(1), w, embedding, generator)
         begin("backward")
         loss.backward()
         begin("optimizer")
@@ -214,14 +209,6 @@ def _build(case: Case, begin: Callable[[str], None], device: str) -> Callable[[]
             lcd.update_ema(target.parameters(), student.parameters(), 0.95)
         if fake_score:
             begin("fake score")
-            for _ in range(case.dm_steps):
-                again = schedule.add_noise(x, torch.zeros_like(x), start)
-                with fake_score.active():
-                    with autocast():
-                        output = lcd.unet_output(unet, again, start, given, **scored)
-                    dm.denoising_loss(schedule.predict_epsilon(output, again, start), x).backward()
-                torch.nn.utils.clip_grad_norm_(fake_score.parameters(), 1.0)
-                fake_optimizer.step()
-                fake_optimizer.zero_grad()
+            matching.train_fake_score(prediction, given, embedding, generator)
 
     return step

@@ -1,13 +1,14 @@
 """What do recipes for students of few steps reach in the toy world, and what do they cost?
 
     python -m benchmarks.few_steps --output benchmarks/results/few_steps.json         # every recipe: many hours
-    python -m benchmarks.few_steps --recipes plain few --programs sd lora_sd --seeds 0 1 2
+    python -m benchmarks.few_steps --recipes few --programs sd lora_sd --seeds 0 1 2
 
 A recipe (`toy.recipes`) is one run of a program or two, the second begun from the first's student. Each stage runs the
 program's own `main`, one thread, in a process of its own; its CPU seconds are those of that process without
-validation, so that a busy machine stretches them less than a clock. `cost` is their sum over those of the recipe
-"plain" with the same program: run it first, on the same machine. Then the student generates with one step to eight:
-caption accuracy, Fréchet distance, and how diverse the pictures of one caption are.
+validation, so that a busy machine stretches them less than a clock. `cost` is their sum in runs of the recipe "plain":
+first stages are consistency distillation alone, so that their seconds per step are plain's. After each stage the
+student generates with one step to eight: caption accuracy, Fréchet distance, and how diverse the pictures of one
+caption are.
 """
 
 import argparse
@@ -32,7 +33,6 @@ from toy.make_shards import make_shards
 from toy.recipes import RECIPES, Stage
 
 STEPS = (1, 2, 4, 8)
-BASIS = "plain"  # the recipe whose cost is 1
 
 
 def train(program: str, stage: Stage, seed: int, shards: str, output: str, initial: str | None) -> float:
@@ -51,23 +51,31 @@ def train(program: str, stage: Stage, seed: int, shards: str, output: str, initi
     return time.process_time() - start
 
 
+def cost(run: dict[str, Any], stages: int) -> float:
+    """The CPU seconds of the first `stages` of a run in those that the recipe "plain" takes with its program."""
+    seconds = [stage["seconds"] for stage in run["stages"][:stages]]
+    per_step = seconds[0] / RECIPES[run["recipe"]][0].steps
+    return sum(seconds) / (per_step * RECIPES["plain"][0].steps)
+
+
 def summary(runs: list[dict[str, Any]]) -> str:
-    """A Markdown table: the mean of each program and recipe over its seeds, accuracies with their range."""
+    """A Markdown table: the means over seeds, by program, recipe and stage; accuracies with their range."""
     titles = ["program, recipe", "seeds", "cost", "accuracy at 1", "2", "4", "8", "Fréchet at 1", "2", "4", "8"]
     lines = ["| " + " | ".join([*titles, "diversity at 1"]) + " |", "|---" * 12 + "|"]
-    for key in dict.fromkeys((run["program"], run["recipe"]) for run in runs):
-        own = [run for run in runs if (run["program"], run["recipe"]) == key]
-        basis = [run["seconds"] for run in runs if (run["program"], run["recipe"]) == (key[0], BASIS)]
-        cost = statistics.mean(run["seconds"] for run in own) / statistics.mean(basis) if basis else None
-        cells = [", ".join(key), str(len(own)), "" if cost is None else f"{cost:.1f}"]
-        for steps in map(str, STEPS):
-            values = [run["metrics"][steps]["caption_accuracy"] for run in own]
-            cells.append(f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})")
-        for steps in map(str, STEPS):
-            cells.append(f"{statistics.mean(run['metrics'][steps]['frechet_distance'] for run in own):.0f}")
-        diverse = [run["metrics"]["1"].get("diversity") for run in own]  # None if no caption has two pictures
-        cells.append("" if None in diverse else f"{statistics.mean(diverse):.2f}")
-        lines.append("| " + " | ".join(cells) + " |")
+    for program, recipe in dict.fromkeys((run["program"], run["recipe"]) for run in runs):
+        own = [run for run in runs if (run["program"], run["recipe"]) == (program, recipe)]
+        for number in range(1, len(own[0]["stages"]) + 1):
+            name = f"{program}, {recipe}" + f", stage {number}" * (len(own[0]["stages"]) > 1)
+            metrics = [run["stages"][number - 1]["metrics"] for run in own]
+            cells = [name, str(len(own)), f"{statistics.mean(cost(run, number) for run in own):.1f}"]
+            for steps in map(str, STEPS):
+                values = [each[steps]["caption_accuracy"] for each in metrics]
+                cells.append(f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})")
+            for steps in map(str, STEPS):
+                cells.append(f"{statistics.mean(each[steps]['frechet_distance'] for each in metrics):.0f}")
+            diverse = [each["1"].get("diversity") for each in metrics]  # None if no caption has two pictures
+            cells.append("" if None in diverse else f"{statistics.mean(diverse):.2f}")
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -92,14 +100,14 @@ def main() -> None:
     for seed in args.seeds:  # a first seed of everything comes first
         for program in args.programs:
             for recipe in args.recipes:
-                seconds: list[float] = []
+                stages: list[dict[str, Any]] = []
                 output: str | None = None
                 for number, stage in enumerate(RECIPES[recipe], 1):
                     initial, output = output, str(args.folder / f"{program}-{recipe}-{seed}-{number}")
-                    seconds.append(alone(train, program, stage, seed, str(shards), output, initial))
-                metrics = alone(assess, program, output, args.count, STEPS)
-                run = {"program": program, "recipe": recipe, "seed": seed, "seconds": sum(seconds), "metrics": metrics}
-                result["runs"].append(run | {"stages": seconds})
+                    seconds = alone(train, program, stage, seed, str(shards), output, initial)
+                    stages.append({"seconds": seconds, "metrics": alone(assess, program, output, args.count, STEPS)})
+                run = {"program": program, "recipe": recipe, "seed": seed, "stages": stages}
+                result["runs"].append(run)
                 print(json.dumps(run), flush=True)
                 if args.output:
                     write(args.output, json.dumps(result, indent=2) + "\n")

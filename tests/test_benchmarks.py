@@ -430,16 +430,21 @@ def test_every_recipe_is_a_command_line_of_every_program(recipe, program):
 
 
 def test_the_summary_of_recipes_has_means_ranges_and_costs():
-    def run(recipe: str, seed: int, seconds: float, accuracy: float) -> dict[str, Any]:
-        values = {"caption_accuracy": accuracy, "frechet_distance": 100 * accuracy, "diversity": 0.5}
-        metrics = {str(steps): values for steps in few_steps.STEPS}
-        return {"program": "sd", "recipe": recipe, "seed": seed, "seconds": seconds, "metrics": metrics}
+    def run(recipe: str, seed: int, *stages: tuple[float, float]) -> dict[str, Any]:
+        done = []
+        for seconds, accuracy in stages:
+            values = {"caption_accuracy": accuracy, "frechet_distance": 100 * accuracy, "diversity": 0.5}
+            done.append({"seconds": seconds, "metrics": {str(steps): dict(values) for steps in few_steps.STEPS}})
+        return {"program": "sd", "recipe": recipe, "seed": seed, "stages": done}
 
-    runs = [run("plain", 0, 100, 0.25), run("few", 0, 500, 0.5), run("few", 1, 700, 0.7), run("plain", 1, 100, 0.25)]
-    plain, few = few_steps.summary(runs).splitlines()[2:]
-    assert plain.startswith("| sd, plain | 2 | 1.0 | 0.25 (0.25 to 0.25) |")
-    assert few.startswith("| sd, few | 2 | 6.0 | 0.60 (0.50 to 0.70) |") and few.endswith("| 60 | 0.50 |")
+    # One second a step, and "plain" takes 300: then the first stage of "few" is 4/3 of it.
+    runs = [run("plain", 0, (300, 0.25)), run("few", 0, (400, 0.4), (500, 0.5)), run("few", 1, (400, 0.4), (1100, 0.7))]
+    plain, first, few = few_steps.summary(runs).splitlines()[2:]
+    assert plain.startswith("| sd, plain | 1 | 1.0 | 0.25 (0.25 to 0.25) |")
+    assert first.startswith("| sd, few, stage 1 | 2 | 1.3 | 0.40 (0.40 to 0.40) |")
+    assert few.startswith("| sd, few, stage 2 | 2 | 4.0 | 0.60 (0.50 to 0.70) |") and few.endswith("| 60 | 0.50 |")
     for run_ in runs:  # few captions: none comes twice
-        for values in run_["metrics"].values():
-            values.pop("diversity", None)
-    assert few_steps.summary(runs).splitlines()[3].endswith("| 60 |  |")
+        for stage in run_["stages"]:
+            for values in stage["metrics"].values():
+                values.pop("diversity")
+    assert few_steps.summary(runs).splitlines()[4].endswith("| 60 |  |")

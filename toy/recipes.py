@@ -3,6 +3,7 @@
     plain     what the demo runs: a latent consistency model for 4 to 8 steps
     few       two stages for 1 to 2 steps: consistency distillation on a coarser grid with the top timestep drawn more
               often, then distribution matching, begun from the first stage's student
+    long      the first stage of few alone, for about as long as both take: what matching is compared with
 
 The flags are for batches of 32 pictures of 64 pixels; README has the same recipes for real teachers.
 """
@@ -42,11 +43,12 @@ class Stage:
 
 _COARSE = ("--num_ddim_timesteps", "20", "--top_timestep_probability", "0.3")
 _MATCHING = (
-    *("--num_ddim_timesteps", "20", "--top_timestep_probability", "0.5"),
-    *("--dm_weight", "1", "--dm_consistency_weight", "0.5"),
-    *("--dm_rank", "16", "--dm_learning_rate", "1e-3"),
+    *("--num_ddim_timesteps", "20", "--top_timestep_probability", "0.7", "--ema_decay", "0.98"),
+    *("--dm_weight", "1", "--dm_consistency_weight", "0.3", "--dm_guidance_w", "5"),
+    *("--dm_rank", "64", "--dm_learning_rate", "1e-3"),
 )
 RECIPES: dict[str, list[Stage]] = {
     "plain": [Stage(300, 5e-4, 1e-3)],
-    "few": [Stage(400, 5e-4, 1e-3, _COARSE), Stage(600, 1e-4, 2e-4, _MATCHING)],
+    "few": [Stage(400, 5e-4, 1e-3, _COARSE), Stage(360, 1e-4, 2e-4, _MATCHING)],
+    "long": [Stage(1400, 5e-4, 1e-3, _COARSE)],
 }
