@@ -1,4 +1,4 @@
-"""The metrics of a finished student of a toy teacher, for the benchmarks that train several."""
+"""The metrics of finished students of a toy teacher, for the benchmarks that train several."""
 
 from collections.abc import Sequence
 
@@ -12,12 +12,17 @@ from toy.compare import TEACHERS, ToyMetric
 from toy.score import RESOLUTION, real_pictures
 
 
-def assess(program: str, folder: str, count: int, steps: Sequence[int]) -> dict[str, dict[str, float]]:
-    """The metrics of the student in `folder`, of `count` pictures in float32, by number of steps."""
+def assess(program: str, folders: Sequence[str], count: int, steps: Sequence[int]) -> list[dict[str, dict[str, float]]]:
+    """For the student in each of `folders`, its metrics by number of steps, of `count` pictures in float32.
+
+    All of them at once: the reference, the teacher's pictures, takes longer than a student's.
+    """
     captions = real_pictures(count, 0)[1]
-    rows = evaluate.evaluate(
+    students = find_students(folders)
+    found: dict[str, dict[str, dict[str, float]]] = {student.name: {} for student in students}
+    for row in evaluate.evaluate(
         load_teacher(Teacher(str(TEACHERS[program.removeprefix("lora_")])), device="cpu", dtype=torch.float32),
-        find_students([folder]),
+        students,
         prompts=captions,
         make_metrics=lambda reference: [ToyMetric(captions, 0), LatentDistances(reference)],
         steps=steps,
@@ -27,5 +32,7 @@ def assess(program: str, folder: str, count: int, steps: Sequence[int]) -> dict[
         guidance_scale=4.0,
         resolution=RESOLUTION,
         batch_size=64,
-    )
-    return {str(row.steps): row.values for row in rows if not row.is_reference}
+    ):
+        if not row.is_reference:
+            found[row.model][str(row.steps)] = row.values
+    return list(found.values())

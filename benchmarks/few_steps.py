@@ -6,9 +6,9 @@
 A recipe (`toy.recipes`) is one run of a program or two, the second begun from the first's student. Each stage runs the
 program's own `main`, one thread, in a process of its own; its CPU seconds are those of that process without
 validation, so that a busy machine stretches them less than a clock. `cost` is their sum in runs of the recipe "plain":
-first stages are consistency distillation alone, so that their seconds per step are plain's. After each stage the
-student generates with one step to eight: caption accuracy, Fréchet distance, and how diverse the pictures of one
-caption are.
+first stages are consistency distillation alone, so that their seconds per step are plain's. At the end the student of
+each stage generates with one step to eight: caption accuracy, Fréchet distance, and how diverse the pictures of one
+caption are. Stages that are in the --output already, with the same flags, are not trained again.
 """
 
 import argparse
@@ -79,6 +79,24 @@ def summary(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def find(runs: list[dict[str, Any]], program: str, recipe: str, seed: int) -> dict[str, Any]:
+    """The run among `runs`, with the stages that had the flags that the recipe has now; one without stages if new."""
+    run: dict[str, Any] = {"program": program, "recipe": recipe, "seed": seed, "stages": []}
+    for old in runs:
+        if all(old[key] == run[key] for key in ("program", "recipe", "seed")):
+            for done, stage in zip(old["stages"], RECIPES[recipe], strict=False):
+                if done["flags"] != stage.argv(program):
+                    break
+                run["stages"].append(done)
+    return run
+
+
+def rest(before: list[dict[str, Any]], runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs of `before` that are not among `runs`."""
+    keys = [(run["program"], run["recipe"], run["seed"]) for run in runs]
+    return [run for run in before if (run["program"], run["recipe"], run["seed"]) not in keys]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.few_steps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -93,25 +111,41 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    result = provenance("benchmarks.few_steps", sys.argv[1:]) | {"runs": []}
+    before: list[dict[str, Any]] = []
+    if args.output and args.output.exists():
+        before = json.loads(args.output.read_text())["runs"]
+    runs: list[dict[str, Any]] = []
+
+    def save() -> None:
+        if args.output:
+            result = provenance("benchmarks.few_steps", sys.argv[1:]) | {"runs": runs + rest(before, runs)}
+            write(args.output, json.dumps(result, indent=2) + "\n")
+
     shards = args.folder / "shards"
     if not shards.exists():
         make_shards(shards, shards=8, samples_per_shard=512, seed=0)
     for seed in args.seeds:  # a first seed of everything comes first
         for program in args.programs:
             for recipe in args.recipes:
-                stages: list[dict[str, Any]] = []
-                output: str | None = None
-                for number, stage in enumerate(RECIPES[recipe], 1):
-                    initial, output = output, str(args.folder / f"{program}-{recipe}-{seed}-{number}")
-                    seconds = alone(train, program, stage, seed, str(shards), output, initial)
-                    stages.append({"seconds": seconds, "metrics": alone(assess, program, output, args.count, STEPS)})
-                run = {"program": program, "recipe": recipe, "seed": seed, "stages": stages}
-                result["runs"].append(run)
-                print(json.dumps(run), flush=True)
-                if args.output:
-                    write(args.output, json.dumps(result, indent=2) + "\n")
-    print(summary(result["runs"]))
+                run = find(before, program, recipe, seed)
+                runs.append(run)
+                initial: str | None = None
+                for number, stage in enumerate(RECIPES[recipe]):
+                    output = str(args.folder / f"{program}-{recipe}-{seed}-{number + 1}")
+                    if len(run["stages"]) == number:
+                        seconds = alone(train, program, stage, seed, str(shards), output, initial)
+                        run["stages"].append({"folder": output, "flags": stage.argv(program), "seconds": seconds})
+                        print(f"{output}: {seconds:.0f} CPU seconds", flush=True)
+                        save()
+                    initial = output
+    for program in args.programs:
+        stages = [stage for run in runs if run["program"] == program for stage in run["stages"]]
+        new = [stage for stage in stages if "metrics" not in stage]
+        found = alone(assess, program, [stage["folder"] for stage in new], args.count, STEPS) if new else []
+        for stage, metrics in zip(new, found, strict=True):
+            stage["metrics"] = metrics
+        save()
+    print(summary(runs))
 
 
 if __name__ == "__main__":

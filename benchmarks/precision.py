@@ -199,7 +199,7 @@ def main() -> None:
                 output = args.folder / f"{program}-{variant}-{seed}".replace(" ", "_")
                 run = {"program": program, "variant": variant, "seed": seed}
                 run |= alone(distil, program, variant, seed, args.steps, args.batch, shards, output)
-                metrics = alone(assess, program, str(output), args.count, STEPS)
+                (metrics,) = alone(assess, program, [str(output)], args.count, STEPS)
                 run |= {f"accuracy at {steps}": values["caption_accuracy"] for steps, values in metrics.items()}
                 result["runs"].append(run)
                 print(json.dumps(run), flush=True)
