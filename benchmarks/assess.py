@@ -17,6 +17,7 @@ def assess(program: str, folders: Sequence[str], count: int, steps: Sequence[int
 
     All of them at once: the reference, the teacher's pictures, takes longer than a student's.
     """
+    torch.set_num_threads(1)  # several wait for each other where another process has a core
     captions = real_pictures(count, 0)[1]
     students = find_students(folders)
     found: dict[str, dict[str, dict[str, float]]] = {student.name: {} for student in students}
