@@ -429,6 +429,17 @@ def test_every_recipe_is_a_command_line_of_every_program(recipe, program):
     assert (args.matching.dm_weight > 0) == (recipe == "few")
 
 
+def test_stages_that_are_done_are_not_trained_again_unless_their_flags_have_changed():
+    first, second = ({"flags": stage.argv("sd"), "seconds": 1.0} for stage in RECIPES["few"])
+    other = {"program": "lora_sd", "recipe": "few", "seed": 0, "stages": [first]}
+    done = {"program": "sd", "recipe": "few", "seed": 0, "stages": [first, second]}
+    assert few_steps.find([other, done], "sd", "few", 0) == done
+    assert few_steps.find([other, done], "sd", "few", 1)["stages"] == []
+    half = {**done, "stages": [first, {**second, "flags": [*second["flags"], "--dm_steps", "2"]}]}
+    assert few_steps.find([half], "sd", "few", 0) == {**done, "stages": [first]}
+    assert few_steps.rest([other, done], [half]) == [other]
+
+
 def test_the_summary_of_recipes_has_means_ranges_and_costs():
     def run(recipe: str, seed: int, *stages: tuple[float, float]) -> dict[str, Any]:
         done = []
