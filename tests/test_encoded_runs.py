@@ -96,6 +96,7 @@ def test_a_dry_run_from_latents_validates(command, run, encoded, loaded, caplog,
     assert sorted(loaded) == sorted([*NOT_NEEDED, "unet"]) and not (tmp_path / "out").exists()
 
 
+@pytest.mark.hostile("shards")
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -244,6 +244,7 @@ def test_an_encoded_shard_has_the_samples_of_its_source(pictures, latents):
     assert count_samples(latents) == 10
 
 
+@pytest.mark.hostile("signals")
 def test_the_same_bytes_by_several_processes_and_after_a_kill(pictures, latents, teacher, tmp_path, monkeypatch):
     expected = {Path(shard).name: Path(shard).read_bytes() for shard in latents}
 
@@ -297,6 +298,7 @@ def test_a_batch_is_written_after_the_next_one_was_begun(pictures, teacher, tmp_
     assert [sample.key for sample in samples] == [f"deep/0_{number}" for number in range(5)]
 
 
+@pytest.mark.hostile("folders")
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -341,6 +343,7 @@ def test_names_of_encoded_shards():
     assert output_names([*shards, "/a/x.tarball"]) == ["000.tar", "001.tar", "002.tar", "00003.tar", "00004.tar"]
 
 
+@pytest.mark.hostile("shards")
 def test_bad_samples_are_left_out_and_listed(teacher, tmp_path, capsys):
     files = [("a.png", noise_picture(0)), ("b.png", b"no picture"), ("b.txt", "b"), ("c.png", noise_picture(1))]
     files += [("c.txt", "c"), ("d.txt", "d"), ("c.png", noise_picture(2)), ("c.txt", "c again")]
@@ -394,6 +397,7 @@ def test_what_is_encoded_is_as_in_training_and_what_is_lost_is_listed(teacher, t
     assert np.abs(pixels - expected).max() < 2
 
 
+@pytest.mark.hostile("disks")
 def test_a_shard_whose_disk_fails_is_not_written_as_a_short_one(pictures, teacher, tmp_path, monkeypatch):
     def breaking(shard, **options):
         yield from itertools.islice(read_shard(shard, **options), 2)
@@ -407,6 +411,7 @@ def test_a_shard_whose_disk_fails_is_not_written_as_a_short_one(pictures, teache
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("scale", [1e6, float("nan")])
 def test_latents_that_overflow_half_precision_are_refused(pictures, teacher, tmp_path, monkeypatch, scale):
     """SDXL's own VAE overflows in half precision: its black pictures must not be trained on."""
@@ -453,6 +458,7 @@ def test_where_captions_come_from_is_remembered(pictures, teacher, tmp_path):
         assert next(iter(stream))["captions"] == [caption] * 2
 
 
+@pytest.mark.hostile("shards")
 def test_shards_of_several_kinds_are_refused(pictures, latents, with_captions, teacher, tmp_path):
     """By the preflight as far as it looks, and by the stream when it comes to the other kind."""
     of_pictures = expand_shards(pictures)
@@ -489,6 +495,7 @@ def header(**fields):
     return lambda old: json.dumps(json.loads(old) | fields).encode()
 
 
+@pytest.mark.hostile("shards")
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -511,6 +518,7 @@ def test_a_header_that_cannot_be_used_is_explained(latents, tmp_path, change, pr
         inspect_shards([shard], PREPARATION)
 
 
+@pytest.mark.hostile("shards")
 def test_a_shard_that_lost_its_header_is_refused(latents, tmp_path):
     with pytest.raises(UsageError, match="its shard has lost its first file"):
         inspect_shards([changed(latents[0], tmp_path / "0.tar", {HEADER: None})], PREPARATION)
@@ -560,6 +568,7 @@ HOSTILE = {
 ONE_SIDED = ("wrong shape", "wrong dtype", "NaN", "infinite", "no mirror image")
 
 
+@pytest.mark.hostile("shards")
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_latents_are_dropped_with_a_reason(latents, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
@@ -581,6 +590,7 @@ def test_hostile_latents_are_dropped_with_a_reason(latents, tmp_path, monkeypatc
     assert not (tmp_path / "hostile-was-here").exists()
 
 
+@pytest.mark.hostile("shards")
 def test_arrays_are_found_wherever_they_are_in_the_file(latents):
     """Files of the same shapes share a header; those of other writers have more arrays, in another order."""
     encoding = read_encoding(latents[0])
@@ -597,6 +607,7 @@ def test_arrays_are_found_wherever_they_are_in_the_file(latents):
                 assert found.picture_size == tuple(arrays["sizes"][2])
 
 
+@pytest.mark.hostile("shards")
 def test_embeddings_that_do_not_fit_the_captions_are_dropped(with_captions, tmp_path):
     """Someone edited the captions: it is unknown which embedding belongs to which."""
     changes = {"0_0.txt": b"", "0_1.json": json.dumps({"caption": ["a", "b"]}).encode(), "0_1.txt": None}
@@ -617,6 +628,7 @@ def vae_copy(teacher: str, folder: Path, change=lambda name, tensor: tensor) -> 
     return str(folder)
 
 
+@pytest.mark.hostile("teachers")
 def test_another_vae_is_refused_and_the_same_in_another_form_is_not(latents, teacher, tmp_path, monkeypatch):
     encoding = read_encoding(latents[0])
 
@@ -650,6 +662,7 @@ def test_another_vae_is_refused_and_the_same_in_another_form_is_not(latents, tea
             check(vae=vae)
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_text_encoders_are_refused(family, pictures, teachers, tmp_path):
     shards = encoded(pictures, tmp_path / "out", teachers[family], captions=True)

@@ -143,6 +143,7 @@ def test_bytes_depend_on_the_seed_and_not_on_the_workers(tmp_path):
     assert set(read(tmp_path / "a")) == set(read(tmp_path / "c"))
 
 
+@pytest.mark.hostile("folders")
 def test_difficult_names(tmp_path):
     """Dots, other scripts, capitals, one name in two folders or of two kinds, names that are not UTF-8."""
     images = tmp_path / "in"
@@ -323,6 +324,7 @@ def test_csv_and_caption_column(tmp_path):
 # -------------------------------------------------------------------------------------------- what is skipped
 
 
+@pytest.mark.hostile("pictures")
 def test_bad_pictures_are_skipped_counted_and_listed(tmp_path, capsys):
     images = fill(tmp_path / "in", 2)
     good = (images / "000.png").read_bytes()
@@ -368,6 +370,7 @@ def test_bad_pictures_are_skipped_counted_and_listed(tmp_path, capsys):
     assert re.fullmatch(rf"1 shard, 3 samples, \d\.\d MB: train with --train_shards_path_or_url {tmp_path}/out", last)
 
 
+@pytest.mark.hostile("pictures")
 def test_pictures_of_other_kinds_are_named(tmp_path, monkeypatch):
     """They were not among the skipped, nor anywhere else."""
     images = fill(tmp_path / "in", 1)
@@ -391,6 +394,7 @@ def test_pictures_of_other_kinds_are_named(tmp_path, monkeypatch):
     packing.heif_formats.cache_clear()
 
 
+@pytest.mark.hostile("folders")
 def test_files_with_a_caption_that_are_of_no_known_kind_are_named(tmp_path):
     images = fill(tmp_path / "in", 1)
     for name in ("a.jpg_large", "sub/b", "c.jpe", "d.mp4", "000.mask", "e.json", "f.apng"):
@@ -434,6 +438,7 @@ def test_heic_is_read_where_pillow_heif_is_installed(tmp_path, max_size):
         assert (meta.get("original_height", meta["height"]), meta.get("original_width", meta["width"])) == original
 
 
+@pytest.mark.hostile("pictures")
 def test_files_that_the_readers_would_not_read_are_skipped(tmp_path, monkeypatch):
     images = fill(tmp_path / "in", 2)
     (images / "000.txt").write_text("long " * 100)
@@ -443,6 +448,7 @@ def test_files_that_the_readers_would_not_read_are_skipped(tmp_path, monkeypatch
     assert pack(images, tmp_path / "out").skipped == {HUGE_FILE: ["000.png", "large.bmp"]}
 
 
+@pytest.mark.hostile("folders")
 @pytest.mark.parametrize(
     ("name", "problem"), [("nothing", "no folder"), ("file", "no folder"), ("", "no picture.*nothing")]
 )
@@ -478,6 +484,7 @@ def test_mistakes_name_the_remedy(tmp_path):
     refused("metadata.jsonl cannot be used: .*utf-8")
 
 
+@pytest.mark.hostile("folders")
 def test_nothing_usable_leaves_nothing(tmp_path):
     save(tmp_path / "in" / "a.png", caption="a").write_bytes(b"no picture")
     with pytest.raises(UsageError, match=r"(?s)nothing in .* can be trained on.*1 x picture file holds no.*: a\.png"):
@@ -487,6 +494,7 @@ def test_nothing_usable_leaves_nothing(tmp_path):
     assert pack(tmp_path / "in", tmp_path / "out").samples == 1
 
 
+@pytest.mark.hostile("disks")
 @pytest.mark.parametrize(("name", "kind"), [("Value", OSError(28, "No space left on device")),
                                             ("Event", OSError(38, "Function not implemented")),
                                             ("Value", PermissionError(13, "Permission denied"))])  # fmt: skip
@@ -499,6 +507,7 @@ def test_missing_shared_memory_is_not_blamed_on_the_disk(tmp_path, monkeypatch, 
         pack(fill(tmp_path, 1), tmp_path / "out")
 
 
+@pytest.mark.hostile("folders")
 def test_shards_inside_the_images_are_not_packed(tmp_path):
     images = fill(tmp_path, 3)
     pack(images, images / "out")
@@ -531,6 +540,7 @@ def test_a_second_run_keeps_complete_shards(tmp_path):
     assert names(tmp_path / "out") == ["00000.tar", "00001.tar", "00002.tar", MANIFEST]
 
 
+@pytest.mark.hostile("disks")
 def test_an_error_in_the_middle_leaves_complete_shards(tmp_path, monkeypatch):
     """A full disk: complete shards stay, unfinished ones do not, and the same command continues."""
     fill(tmp_path / "in", 12)
@@ -566,6 +576,7 @@ def run_slowly(argv):
         main(argv)
 
 
+@pytest.mark.hostile("signals")
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_killed(tmp_path, kill):
     """A real kill of the main process; with SIGINT, as Ctrl-C in a terminal, of all of its group."""
@@ -596,6 +607,7 @@ def test_killed(tmp_path, kill):
     assert names(out) == names(tmp_path / "expected")
 
 
+@pytest.mark.hostile("signals")
 def test_a_worker_that_dies_ends_in_a_message(tmp_path, monkeypatch):
     fill(tmp_path / "in", 2)
     monkeypatch.setattr(packing, "make_sample", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
@@ -603,6 +615,7 @@ def test_a_worker_that_dies_ends_in_a_message(tmp_path, monkeypatch):
         pack(tmp_path / "in", tmp_path / "out")
 
 
+@pytest.mark.hostile("folders")
 def test_other_settings_or_files_are_refused(tmp_path):
     images = fill(tmp_path / "in", 4)
     pack(images, tmp_path / "out", samples_per_shard=2)
@@ -624,6 +637,7 @@ def test_other_settings_or_files_are_refused(tmp_path):
     refused("contains other files; give a new or empty folder")
 
 
+@pytest.mark.hostile("folders")
 def test_a_file_that_disappears_stops_the_packing(tmp_path, monkeypatch):
     """It is not skipped: when a network disk was disconnected, the shards would be empty."""
     images = fill(tmp_path / "in", 2)
@@ -642,6 +656,7 @@ def test_help(capsys):
     assert places == sorted(places)
 
 
+@pytest.mark.hostile("pictures")
 def test_a_jpeg_of_hundreds_of_scans_is_not_decoded(tmp_path):
     """The packer opened pictures without the readers' count of scans: 20 kB could keep a worker busy for an hour."""
     images = tmp_path / "in"

@@ -357,6 +357,7 @@ def test_restore_with_another_layout_continues_at_the_epochs_start(
     assert captions(take(iter(restored), len(fresh))) == captions(fresh)
 
 
+@pytest.mark.hostile("shards")
 def test_restore_with_other_shards_is_logged(tmp_path, caplog):
     shards = write_shards(tmp_path, [4, 5, 6])
     loader = make_loader(make_stream(shards[:2]), 0)
@@ -416,6 +417,7 @@ if sys.argv[2] == "wait":
 """
 
 
+@pytest.mark.hostile("signals")
 @pytest.mark.parametrize("end", ["exit", "wait"])
 def test_workers_end_with_their_parent(tmp_path, end):
     """Whether the program exits or is killed, no worker survives it."""
@@ -507,6 +509,7 @@ def test_filters_that_let_nothing_pass_are_reported(tmp_path):
     assert "5 x filtered out by --filter 'other>1'" in str(error.value)
 
 
+@pytest.mark.hostile("shards")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_bad_samples_end_the_run_with_their_reasons(tmp_path, monkeypatch, workers):
     """If nine of ten samples are silently lost, a run trains on other data than its user thinks."""
@@ -635,6 +638,7 @@ def test_every_kind_of_picture_is_read(tmp_path, extension):
     assert (batch["pixels"].float().mean((0, 2, 3)) - torch.tensor([255.0, 0, 0])).abs().max() < 6
 
 
+@pytest.mark.hostile("pictures")
 @pytest.mark.parametrize("hidden_by", ["an earlier partial scan", "a marker without a length"])
 def test_scans_cannot_hide_from_their_count(hidden_by):
     """A JPEG of 20 kB with hundreds of scans, each over all of the picture, kept a worker busy for an hour."""
@@ -832,6 +836,7 @@ def test_a_caption_column_that_is_not_utf8_is_reported_by_its_name(tmp_path):
         inspect_shards(shards, Preparation(resolution=16, caption_column="blip"))
 
 
+@pytest.mark.hostile("shards")
 @pytest.mark.parametrize("column", [*sorted(CODE_EXTENSIONS), ".PKL", "blip.pickle", "pt.txt", "meta.npy"])
 def test_a_caption_column_that_can_contain_code_is_refused(tmp_path, column):
     """Such a file would only be read as text; still, it is not even opened."""
@@ -847,6 +852,7 @@ def test_a_caption_column_that_can_contain_code_is_refused(tmp_path, column):
     assert not touched.exists()
 
 
+@pytest.mark.hostile("shards")
 def test_a_pickle_under_a_harmless_name_is_only_text(tmp_path):
     touched = tmp_path / "touched"
     payload = pickle.dumps(TouchesFile(touched), protocol=0)  # protocol 0 is ASCII
@@ -887,6 +893,7 @@ def test_without_captions_the_preflight_names_the_flag_that_helps(tmp_path):
         inspect_shards(shards, Preparation(resolution=16))
 
 
+@pytest.mark.hostile("shards")
 def test_a_bad_picture_is_not_blamed_on_the_caption_column(tmp_path):
     shards = [write_tar(tmp_path / "0.tar", [("a.png", b"?"), ("a.blip", "x")])]
     with pytest.raises(UsageError, match="^--train_shards_path_or_url gives nothing"):
@@ -969,6 +976,7 @@ BAD_SAMPLES = [
 ]
 
 
+@pytest.mark.hostile("shards")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_samples_are_skipped_and_counted(tmp_path, workers):
     """All kinds of them in one shard, a good sample after each: all good ones come, and every count is right."""
@@ -1001,6 +1009,7 @@ def test_drop_counter_totals_the_workers():
     assert str(counter) == "9 x b, 5 x a"
 
 
+@pytest.mark.hostile("shards")
 @pytest.mark.parametrize("reason_and_files", BAD_SAMPLES, ids=lambda case: case[0])
 def test_each_kind_of_bad_sample_has_its_reason(tmp_path, reason_and_files):
     reason, files = reason_and_files
@@ -1023,6 +1032,7 @@ def named(*names):
     ]
 
 
+@pytest.mark.hostile("shards")
 @pytest.mark.parametrize(
     ("names", "lost", "reasons"),
     [
@@ -1079,6 +1089,7 @@ def test_restore_counts_dotted_names_once(tmp_path, suffix):
         assert_same_batches([next(again)], [expected])
 
 
+@pytest.mark.hostile("shards")
 def test_a_shard_of_a_million_dotted_names_takes_no_memory(tmp_path, monkeypatch):
     """Names are remembered until another key follows; a hostile tar has no other key."""
     monkeypatch.setattr(shards_module._Names, "MAX_REMEMBERED", 10)
@@ -1098,6 +1109,7 @@ def test_the_preflight_counts_the_files_of_the_samples_it_tried(tmp_path, extens
         assert report.seen == limit and report.extensions == dict.fromkeys(extensions, limit)
 
 
+@pytest.mark.hostile("shards")
 def test_nothing_in_a_shard_is_executed(tmp_path):
     """`wds.decode` unpickles .pyd and .pkl members: a shard from the internet could run anything."""
     touched = tmp_path / "touched"
@@ -1120,6 +1132,7 @@ def test_other_files_do_not_split_a_sample(tmp_path):
     assert captions(take(iter(make_stream(shards)), 2)) == ["x", "x"]
 
 
+@pytest.mark.hostile("shards")
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
 def test_a_cut_tar_gives_its_complete_samples(tmp_path, suffix):
     """A tar cut at every tenth of its length: the samples before the cut, no crash, no repetition."""
@@ -1139,6 +1152,7 @@ def test_a_cut_tar_gives_its_complete_samples(tmp_path, suffix):
         assert sorted(captions(consumer[0])) == sorted(expected)
 
 
+@pytest.mark.hostile("shards")
 def test_unreadable_shards_are_counted_once(tmp_path):
     """Several consumers share the remaining shards; only one of them counts a shard that cannot be read."""
     good = write_shards(tmp_path, [8, 8])
@@ -1156,6 +1170,7 @@ def test_unreadable_shards_are_counted_once(tmp_path):
         assert dropped == {raw.UNREADABLE_SHARD: 5}, workers
 
 
+@pytest.mark.hostile("shards")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shards_without_a_usable_sample_end_in_one_clear_error(tmp_path, workers):
     """Training used to stay at 0 % forever. The message is the same from a worker, without a traceback."""
@@ -1213,6 +1228,7 @@ def test_expand_shards(tmp_path, monkeypatch):
     assert expand_shards(literal) == [literal]
 
 
+@pytest.mark.hostile("folders")
 @pytest.mark.parametrize(
     ("spec", "words"),
     [

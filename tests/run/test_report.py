@@ -171,6 +171,7 @@ def test_grids_are_embedded_at_a_limited_size_and_encoded_once(tmp_path, monkeyp
     assert pictures[2].size == (80, 64) and np.asarray(pictures[2]).max() < 3
 
 
+@pytest.mark.hostile("pictures")
 def test_pictures_that_cannot_be_read_are_left_out_and_named(tmp_path):
     Journal(tmp_path, launch())
     add_grid(tmp_path, 10, "red")
@@ -238,6 +239,7 @@ def test_the_state_of_a_run(tmp_path, last, reason, state):
     assert f'<span class="chip {state}">{state}</span>' in build_report(tmp_path).read_text()
 
 
+@pytest.mark.hostile("checkpoints")
 def test_a_nearly_empty_journal_makes_a_report(tmp_path):
     """One launch and no value; a value and no launch; launches of another version, with less in them."""
     for lines in (
@@ -267,6 +269,7 @@ def test_the_report_of_a_long_run_is_small(tmp_path):
 # --- what goes wrong
 
 
+@pytest.mark.hostile("disks")
 def test_a_report_that_cannot_be_written_is_logged_and_leaves_the_old_one(tmp_path, monkeypatch, caplog):
     Journal(tmp_path, launch()).log({"loss": 1.0}, 10)
     old = write_report(tmp_path).read_text()
@@ -284,6 +287,7 @@ def test_a_report_that_cannot_be_written_is_logged_and_leaves_the_old_one(tmp_pa
         main([str(tmp_path)])
 
 
+@pytest.mark.hostile("checkpoints")
 def test_a_report_never_ends_a_run(tmp_path, caplog):
     """Whatever is wrong with the journal."""
     (tmp_path / "training.jsonl").write_text('{"launch": {"started": "yesterday"}}\n{"step": 1, "time": 0.0}\n')
@@ -469,6 +473,7 @@ def test_noise_can_be_smoothed(browser, tmp_path):
     assert quiet(page, path)
 
 
+@pytest.mark.hostile("checkpoints")
 def test_nothing_that_a_user_wrote_runs(browser, written):
     page = browser.open(written.as_uri())
     assert page.evaluate("document.scripts.length") == 2  # the data and the page's own
