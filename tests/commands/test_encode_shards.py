@@ -633,7 +633,7 @@ def test_another_vae_is_refused_and_the_same_in_another_form_is_not(latents, tea
     encoding = read_encoding(latents[0])
 
     def check(**options):
-        check_encoding(encoding, Teacher(**{"model": teacher} | options), sd.text_fingerprint)
+        check_encoding(encoding, Teacher(**{"model": teacher} | options), sd)
 
     pipeline = sd.PIPELINE.from_pretrained(teacher, torch_dtype=torch.float32)
     save_single_file(pipeline, str(tmp_path / "one.safetensors"))
@@ -666,8 +666,8 @@ def test_another_vae_is_refused_and_the_same_in_another_form_is_not(latents, tea
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_text_encoders_are_refused(family, pictures, teachers, tmp_path):
     shards = encoded(pictures, tmp_path / "out", teachers[family], captions=True)
-    encoding, fingerprint = read_encoding(shards[0]), FAMILIES[family].text_fingerprint
-    check_encoding(encoding, Teacher(teachers[family]), fingerprint)
+    encoding, of = read_encoding(shards[0]), FAMILIES[family]
+    check_encoding(encoding, Teacher(teachers[family]), of)
     folder = tmp_path / "teacher"
     shutil.copytree(teachers[family], folder)
     path = folder / ("text_encoder_2" if family == "sdxl" else "text_encoder") / "model.safetensors"
@@ -675,13 +675,13 @@ def test_other_text_encoders_are_refused(family, pictures, teachers, tmp_path):
     name = next(name for name in sorted(weights) if name.endswith("q_proj.weight"))  # as after merging a LoRA
     save_file(weights | {name: weights[name] * 1.01}, path, metadata={"format": "pt"})
     with pytest.raises(UsageError, match=f"other text encoders than the teacher's, those of {family}"):
-        check_encoding(encoding, Teacher(str(folder)), fingerprint)
-    check_encoding(dataclasses.replace(encoding, text=None), Teacher(str(folder)), fingerprint)
+        check_encoding(encoding, Teacher(str(folder)), of)
+    check_encoding(dataclasses.replace(encoding, text=None), Teacher(str(folder)), of)
     if family == "sdxl":
         shutil.copy(Path(teachers[family]) / path.relative_to(folder), path)
-        check_encoding(encoding, Teacher(str(folder)), fingerprint)
+        check_encoding(encoding, Teacher(str(folder)), of)
         index = folder / "model_index.json"
         zeros = not sdxl.uses_zeros_for_empty_caption(Teacher(str(folder)))
         index.write_text(json.dumps(json.loads(index.read_text()) | {"force_zeros_for_empty_prompt": zeros}))
         with pytest.raises(UsageError, match="other text encoders"):
-            check_encoding(encoding, Teacher(str(folder)), fingerprint)
+            check_encoding(encoding, Teacher(str(folder)), of)
