@@ -31,6 +31,7 @@ from pathlib import Path
 
 from lcm_distill import flags
 from lcm_distill.data.packing import MANIFEST, Settings, describe_skipped, pack_shards
+from lcm_distill.data.raw import printable
 from lcm_distill.data.tar import RESUME_HINT
 from lcm_distill.errors import run_program, shown
 from lcm_distill.flags import SHARDS_FLAG
@@ -78,8 +79,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"interrupted. {RESUME_HINT}", file=sys.stderr)
         sys.exit(130)
     if packed.skipped:
-        listed = shown(str(Path(out, MANIFEST)))
-        print(f"skipped; all of them are listed in {listed}:\n{describe_skipped(packed.skipped)}")
+        print(
+            f"skipped; all of them are listed in {printable(str(Path(out, MANIFEST)), 1000)}:\n{describe_skipped(packed.skipped)}"
+        )
     print(
         f"{packed.shards} shard{'s' * (packed.shards != 1)}, {packed.samples} samples, {packed.bytes / 10**6:.1f} MB: "
         f"train with {SHARDS_FLAG} {shown(shlex.quote(out))}"

@@ -81,15 +81,19 @@ class Encoding:
         crop = "centre crop" if self.center_crop else "random crop, the same in each epoch"
         flip = "with their mirror images" if self.random_flip else "no flip"
         text = f"captions encoded by {printable(self.text_name)}" if self.text else "captions not encoded"
-        size = f"{self.resolution}x{self.resolution}"
-        return f"encoded by {printable(self.vae_name)} in {self.vae_dtype}; latents of {size}, {crop}, {flip}; {text}"
+        size, dtype = f"{self.resolution}x{self.resolution}", printable(self.vae_dtype)
+        return f"encoded by {printable(self.vae_name)} in {dtype}; latents of {size}, {crop}, {flip}; {text}"
 
     def differences(self, other: "Encoding") -> list[str]:
         """The fields in which `other` differs, such as "resolution 32 (now 64)"; names and embeddings aside."""
         ignored = ("vae_name", "text_name", "embeddings", "empty_caption")
         names = [field.name for field in dataclasses.fields(self) if field.name not in ignored]
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
-        return [f"{name} {printable(str(theirs))} (now {ours})" for name, ours, theirs in pairs if ours != theirs]
+        return [
+            f"{name} {printable(str(theirs))} (now {printable(str(ours))})"
+            for name, ours, theirs in pairs
+            if ours != theirs
+        ]
 
     def header_files(self) -> dict[str, bytes]:
         """The files at the beginning of a shard, by name."""
@@ -119,7 +123,7 @@ def read_encoding(shard: str) -> Encoding | None:
     """
     with open_shard(shard) as file:
         tar = TarReader(file)
-        files = {}
+        files: dict[str, bytes] = {}
         for entry in tar:
             if entry.name not in {HEADER, EMPTY_CAPTION} - {*files} or not entry.readable:
                 break

@@ -113,7 +113,8 @@ def check_encoding(encoding: Encoding | None, teacher: Teacher, family: "Family"
             f"{SHARDS_FLAG}: the captions were encoded with other text encoders than the teacher's, those of "
             f"{printable(encoding.text_name)}. Encode the pictures again with this teacher, or without --captions."
         )
-    found, expected = {"moments": encoding.moments}, {"moments": moments_shape(vae_config, encoding.resolution)}
+    found: dict[str, tuple[int, ...]] = {"moments": encoding.moments}
+    expected: dict[str, tuple[int, ...]] = {"moments": moments_shape(vae_config, encoding.resolution)}
     if encoding.text:
         found |= encoding.embeddings
         expected |= family.embedding_shapes(teacher)

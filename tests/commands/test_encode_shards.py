@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from test_stream import TouchesFile, noise_picture, take, write_tar
 
 from lcm_distill import encode_shards as module
-from lcm_distill.data.encoded import HEADER, read_encoding, unpack
+from lcm_distill.data.encoded import EMPTY_CAPTION, HEADER, read_encoding, unpack
 from lcm_distill.data.filters import FILTERED, parse_filters
 from lcm_distill.data.loader import make_loader
 from lcm_distill.data.preflight import inspect_shards
@@ -508,6 +508,17 @@ def header(**fields):
         (header(resolution=None), "damaged"),
         (header(unheard_of=1), "damaged"),
         (header(embeddings={"encoder_hidden_states": [16, 64]}), "damaged"),
+        (header(text="someone"), "damaged"),  # but no embeddings
+        (header(moments=[7, 4, 4]), "damaged"),  # no mean and deviation of as many channels
+        (header(moments=[8, 4, 2]), "damaged"),
+        (header(moments=[8, 64, 64]), "damaged"),  # more latents than pixels
+        (header(moments=[16]), "damaged"),
+        (header(moments=[8, 3, 3]), "damaged"),
+        (header(interpolation="of old"), "damaged"),  # it was blamed on --interpolation_type
+        (header(caption_column="pkl"), "damaged"),  # and this on --caption_column
+        (header(caption_column=" txt"), "damaged"),
+        (header(resolution=-32), "damaged"),
+        (header(vae_name="x" * 2**20), "damaged"),
     ],
 )
 def test_a_header_that_cannot_be_used_is_explained(latents, tmp_path, change, problem):
@@ -516,6 +527,93 @@ def test_a_header_that_cannot_be_used_is_explained(latents, tmp_path, change, pr
         UsageError, match=f"0.tar: its .encoding.json cannot be used .*{problem}.*Encode the pictures again"
     ):
         inspect_shards([shard], PREPARATION)
+
+
+@pytest.mark.hostile("shards")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"text": None},  # embeddings of no known text encoder
+        {"embeddings": {}},
+        {"embeddings": {"pixels": [16, 64]}},  # it would take the place of what the batch has under this name
+        {"embeddings": {"encoder_hidden_states": [64]}},
+        {"embeddings": {"encoder_hidden_states": [16, 64, 1]}},
+        {"embeddings": {"text_embeds": [16, 64]}},
+    ],
+)
+def test_embeddings_that_no_encoder_writes_are_refused(with_captions, tmp_path, fields):
+    old = contents(with_captions[0])
+    arrays = {name: np.zeros(shape, np.float16) for name, shape in fields.get("embeddings", {}).items()}
+    changes = {HEADER: header(**fields)(old[HEADER])} | ({EMPTY_CAPTION: save_bytes(arrays)} if arrays else {})
+    with pytest.raises(UsageError, match="its .encoding.json cannot be used .it is damaged"):
+        inspect_shards([changed(with_captions[0], tmp_path / "0.tar", changes)], PREPARATION)
+
+
+def reshaped(shard: str, path: Path, shapes: dict[str, tuple[int, ...]]) -> str:
+    """A copy of an encoded shard in which these arrays have other shapes, with a header and tags that say so."""
+    old = read_encoding(shard)
+    embeddings = {name: shapes.get(name, shape) for name, shape in old.embeddings.items()}
+    empty = {name: np.zeros(shape, np.float16) for name, shape in embeddings.items()}
+    moments = shapes.get("moments", old.moments)
+    new = dataclasses.replace(old, moments=moments, embeddings=embeddings, empty_caption=empty)
+    changes: dict[str, bytes | None] = dict(new.header_files())
+    for name, content in contents(shard).items():
+        if name.endswith(LATENTS_EXTENSION):
+            arrays = load_bytes(content)
+            captions = {name: len(arrays[name]) for name in embeddings}
+            arrays = {name: array for name, array in arrays.items() if name != "encoding"}
+            arrays |= {name: np.ones(moments, np.float16) for name in arrays if name.endswith("moments")}
+            arrays |= {name: np.ones((captions[name], *shape), np.float16) for name, shape in embeddings.items()}
+            changes[name] = new.pack(arrays)
+    return changed(shard, path, changes)
+
+
+@pytest.mark.hostile("shards")
+@pytest.mark.parametrize(
+    ("family", "shapes"),
+    [
+        *(("sd", {"moments": moments}) for moments in [(8, 1, 1), (6, 4, 4), (10, 4, 4), (8, 2, 2), (8, 32, 32)]),
+        *(("sd", {"encoder_hidden_states": shape}) for shape in [(77, 32), (1, 64), (76, 64), (77, 65)]),
+        ("sdxl", {"moments": (32, 4, 4)}),
+        ("sdxl", {"text_embeds": (63,)}),
+        ("sdxl", {"text_embeds": (1280,)}),
+        ("sdxl", {"encoder_hidden_states": (77, 64)}),
+    ],
+    ids=str,
+)
+def test_arrays_that_do_not_fit_the_teacher_are_refused(family, shapes, pictures, teachers, tmp_path):
+    """Such shards were trained on, or ended in a traceback: all in them fits together, but not the networks."""
+    good = encoded(pictures, tmp_path / "good", teachers[family], captions=True)[0]
+    teacher, of = Teacher(teachers[family]), FAMILIES[family]
+    check_encoding(read_encoding(good), teacher, of)
+    bad = inspect_shards([reshaped(good, tmp_path / "0.tar", shapes)], PREPARATION)
+    assert bad.usable and not bad.dropped
+    (name, shape), given = next(iter(shapes.items())), read_encoding(good)
+    right = given.moments if name == "moments" else given.embeddings[name]
+    wrong, right = ("x".join(map(str, sides)) for sides in (shape, right))
+    with pytest.raises(
+        UsageError, match=rf"{name} {wrong}\b.* where the teacher gives .*{name} {right}\b.*ncode the pict"
+    ):
+        check_encoding(bad.preparation.encoding, teacher, of)
+
+
+@pytest.mark.hostile("shards")
+def test_the_header_is_read_once(latents, tmp_path):
+    """A shard of nothing but headers is not read to its end."""
+    old = contents(latents[0])
+    write_tar(tmp_path / "0.tar", [(HEADER, old[HEADER]), (HEADER, b"{broken"), *old.items()])
+    assert read_encoding(str(tmp_path / "0.tar")) == read_encoding(latents[0])
+
+
+@pytest.mark.hostile("shards")
+def test_names_in_a_header_reach_no_terminal(latents, tmp_path):
+    evil = "\x1b]0;x\x07\u202e"
+    fields = {"vae_name": evil, "vae_dtype": evil, "text_name": evil, "vae": evil, "filters": [evil]}
+    shard = changed(latents[0], tmp_path / "0.tar", {HEADER: header(**fields)(contents(latents[0])[HEADER])})
+    encoding = read_encoding(shard)
+    said = [str(encoding), *encoding.differences(read_encoding(latents[0]))]
+    said += read_encoding(latents[0]).differences(encoding)
+    assert all(text.isprintable() for text in said), said
 
 
 @pytest.mark.hostile("shards")

@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import struct
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from braceexpand import braceexpand
 from PIL import Image
 
 from lcm_distill.data import decode, raw, sources
@@ -1252,6 +1254,64 @@ def test_mistakes_in_the_shards_flag_are_explained(tmp_path, spec, words):
     with pytest.raises(UsageError, match="--train_shards_path_or_url") as caught:
         expand_shards(spec and spec.format(tmp=tmp_path))
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.hostile("folders")
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("{0..9999999}", "10,000,000 names; at most 1,000,000"),
+        ("x{0..9999}/{0..9999}.tar", "100,000,000 names"),
+        ("{0..9999999999..7}.tar", "1,428,571,429 names"),
+        ("{a..z}{a..z}{a..z}{a..z}{a..z}", "11,881,376 names"),
+        ("{a,b}" * 60, "names"),
+        ("{" + "{a,b}" * 20 + "{c,d},e}", "2,097,153 names"),
+        ("{" + ",".join(["{0..399999}"] * 3) + "}", "1,200,000 names"),
+        ("{x,{y,{z,{0..1000000}}}}", "1,000,004 names"),
+        ("{" * 8 + "0..1000000" + "}" * 8, "1,000,001 names"),
+        ("{" * 100_000, "do not match"),
+        ("{a," * 100_000, "do not match"),
+        ("{" * 9 + "0..9" + "}" * 9, "nested"),
+        ("{0.." + "9" * 5000 + "}", "more than 18 digits"),
+        ("{" + "0" * 100_000 + "1..2}", "more than 18 digits"),
+        ("x" * 1000 + "{0..999999}", "names of 1,00"),
+        ("a}b{c", "do not match"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_braces_that_stand_for_too_much_are_refused_at_once(spec, words):
+    """They took gigabytes, or a traceback, before they were refused."""
+    memory, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    with pytest.raises(UsageError, match=f"^--train_shards_path_or_url: .*{words}"):
+        expand_shards(spec)
+    assert time.process_time() - start < 1
+    if sys.platform == "linux":  # kilobytes; elsewhere bytes
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 50_000
+
+
+@pytest.mark.hostile("folders")
+def test_a_list_of_braces_is_counted_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "MAX_SHARDS", 100)
+    (tmp_path / "list.txt").write_text("http://host/{00..59}.tar\n" * 1000)
+    for spec in (str(tmp_path / "list.txt"), "http://host/{00..59}.tar::http://host/{00..59}.tar"):
+        with pytest.raises(UsageError, match="with what stands before it, 120 shards; at most 100"):
+            expand_shards(spec)
+    assert len(expand_shards("http://host/{00..59}.tar::http://host/{60..99}.tar")) == 100
+
+
+def test_braces_are_counted_as_they_are_expanded():
+    pieces = ["{", "}", ",", "a", "0..3", "07..10", "a..e", "9..1..3", "\\", "x", "{1..3}", "{a,b}", "-2..2", "\n"]
+    rng, counted = random.Random(0), 0
+    for _ in range(20_000):
+        pattern = "".join(rng.choices(pieces, k=rng.randint(1, 8)))
+        try:
+            count, characters = shards_module._count_expansion(pattern)
+        except ValueError:
+            continue
+        names = list(braceexpand(pattern))
+        counted += 1
+        assert count == len(names) and characters >= sum(map(len, names)), pattern
+    assert counted > 5000
 
 
 @pytest.mark.parametrize(
