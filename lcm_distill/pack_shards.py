@@ -79,9 +79,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"interrupted. {RESUME_HINT}", file=sys.stderr)
         sys.exit(130)
     if packed.skipped:
-        print(
-            f"skipped; all of them are listed in {printable(str(Path(out, MANIFEST)), 1000)}:\n{describe_skipped(packed.skipped)}"
-        )
+        listed = printable(str(Path(out, MANIFEST)), 1000)
+        print(f"skipped; all of them are listed in {listed}:\n{describe_skipped(packed.skipped)}")
     print(
         f"{packed.shards} shard{'s' * (packed.shards != 1)}, {packed.samples} samples, {packed.bytes / 10**6:.1f} MB: "
         f"train with {SHARDS_FLAG} {shown(shlex.quote(out))}"

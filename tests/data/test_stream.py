@@ -37,7 +37,7 @@ from lcm_distill.data.preparation import Preparation, resize_and_crop
 from lcm_distill.data.raw import CODE_EXTENSIONS, PICTURE_EXTENSIONS
 from lcm_distill.data.shards import count_samples, expand_shards
 from lcm_distill.data.stream import DropCounter, ShardStream, StreamIterator, deal_shards
-from lcm_distill.errors import UsageError
+from lcm_distill.errors import UsageError, shown
 
 REPO = Path(__file__).parents[2]
 
@@ -1383,6 +1383,33 @@ def test_the_preflight_reports_what_it_finds(tmp_path):
     assert report.dropped == {raw.NO_CAPTION: 1, raw.UNREADABLE_SHARD: 1}
     text = str(report)
     assert "3 of 4 samples usable" in text and "20x16 to 40x30 (width x height)" in text and "1.tar" in text
+
+
+@pytest.mark.hostile("shards")
+def test_the_preflight_shows_nothing_that_a_terminal_obeys(tmp_path, caplog):
+    """Extensions, JSON keys and shards may be called anything, and the run's log shows them."""
+    evil = "\x1b[2J\x1b]0;x\x07\nerror: \r\x9b1m\u202e"
+    files = [
+        ("a.png", noise_picture(0)),
+        (f"a.{evil}", b"x"),
+        ("a.json", json.dumps({"caption": evil, evil: evil}).encode()),
+    ]
+    (tmp_path / evil).mkdir()
+    shard = write_tar(tmp_path / evil / "0.tar", files)
+    cut = tmp_path / evil / "1.tar"
+    cut.write_bytes(Path(shard).read_bytes()[:600])
+    report = inspect_shards([shard, str(cut)], Preparation(resolution=8), limit=9)
+    assert report.problems and report.captions == [evil.strip()]
+    assert all(line.isprintable() for line in str(report).split("\n")), str(report)
+    with pytest.raises(UsageError) as refused:
+        inspect_shards([str(cut)], Preparation(resolution=8))
+    assert all(line.isprintable() for line in str(refused.value).split("\n")), str(refused.value)
+    stream = ShardStream(shards=[str(cut), shard], preparation=Preparation(resolution=8), batch_size=2, seed=0)
+    with caplog.at_level(logging.INFO):
+        next(iter(stream))
+        count_samples([str(cut)])
+    assert len(caplog.records) >= 2
+    assert all(shown(record.getMessage()) == record.getMessage() for record in caplog.records)
 
 
 def test_the_preflight_stops_early(tmp_path):
