@@ -136,7 +136,7 @@ def find_pictures(images: str, out: str, caption_column: str | None = None) -> t
     skipped: Skipped = defaultdict(list)
     out = os.path.realpath(out)
     bar = tqdm(desc="searching", unit=" pictures", leave=False, delay=1, dynamic_ncols=True)
-    for folder, folders, names in os.walk(images, onerror=_raise_unreadable):
+    for folder, folders, names in _walk(images):
         prefix = os.path.relpath(os.path.join(folder, "x"), images)[:-1]
         visible = [name for name in folders if not name.startswith(".")]
         folders[:] = [name for name in visible if os.path.realpath(os.path.join(folder, name)) != out]
@@ -218,6 +218,14 @@ def find_pictures(images: str, out: str, caption_column: str | None = None) -> t
     return captioned, skipped
 
 
+def _walk(images: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk`; `UsageError` for a folder that cannot be read, and for folders in too many others."""
+    try:
+        yield from os.walk(images, onerror=_raise_unreadable)
+    except RecursionError:  # until Python 3.12
+        raise UsageError(f"IMAGES: too many folders are nested in {images}; move what is in them up.") from None
+
+
 def _raise_unreadable(error: OSError) -> None:
     folder = printable(str(error.filename), 1000)
     raise UsageError(f"IMAGES: the folder {folder} cannot be read ({error.strerror}); fix or move it.")
@@ -276,6 +284,8 @@ def _read_metadata(path: str, roots: tuple[str, ...]) -> Iterator[tuple[str, dic
                 name = row.pop("file_name", None) if isinstance(row, dict) else None
                 if not isinstance(name, str) or not name:
                     raise ValueError(f"no file_name, which names the picture, in {str(row)[:200]}")
+                if _is_deep(row):
+                    raise ValueError(f"lists and objects of {printable(name)} are nested too deeply")
                 yield name, {key: value for key, value in row.items() if key is not None and value is not None}
     except OSError as error:
         problem = error.strerror or error
@@ -284,6 +294,21 @@ def _read_metadata(path: str, roots: tuple[str, ...]) -> Iterator[tuple[str, dic
         raise UsageError(
             f"IMAGES: {printable(path, 1000)} cannot be used: {error}. Fix row {number} or the next."
         ) from None
+
+
+def _is_deep(value: Any, most: int = 50) -> bool:
+    """Whether lists and objects are nested more than `most` deep: such a value may be read, but not written again."""
+    level = [value]
+    for _ in range(most):
+        level = [
+            one
+            for found in level
+            if isinstance(found, (dict, list))
+            for one in (found.values() if isinstance(found, dict) else found)
+        ]
+        if not level:
+            return False
+    return True
 
 
 # --------------------------------------------------------------------------------------------------- a sample

@@ -61,7 +61,7 @@ class Journal:
         partial = self._path.with_name(f".{NAME}.partial")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            old = list(_lines(self._path)) if global_step and self._path.exists() else []
+            old = list(_lines(self._path)) if global_step and self._path.is_file() else []
             kept = [line for line in old if line.get("step", 0) <= global_step]
             partial.unlink(missing_ok=True)
             with open(partial, "xb") as file:  # a new file: not what a link of this name points to

@@ -592,6 +592,39 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, name, kind):
 
 
 @pytest.mark.hostile("folders")
+@pytest.mark.parametrize("deep", [60, 300, 900, 990, 5000])
+def test_metadata_that_are_nested_too_deeply_are_refused(tmp_path, deep):
+    """What can just be read cannot always be written again, in another process."""
+    images = fill(tmp_path / "in", 1)
+    row = '{"file_name": "000.png", "text": "x", "y": ' + "[" * deep + "]" * deep + "}"
+    (images / "metadata.jsonl").write_text(row)
+    with pytest.raises(UsageError, match="metadata.jsonl cannot be used: .*Fix row"):
+        pack(images, tmp_path / "out")
+
+
+@pytest.mark.hostile("folders")
+def test_folders_in_very_many_folders(tmp_path, monkeypatch):
+    """Before Python 3.12 they were a traceback; the system cannot open the innermost ones."""
+    images, levels = fill(tmp_path / "in", 1), 1200
+    monkeypatch.chdir(images)
+    for _ in range(levels):
+        os.mkdir("d")
+        os.chdir("d")
+    os.chdir(tmp_path)
+    try:
+        assert pack(images, tmp_path / "out").samples == 1
+    except UsageError as refused:
+        assert "too many folders are nested" in str(refused)
+    finally:  # pytest cannot
+        os.chdir(images)
+        for _ in range(levels):
+            os.chdir("d")
+        for _ in range(levels):
+            os.chdir("..")
+            os.rmdir("d")
+
+
+@pytest.mark.hostile("folders")
 def test_links_to_folders_are_counted(tmp_path, secret):
     images = fill(tmp_path / "in", 1)
     fill(images / "own", 1)
