@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     initial = InitialStudent.find(None if run.resumed else args.student, args.teacher, family, configs.unet)
     preflight = run.inspect(shards, preparation, partial(family.count_tokens, teacher))
     preparation = preflight.preparation
-    check_encoding(preparation.encoding, teacher, family.text_fingerprint)
+    check_encoding(preparation.encoding, teacher, family)
     counted = partial(count_samples, shards, caption_column=preparation.caption_column)
     plan = run.plan(args.length, args.optimization, args.streaming.train_batch_size, counted)
     run.connect()

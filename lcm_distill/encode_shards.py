@@ -24,7 +24,7 @@ start or end together. The same pictures, flags and device give the same bytes.
 import argparse
 
 from lcm_distill import flags
-from lcm_distill.errors import UsageError, run_program
+from lcm_distill.errors import UsageError, run_program, shown
 from lcm_distill.flags import SHARDS_FLAG, VAE_FLAG
 
 
@@ -101,7 +101,7 @@ from lcm_distill.data.tar import PARTIAL, RESUME_HINT, TarWriter, atomic_tar, ne
 from lcm_distill.environment import choose_device, quiet_libraries
 from lcm_distill.models.families import Family, family_of
 from lcm_distill.models.teacher import Teacher, read_configs
-from lcm_distill.models.vae import encode_moments, scale_and_shift, vae_factor
+from lcm_distill.models.vae import encode_moments, moments_shape, scale_and_shift
 
 DROPPED = ".dropped.json"  # the last file of a shard: reason to the names of the samples that were left out
 
@@ -185,13 +185,12 @@ def encode_shards(
     names = output_names(shards)
     family = family_of(teacher.read_config(UNet2DConditionModel, "unet"))
     configs = read_configs(teacher, family=family.NAME, resolution=preparation.resolution, num_ddim_timesteps=1)
-    side = preparation.resolution // vae_factor(configs.vae)
     frozen = family.Frozen(teacher, device=device, dtype=dtype)
     encoding = Encoding(
         vae=teacher.fingerprint("vae", AutoencoderKL),
         **scale_and_shift(configs.vae),
         vae_dtype=str(frozen.dtypes["vae"]).removeprefix("torch."),
-        moments=(2 * configs.vae.get("latent_channels", 4), side, side),
+        moments=moments_shape(configs.vae, preparation.resolution),
         resolution=preparation.resolution,
         interpolation=preparation.interpolation,
         center_crop=preparation.center_crop,
@@ -259,8 +258,8 @@ def _find_encoded(out: Path, encoding: Encoding) -> set[str]:
         if path.name.startswith("."):
             continue
         earlier = None
-        with contextlib.suppress(Exception):  # not a tar, or a folder
-            earlier = read_encoding(str(path))
+        with contextlib.suppress(Exception):  # not a tar
+            earlier = read_encoding(str(path)) if path.is_file() else None  # a pipe would block
         if earlier is None:
             raise UsageError(f"OUT {out} contains other files ({printable(path.name)}); give a new or empty folder.")
         if differences := encoding.differences(earlier):
@@ -468,7 +467,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{process}kept, since a filter cannot compare their value: {list_counts(result.not_compared)}")
     print(
         f"{process}{result.shards} shard{'s' * (result.shards != 1)}{earlier}, {result.samples} samples, "
-        f"{result.bytes / 10**6:.1f} MB: train with {SHARDS_FLAG} {shlex.quote(args.out)} "
+        f"{result.bytes / 10**6:.1f} MB: train with {SHARDS_FLAG} {shown(shlex.quote(args.out))} "
         f"--resolution {args.resolution}"
     )
 

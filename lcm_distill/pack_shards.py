@@ -3,7 +3,9 @@
     python -m lcm_distill.pack_shards photos shards
     python -m lcm_distill.pack_shards photos shards --max_size 1024 --caption_column blip
 
-IMAGES is searched with all its subfolders (hidden files and links to folders are skipped). The caption of cats/a.jpg
+IMAGES is searched with all its subfolders. Hidden files are skipped, and so are links to folders and links to files
+outside IMAGES: to pack what links point to, copy the folder with cp -rL. (Links of a snapshot in Hugging Face's cache
+into its own blobs are followed.) The caption of cats/a.jpg
 is in the text file cats/a.txt (or a.text, a.caption), or else in a row of a metadata.jsonl or metadata.csv:
 
     {"file_name": "cats/a.jpg", "text": "a cat on a mat", "licence": "CC0"}
@@ -29,8 +31,9 @@ from pathlib import Path
 
 from lcm_distill import flags
 from lcm_distill.data.packing import MANIFEST, Settings, describe_skipped, pack_shards
+from lcm_distill.data.raw import printable
 from lcm_distill.data.tar import RESUME_HINT
-from lcm_distill.errors import run_program
+from lcm_distill.errors import run_program, shown
 from lcm_distill.flags import SHARDS_FLAG
 
 
@@ -76,10 +79,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"interrupted. {RESUME_HINT}", file=sys.stderr)
         sys.exit(130)
     if packed.skipped:
-        print(f"skipped; all of them are listed in {Path(out, MANIFEST)}:\n{describe_skipped(packed.skipped)}")
+        listed = printable(str(Path(out, MANIFEST)), 1000)
+        print(f"skipped; all of them are listed in {listed}:\n{describe_skipped(packed.skipped)}")
     print(
         f"{packed.shards} shard{'s' * (packed.shards != 1)}, {packed.samples} samples, {packed.bytes / 10**6:.1f} MB: "
-        f"train with {SHARDS_FLAG} {shlex.quote(out)}"
+        f"train with {SHARDS_FLAG} {shown(shlex.quote(out))}"
     )
 
 

@@ -7,7 +7,7 @@ do at every validation. It works at any time, also while the run trains, and for
 The file needs no network and no other file: open it in a browser, or send it to someone.
 """
 
-from lcm_distill.errors import UsageError, run_program
+from lcm_distill.errors import UsageError, run_program, shown
 from lcm_distill.flags import CommandParser, path
 from lcm_distill.run.report import build_report
 
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError(
             f"{output_dir}: the report could not be written ({error}); free disk space, or copy the folder."
         ) from None
-    print(f"{report}: {report.stat().st_size / 1e6:.1f} MB")
+    print(f"{shown(str(report))}: {report.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

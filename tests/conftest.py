@@ -18,12 +18,14 @@ import diffusers
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from hostile import COLLECTED
 from safetensors.torch import load_file, save_file
 
 from lcm_distill.run.stopping import SIGNALS
 from toy.make_shards import make_shards
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests"
 TEACHERS = {family: str(ROOT / "toy" / "teachers" / family) for family in ("sd", "sdxl")}
 
 
@@ -34,7 +36,11 @@ LONGEST = (
 )  # fmt: skip
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(tryfirst=True)  # before -k and -m leave some out
+def pytest_collection_modifyitems(config, items):
+    named = {arg.partition("::")[0] for arg in config.args if "::" in arg}
+    whole = {item.path.relative_to(TESTS).as_posix() for item in items if TESTS in item.path.parents}
+    config.stash[COLLECTED] = {name for name in whole if not any(one.endswith(name) for one in named)}, list(items)
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))  # the order within a file stays
 

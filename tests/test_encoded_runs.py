@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_encode_shards import vae_copy
+from test_encode_shards import reshaped, vae_copy
 from test_programs import LORA_PROGRAMS, PROGRAMS, captured_losses, family, result, same
 
 from lcm_distill.data.encoded import read_encoding
@@ -96,6 +96,7 @@ def test_a_dry_run_from_latents_validates(command, run, encoded, loaded, caplog,
     assert sorted(loaded) == sorted([*NOT_NEEDED, "unet"]) and not (tmp_path / "out").exists()
 
 
+@pytest.mark.hostile("shards")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -118,6 +119,20 @@ def test_latents_that_do_not_fit_are_refused_before_anything_is_loaded(
     program = PROGRAMS[1] if options.get("family") == "sdxl" else PROGRAMS[0]
     with pytest.raises(UsageError, match=message):
         run(program, command(train_shards_path_or_url=shards, **options))
+
+
+@pytest.mark.hostile("shards")
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("name", ["moments", "encoder_hidden_states"])
+def test_arrays_of_other_shapes_are_refused_before_anything_is_loaded(
+    program, name, command, run, encoded, tmp_path, monkeypatch
+):
+    shard = expand_shards(encoded(family(program)))[0]
+    shape = (8, 1, 1) if name == "moments" else (77, 8)
+    bad = reshaped(shard, tmp_path / "0.tar", {name: shape})
+    monkeypatch.setattr(Teacher, "load", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(UsageError, match=rf"its arrays are .*{name} {'x'.join(map(str, shape))}"):
+        run(program, command(train_shards_path_or_url=bad, family=family(program)))
 
 
 class Network(torch.nn.Module):

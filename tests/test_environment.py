@@ -7,6 +7,7 @@ from lcm_distill.environment import check_writable, choose_device, memory_errors
 from lcm_distill.errors import UsageError
 
 
+@pytest.mark.hostile("folders")
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="--output_dir .*file"):
@@ -55,6 +56,7 @@ def test_an_unavailable_device_is_refused(available, device, dtype, words, monke
         choose_device(device, dtype)
 
 
+@pytest.mark.hostile("disks")
 def test_out_of_memory_is_a_message_with_a_remedy():
     with pytest.raises(UsageError, match="Tried 2 GiB.*: take less"), memory_errors("take less"):
         raise torch.OutOfMemoryError("Tried 2 GiB\nand more")

@@ -121,6 +121,7 @@ def _loader(stream):
     return make_loader(stream, 0)
 
 
+@pytest.mark.hostile("signals")
 def test_sigterm_to_the_launcher_saves_on_every_rank(command, tmp_path):
     options = {"steps": 2000, "checkpointing_steps": 1, "checkpoints_total_limit": 1}
     launched = start(command(**options), tmp_path)
@@ -138,6 +139,7 @@ def test_sigterm_to_the_launcher_saves_on_every_rank(command, tmp_path):
     assert message in log, log[-3000:]
 
 
+@pytest.mark.hostile("signals")
 def test_the_death_of_one_rank_ends_the_job_in_bounded_time(command, tmp_path):
     launched = start(command(steps=2000, checkpointing_steps=2), tmp_path)
     wait_for(lambda: list_checkpoints(tmp_path / "out"), launched, tmp_path)
@@ -150,6 +152,7 @@ def test_the_death_of_one_rank_ends_the_job_in_bounded_time(command, tmp_path):
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
 
 
+@pytest.mark.hostile("signals")
 def test_a_killed_worker_of_one_rank_ends_all_ranks_with_a_checkpoint(command, tmp_path):
     """The others waited for that rank's gradients until the launcher ended them; nothing was saved."""
     options = {"steps": 2000, "dataloader_num_workers": 1, "num_validation_images": 0, "validation_teacher_steps": 0}
@@ -201,6 +204,7 @@ def test_two_machines_train_save_and_resume(command, tmp_path):
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.hostile("disks")
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="mounting needs root")
 def test_a_disk_that_fills_up_loses_nothing(command, tmp_path):
     """A real one, of 90 MB: some checkpoints fit, then none; the run logs it, keeps the last complete one, and ends."""

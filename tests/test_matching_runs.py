@@ -287,6 +287,7 @@ def test_a_resumed_run_may_begin_matching_change_it_and_end_it(program, command,
     assert not (tmp_path / "out" / "checkpoint-4" / "fake_score").exists()
 
 
+@pytest.mark.hostile("checkpoints")
 @pytest.mark.parametrize("more", [{"dm_rank": 8}, {"w_min": 8, "w_max": 8}], ids=lambda more: "-".join(more))
 def test_a_fake_score_of_another_shape_is_refused_with_the_flag_s_name(more, command, run):
     """The message was that the checkpoint is damaged."""

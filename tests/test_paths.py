@@ -8,6 +8,8 @@ import pytest
 
 from lcm_distill.errors import UsageError
 
+pytestmark = pytest.mark.hostile("folders")
+
 PROGRAMS = ("train_lcm_distill_sd_wds", "train_lcm_distill_sdxl_wds", "train_lcm_distill_lora_sd_wds",
             "train_lcm_distill_lora_sdxl_wds")  # fmt: skip
 COMMON = ("pretrained_teacher_model", "teacher_config", "pretrained_vae_model_name_or_path", "cache_dir")

@@ -631,6 +631,7 @@ def test_what_is_exported_is_the_schedule_that_was_trained(program, config, comm
     assert not exported.config.clip_sample and not exported.config.thresholding
 
 
+@pytest.mark.hostile("teachers")
 def test_a_vae_that_overflows_fails_a_dry_run_and_is_said_in_a_run(command, run, teacher, tmp_path, caplog):
     """A dry run of a teacher with black pictures said that all works, with exit code 0."""
     shutil.copytree(teacher, tmp_path / "teacher")
@@ -767,6 +768,7 @@ def test_a_cast_teacher_does_not_round_the_student(command, run, teacher, monkey
     assert same(made[0], dict(again.state_dict()))
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("variant", ["fp16", "fp32"])
 def test_weights_of_a_variant_load_or_are_refused(variant, command, run, teacher, tmp_path):
     from diffusers import StableDiffusionPipeline
@@ -817,6 +819,7 @@ def test_mistakes_are_reported_before_any_model_is_loaded(program, options, mess
         run(program, command(family=family(program), **options))
 
 
+@pytest.mark.hostile("checkpoints")
 def test_a_checkpoint_of_another_architecture_is_refused(command, run, monkeypatch):
     run(PROGRAMS[0], command(steps=1))
     monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
@@ -824,6 +827,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(command, run, monkeypat
         run(PROGRAMS[0], command(resume_from_checkpoint="latest", unet_time_cond_proj_dim=128))
 
 
+@pytest.mark.hostile("shards")
 def test_bad_samples_are_skipped_and_counted(command, run, shards, tmp_path, caplog):
     bad = tmp_path / "bad"
     bad.mkdir()

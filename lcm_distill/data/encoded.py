@@ -31,17 +31,21 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from lcm_distill.data.captions import check_caption_column
 from lcm_distill.data.raw import printable
 from lcm_distill.data.shards import MAX_FILE_BYTES
 from lcm_distill.data.sources import open_shard
 from lcm_distill.data.tar import TarReader
 from lcm_distill.errors import UsageError
+from lcm_distill.flags import INTERPOLATIONS
 
 FORMAT = 1
 HEADER, EMPTY_CAPTION = ".encoding.json", ".empty_caption.safetensors"
+_EMBEDDING_AXES = {"encoder_hidden_states": 2, "text_embeds": 1}  # (tokens, dim) and (dim): those of one caption
 _NOT_IN_TAG = ("vae_name", "text_name", "seed", "filters")
 _MIRRORED = "mirrored_moments"
 _MAX_HEADER_BYTES = 2**16  # of a safetensors file; those of samples have about 500
+_MAX_ENCODING_BYTES = 2**20  # of a shard's .encoding.json, which has about 1000
 _EXPONENT = 0x7C00  # the exponent bits of a float16, which are all ones in infinities and NaNs
 
 
@@ -77,15 +81,19 @@ class Encoding:
         crop = "centre crop" if self.center_crop else "random crop, the same in each epoch"
         flip = "with their mirror images" if self.random_flip else "no flip"
         text = f"captions encoded by {printable(self.text_name)}" if self.text else "captions not encoded"
-        size = f"{self.resolution}x{self.resolution}"
-        return f"encoded by {printable(self.vae_name)} in {self.vae_dtype}; latents of {size}, {crop}, {flip}; {text}"
+        size, dtype = f"{self.resolution}x{self.resolution}", printable(self.vae_dtype)
+        return f"encoded by {printable(self.vae_name)} in {dtype}; latents of {size}, {crop}, {flip}; {text}"
 
     def differences(self, other: "Encoding") -> list[str]:
         """The fields in which `other` differs, such as "resolution 32 (now 64)"; names and embeddings aside."""
         ignored = ("vae_name", "text_name", "embeddings", "empty_caption")
         names = [field.name for field in dataclasses.fields(self) if field.name not in ignored]
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
-        return [f"{name} {theirs} (now {ours})" for name, ours, theirs in pairs if ours != theirs]
+        return [
+            f"{name} {printable(str(theirs))} (now {printable(str(ours))})"
+            for name, ours, theirs in pairs
+            if ours != theirs
+        ]
 
     def header_files(self) -> dict[str, bytes]:
         """The files at the beginning of a shard, by name."""
@@ -115,11 +123,12 @@ def read_encoding(shard: str) -> Encoding | None:
     """
     with open_shard(shard) as file:
         tar = TarReader(file)
-        files = {}
+        files: dict[str, bytes] = {}
         for entry in tar:
-            if entry.name not in (HEADER, EMPTY_CAPTION) or not entry.readable or entry.size > MAX_FILE_BYTES:
+            if entry.name not in {HEADER, EMPTY_CAPTION} - {*files} or not entry.readable:
                 break
-            files[entry.name] = tar.content()
+            huge = entry.size > (_MAX_ENCODING_BYTES if entry.name == HEADER else MAX_FILE_BYTES)
+            files[entry.name] = b"" if huge else tar.content()
     if HEADER not in files:
         return None
     try:
@@ -167,11 +176,27 @@ def _parse_encoding(files: Mapping[str, bytes]) -> Encoding:
     content["filters"] = tuple(map(str, content["filters"]))
     content["embeddings"] = {str(name): _parse_shape(shape) for name, shape in content["embeddings"].items()}
     encoding = Encoding(**content)
+    _check_consistency(encoding)
     if not encoding.embeddings:
         return encoding
     file = _SafetensorsFile(files[EMPTY_CAPTION])
     empty = {name: file.array(name, "F16", shape) for name, shape in encoding.embeddings.items()}
     return dataclasses.replace(encoding, empty_caption=empty)
+
+
+def _check_consistency(encoding: Encoding) -> None:
+    """`ValueError` for what no encoder writes. Whether it is right for a teacher: `models.frozen.check_encoding`."""
+    channels, height, width = encoding.moments
+    if channels % 2 or height != width or not 0 < encoding.resolution < 2**31 or encoding.resolution % height:
+        raise ValueError
+    # Other embeddings would take the place of what a batch has under their names.
+    axes = {name: len(shape) for name, shape in encoding.embeddings.items()}
+    if bool(encoding.text) != bool(axes) or not axes.items() <= _EMBEDDING_AXES.items():
+        raise ValueError
+    if encoding.interpolation not in INTERPOLATIONS:
+        raise ValueError
+    if check_caption_column(encoding.caption_column) != encoding.caption_column:
+        raise ValueError
 
 
 def _parse_shape(value: Any) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import functools
 import hashlib
 import io
@@ -10,6 +11,7 @@ import multiprocessing
 import os
 import posixpath
 import random
+import re
 import signal
 import stat
 import threading
@@ -37,6 +39,7 @@ from lcm_distill.data.raw import (
     PICTURE_EXTENSIONS,
     BadSample,
     list_counts,
+    printable,
 )
 from lcm_distill.data.shards import MAX_FILE_BYTES, MAX_TEXT_BYTES
 from lcm_distill.data.sizes import ORIGINAL_SIZE, size_in_json
@@ -64,6 +67,11 @@ NO_CAPTION = "no caption, or an empty one"
 NOT_KNOWN = "file with a caption, of a kind that is not known (save it as JPEG, PNG, WebP or TIFF)"
 NO_FILE = "row of the metadata without its picture"
 UNREADABLE = "not a file, a link to nothing, or no permission to read it"
+LINK_OUT = "link to a file outside the folder (to pack what links point to, copy the folder with cp -rL)"
+FOLDER_LINK = "link to a folder, which is not followed (to pack what is in it, copy the folder with cp -rL)"
+
+# What reading a manifest raises that something else has written, or that was cut short.
+_NOT_OURS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 Skipped = dict[str, list[str]]  # reason to names
 
@@ -117,9 +125,10 @@ def find_pictures(images: str, out: str, caption_column: str | None = None) -> t
     Reads only the metadata.
 
     Raises:
-        UsageError: there is no picture, or none with a caption; a folder or the metadata cannot be read; the metadata
-            have no column `caption_column`.
+        UsageError: there is no picture, or none with a caption; a folder or the metadata cannot be read, or these are
+            no file or a link to one outside; the metadata have no column `caption_column`.
     """
+    roots = _link_roots(images)
     found: list[Picture] = []
     rows: dict[str, bytes] = {}
     columns: Counter = Counter()
@@ -127,10 +136,12 @@ def find_pictures(images: str, out: str, caption_column: str | None = None) -> t
     skipped: Skipped = defaultdict(list)
     out = os.path.realpath(out)
     bar = tqdm(desc="searching", unit=" pictures", leave=False, delay=1, dynamic_ncols=True)
-    for folder, folders, names in os.walk(images, onerror=_raise_unreadable):
-        visible = (name for name in folders if not name.startswith("."))
-        folders[:] = [name for name in visible if os.path.realpath(os.path.join(folder, name)) != out]
+    for folder, folders, names in _walk(images):
         prefix = os.path.relpath(os.path.join(folder, "x"), images)[:-1]
+        visible = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in visible if os.path.realpath(os.path.join(folder, name)) != out]
+        if links := [prefix + name for name in folders if os.path.islink(os.path.join(folder, name))]:
+            skipped[FOLDER_LINK] += links
         texts: dict[str, dict[str, str]] = {}
         pictures, unknown = [], []
         for name in sorted(name for name in names if not name.startswith(".")):
@@ -145,9 +156,12 @@ def find_pictures(images: str, out: str, caption_column: str | None = None) -> t
                 unknown.append((stem, name))
             other_files[dotted.lower() or "other file"] += 1
             if suffix in CAPTION_EXTENSIONS and caption_column is None:
-                texts.setdefault(stem, {})[suffix] = prefix + name
+                if _leads_out(os.path.join(folder, name), roots):
+                    skipped[LINK_OUT].append(prefix + name)
+                else:
+                    texts.setdefault(stem, {})[suffix] = prefix + name
             if name in METADATA:
-                for path, row in _read_metadata(os.path.join(folder, name)):
+                for path, row in _read_metadata(os.path.join(folder, name), roots):
                     path = posixpath.normpath(posixpath.join(prefix, path))
                     columns.update(row.keys())
                     rows[path] = rows.get(path, b"") + json.dumps(row).encode() + b"\n"
@@ -157,6 +171,9 @@ def find_pictures(images: str, out: str, caption_column: str | None = None) -> t
         for stem, name in pictures:
             bar.update()
             text = next((texts[stem][suffix] for suffix in CAPTION_EXTENSIONS if suffix in texts.get(stem, ())), "")
+            if _leads_out(os.path.join(folder, name), roots):
+                skipped[LINK_OUT].append(prefix + name)
+                continue
             picture = Picture(prefix + name, text, b"", _stamp(images, prefix + name) + _stamp(images, text))
             limits = (MAX_FILE_BYTES, MAX_TEXT_BYTES)
             if len(picture.stamp) < (4 if text else 2):
@@ -201,8 +218,17 @@ def find_pictures(images: str, out: str, caption_column: str | None = None) -> t
     return captioned, skipped
 
 
+def _walk(images: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk`; `UsageError` for a folder that cannot be read, and for folders in too many others."""
+    try:
+        yield from os.walk(images, onerror=_raise_unreadable)
+    except RecursionError:  # until Python 3.12
+        raise UsageError(f"IMAGES: too many folders are nested in {images}; move what is in them up.") from None
+
+
 def _raise_unreadable(error: OSError) -> None:
-    raise UsageError(f"IMAGES: the folder {error.filename} cannot be read ({error.strerror}); fix or move it.")
+    folder = printable(str(error.filename), 1000)
+    raise UsageError(f"IMAGES: the folder {folder} cannot be read ({error.strerror}); fix or move it.")
 
 
 def _stamp(images: str, path: str) -> tuple[int, ...]:
@@ -213,20 +239,76 @@ def _stamp(images: str, path: str) -> tuple[int, ...]:
     return ()
 
 
-def _read_metadata(path: str) -> Iterator[tuple[str, dict]]:
+def _link_roots(images: str) -> tuple[str, ...]:
+    """The folders that links in `images` may lead to: itself, and the files of its snapshot in Hugging Face's cache.
+
+    There, all files in `datasets--NAME/snapshots/REVISION` are links into `datasets--NAME/blobs`.
+    """
+    root = Path(os.path.realpath(images))
+    caches = [folder.parent for folder in (root, *root.parents) if folder.name == "snapshots"]
+    blobs = [cache / "blobs" for cache in caches if re.fullmatch(r"(datasets|models|spaces)--.+", cache.name)]
+    return (str(root), *(str(folder) for folder in blobs if not folder.is_symlink()))
+
+
+def _leads_out(path: str, roots: tuple[str, ...]) -> bool:
+    """Whether a file is a link that ends outside these folders: a dataset must not choose which other files it has."""
+    if not os.path.islink(path):
+        return False
+    target = os.path.realpath(path)
+    return not any(os.path.commonpath((root, target)) == root for root in roots)
+
+
+def _open(path: str, roots: tuple[str, ...]) -> IO[bytes]:
+    """Opens a regular file; `OSError` for any other kind, and for a link that leads out.
+
+    Neither a pipe, which blocks for ever, nor a link is opened that took the file's place since it was looked at.
+    """
+    if _leads_out(path, roots):
+        raise OSError(errno.ELOOP, LINK_OUT)
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    file = open(os.open(os.path.realpath(path), flags), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file")
+    return file
+
+
+def _read_metadata(path: str, roots: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
     """Yields (file name, the other columns) of each row of a .jsonl or .csv."""
     number = 0
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(_open(path, roots), encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file) if path.endswith(".csv") else map(json.loads, filter(str.strip, file))
             for row in rows:
                 number += 1
                 name = row.pop("file_name", None) if isinstance(row, dict) else None
                 if not isinstance(name, str) or not name:
                     raise ValueError(f"no file_name, which names the picture, in {str(row)[:200]}")
+                if _is_deep(row):
+                    raise ValueError(f"lists and objects of {printable(name)} are nested too deeply")
                 yield name, {key: value for key, value in row.items() if key is not None and value is not None}
-    except (OSError, ValueError, csv.Error, RecursionError) as error:
-        raise UsageError(f"IMAGES: {path} cannot be used: {error}. Fix row {number} or the next.") from None
+    except OSError as error:
+        problem = error.strerror or error
+        raise UsageError(f"IMAGES: {printable(path, 1000)} cannot be read: {problem}. Fix or move it.") from None
+    except (ValueError, csv.Error, RecursionError) as error:
+        raise UsageError(
+            f"IMAGES: {printable(path, 1000)} cannot be used: {error}. Fix row {number} or the next."
+        ) from None
+
+
+def _is_deep(value: Any, most: int = 50) -> bool:
+    """Whether lists and objects are nested more than `most` deep: such a value may be read, but not written again."""
+    level = [value]
+    for _ in range(most):
+        level = [
+            one
+            for found in level
+            if isinstance(found, (dict, list))
+            for one in (found.values() if isinstance(found, dict) else found)
+        ]
+        if not level:
+            return False
+    return True
 
 
 # --------------------------------------------------------------------------------------------------- a sample
@@ -243,7 +325,7 @@ def make_sample(images: str, picture: Picture, settings: Settings) -> dict[str, 
         UsageError: a file that existed before cannot be read any more.
     """
     captions, meta = _read_captions(images, picture, settings.caption_column)
-    stored = _read_picture(_read(images, picture.path), settings.max_size)
+    stored = _read_picture(_read(images, picture.path, MAX_FILE_BYTES), settings.max_size)
     height, width = stored.size
     meta |= {"file_name": picture.path, "width": width, "height": height}
     original_size = size_in_json(meta, stored.true_size, turned=stored.turned, keys=(ORIGINAL_SIZE,))
@@ -262,13 +344,23 @@ def make_sample(images: str, picture: Picture, settings: Settings) -> dict[str, 
     return files
 
 
-def _read(images: str, path: str) -> bytes:
+def _read(images: str, path: str, most: int) -> bytes:
+    """A file's content; `BadSample` if it has more than `most` bytes, or has become a link that leads out."""
     try:
-        return Path(images, path).read_bytes()
+        with _open(os.path.join(images, path), _link_roots(images)) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
+                raise BadSample(HUGE_FILE)
+            return file.read(size)
     except PermissionError:
         raise BadSample(UNREADABLE) from None
-    except OSError as error:  # it existed a moment ago: more likely a disk was disconnected than one file is bad
-        raise UsageError(f"IMAGES: {path} cannot be read any more ({error.strerror}). {RESUME_HINT}.") from None
+    except OSError as error:
+        if error.strerror == LINK_OUT:
+            raise BadSample(LINK_OUT) from None
+        # It existed a moment ago: more likely a disk was disconnected than one file is bad.
+        raise UsageError(
+            f"IMAGES: {printable(path)} cannot be read any more ({error.strerror}). {RESUME_HINT}."
+        ) from None
 
 
 def _read_captions(images: str, picture: Picture, caption_column: str | None) -> tuple[list[str], dict]:
@@ -278,7 +370,7 @@ def _read_captions(images: str, picture: Picture, caption_column: str | None) ->
     reason = NO_CAPTION
     if picture.text:
         try:
-            text = _read(images, picture.text).decode("utf-8-sig").strip()
+            text = _read(images, picture.text, MAX_TEXT_BYTES).decode("utf-8-sig").strip()
             if text:
                 return [text], meta
         except UnicodeDecodeError:
@@ -422,7 +514,7 @@ def pack_shards(
             raise UsageError(f"--{name} is {value}; give 1 or more")
     if not os.path.isdir(images):
         raise UsageError(f"IMAGES: there is no folder {images}; give the one with the pictures")
-    if out.exists() and not (out / MANIFEST).exists():
+    if out.exists() and not (out / MANIFEST).is_file():
         if not out.is_dir() or not all(name.startswith(".") for name in os.listdir(out)):
             raise UsageError(f"OUT {out} is a file, or contains other files; give a new or empty folder")
 
@@ -473,7 +565,7 @@ def _start_manifest(out: Path, header: dict[str, Any]) -> dict[str, dict]:
     for partial in out.glob(f".*{PARTIAL}"):
         partial.unlink(missing_ok=True)
     records: dict[str, dict] = {}
-    if (out / MANIFEST).exists():
+    if (out / MANIFEST).is_file():
         try:
             first, *lines = (out / MANIFEST).read_text(encoding="utf-8").split("\n")
             earlier = json.loads(first)
@@ -481,7 +573,7 @@ def _start_manifest(out: Path, header: dict[str, Any]) -> dict[str, dict]:
                            if value != header["settings"][name]]  # fmt: skip
             if earlier["digest"] != header["digest"]:
                 differences.append(f"{earlier['pictures']} pictures, some of which were changed, added or removed")
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except _NOT_OURS:
             raise UsageError(f"OUT {out}: its {MANIFEST} is not from pack_shards; give another folder") from None
         if differences:
             raise UsageError(
@@ -489,9 +581,10 @@ def _start_manifest(out: Path, header: dict[str, Any]) -> dict[str, dict]:
                 "flags, or remove that one"
             )
         for line in lines:
-            with contextlib.suppress(ValueError, LookupError):  # a kill may have cut the last line
+            with contextlib.suppress(*_NOT_OURS):  # a kill may have cut the last line
                 record = json.loads(line)
-                if (*_stamp(str(out), record["shard"]), 0)[0] == record["bytes"]:
+                sizes = _stamp(str(out), record["shard"]) or (0,)
+                if _is_record(record) and sizes[0] == record["bytes"]:
                     records[record["shard"]] = record
     partial = out / f".{MANIFEST}{PARTIAL}"
     with open(partial, "w", encoding="utf-8") as file:
@@ -500,6 +593,14 @@ def _start_manifest(out: Path, header: dict[str, Any]) -> dict[str, dict]:
         os.fsync(file.fileno())
     os.replace(partial, out / MANIFEST)
     return records
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    """Whether a line of the manifest is as `_write_shard` returns it."""
+    numbers, skipped = (record["samples"], record["bytes"]), record["skipped"].items()
+    return all(type(number) is int and number >= 0 for number in numbers) and all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names) for _, names in skipped
+    )
 
 
 def _write_shards(
@@ -539,7 +640,7 @@ def _write_shards(
 def describe_skipped(skipped: Skipped) -> str:
     """One line per reason, the most frequent first, with the first names."""
     ordered = sorted(skipped.items(), key=lambda item: -len(item[1]))
-    lines = [
-        f"  {len(names)} x {reason}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}" for reason, names in ordered
-    ]
-    return "\n".join(lines).encode("utf-8", "replace").decode()  # file names need not be UTF-8
+    return "\n".join(
+        f"  {len(names)} x {reason}: {', '.join(map(printable, names[:3]))}{', ...' * (len(names) > 3)}"
+        for reason, names in ordered
+    )

@@ -74,7 +74,7 @@ class ShardReport:
             lines.append(f"  not compared:    {list_counts(self.not_compared)}; these samples pass")
         if self.dropped:
             lines.append(f"  dropped:         {list_counts(self.dropped)}")
-        return "\n".join(lines + [f"  unreadable:      {problem}" for problem in self.problems[:3]])
+        return "\n".join(lines + [f"  unreadable:      {printable(problem, 1000)}" for problem in self.problems[:3]])
 
 
 def inspect_shards(
@@ -179,7 +179,7 @@ def _match_encoding(preparation: Preparation, encoding: Encoding | None) -> Prep
             f"{encoding.interpolation}; {remedy}"
         )
     if encoding.text and preparation.caption_column not in (None, encoding.caption_column):
-        source = "the usual places" if encoding.caption_column is None else encoding.caption_column
+        source = "the usual places" if encoding.caption_column is None else printable(encoding.caption_column)
         raise UsageError(
             f"--caption_column {preparation.caption_column}: the embeddings in {SHARDS_FLAG} are of the captions from "
             f"{source}; {remedy}"

@@ -61,7 +61,7 @@ def list_counts(counts: dict[str, int]) -> str:
     return ", ".join(listed) or "nothing"
 
 
-def printable(text: str) -> str:
-    """At most 200 characters of `text`, without control characters: names in a hostile tar can be anything."""
-    shown = "".join(character if character.isprintable() else "?" for character in text[:200])
-    return shown + "..." * (len(text) > 200)
+def printable(text: str, most: int = 200) -> str:
+    """At most so many characters of `text`, without control characters: names in a hostile tar can be anything."""
+    shown = "".join(character if character.isprintable() else "?" for character in text[:most])
+    return shown + "..." * (len(text) > most)

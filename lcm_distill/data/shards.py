@@ -9,6 +9,7 @@ Nothing in a shard is executed: only files with known extensions are read, as by
 import glob
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from lcm_distill.data.captions import caption_files, check_caption_column
 from lcm_distill.data.raw import LATENTS_EXTENSION, PICTURE_EXTENSIONS, RawSample, list_counts, printable
 from lcm_distill.data.sources import expand_url, find_problem, local_path, open_shard
 from lcm_distill.data.tar import TarReader
-from lcm_distill.errors import UsageError
+from lcm_distill.errors import UsageError, shown
 from lcm_distill.flags import SHARDS_FLAG
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,10 @@ LIST_SUFFIXES = (".txt", ".list", ".lst")
 
 MAX_FILE_BYTES = 256 * 2**20  # larger pictures are not read
 MAX_TEXT_BYTES = 4 * 2**20  # nor are larger captions and JSON files
+MAX_SHARDS = 10**6  # LAION-5B has 232 thousand
+_MAX_NAME_CHARACTERS = 256 * 2**20  # of all names that one pattern stands for
+_MAX_NESTED = 8  # braces within braces, each of which takes memory for every name
+_ENDLESS = 10**18  # no count goes further
 
 # For error messages.
 SHARD_FORMAT = (
@@ -53,7 +58,7 @@ def expand_shards(spec: str | None) -> list[str]:
 
     Raises:
         UsageError: nothing given, a local path that does not exist, a folder or list without tars, unbalanced
-            braces, or a URL that no installed package opens.
+            braces, more than `MAX_SHARDS`, or a URL that no installed package opens.
     """
     parts = [part.strip() for part in (spec or "").split("::") if part.strip()]
     if not parts:
@@ -61,14 +66,106 @@ def expand_shards(spec: str | None) -> list[str]:
             f"{SHARDS_FLAG} is missing. Give tar shards: a file, a pattern such as 'data/{{000..010}}.tar', "
             "a folder of tars, a URL, or a 'pipe:' command."
         )
-    return [shard for part in parts for shard in _expand_one(part)]
+    return _expand_all(parts)
+
+
+def _expand_all(specs: Iterable[str]) -> list[str]:
+    found: list[str] = []
+    for spec in specs:
+        found += _expand_one(spec)
+        if len(found) > MAX_SHARDS:
+            raise _too_many(spec, f"with what stands before it, {len(found):,} shards")
+    return found
+
+
+def _too_many(spec: str, what: str) -> UsageError:
+    return UsageError(
+        f"{SHARDS_FLAG}: {printable(spec)!r} stands for {what}; at most {MAX_SHARDS:,} shards are taken. Correct its "
+        "braces, or pack more samples into each shard."
+    )
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    """The names that a pattern stands for: counted first, since a short one may stand for more than the memory holds.
+
+    `ValueError` for braces that do not match, `UsageError` for too many names.
+    """
+    count, characters = _count_expansion(pattern)
+    if count > MAX_SHARDS:
+        raise _too_many(pattern, f"{count:,} names" if count < _ENDLESS else "endlessly many names")
+    if characters > _MAX_NAME_CHARACTERS:
+        raise _too_many(pattern, f"names of {characters:,} characters")
+    return list(braceexpand(pattern))
+
+
+@dataclass
+class _Expansion:
+    """So many names, and the characters of all of them."""
+
+    count: int = 1
+    characters: int = 0
+
+    def __add__(self, other: "_Expansion") -> "_Expansion":  # either of them
+        return _Expansion(min(self.count + other.count, _ENDLESS), min(self.characters + other.characters, _ENDLESS))
+
+    def __mul__(self, other: "_Expansion") -> "_Expansion":  # one after the other
+        characters = self.characters * other.count + other.characters * self.count
+        return _Expansion(min(self.count * other.count, _ENDLESS), min(characters, _ENDLESS))
+
+
+def _count_expansion(pattern: str) -> tuple[int, int]:
+    """(how many names `braceexpand` makes of a pattern, their characters with escapes), each at most `_ENDLESS`."""
+    # For each brace that is open: where its content begins, its alternatives before the last comma, what follows that.
+    opened: list[tuple[int, _Expansion | None, _Expansion]] = [(0, None, _Expansion())]
+    end = 0
+    for mark in re.finditer(r"\\.|[{},]", pattern, re.DOTALL):
+        start, before, last = opened.pop()
+        last *= _Expansion(characters=mark.start() - end)
+        end = mark.end()
+        if mark[0] == "{":
+            opened += [(start, before, last), (end, None, _Expansion())]
+            if len(opened) > _MAX_NESTED + 1:
+                raise ValueError(f"more than {_MAX_NESTED} of them are nested")
+        elif mark[0] == "}":
+            if not opened:
+                raise ValueError("one is closed that was not opened")
+            inside = _count_range(pattern[start : mark.start()]) if before is None else before + last
+            start, before, outside = opened.pop()
+            opened.append((start, before, outside * (inside or last * _Expansion(characters=2))))
+        elif mark[0] == "," and opened:
+            opened.append((start, last if before is None else before + last, _Expansion()))
+        else:
+            opened.append((start, before, last * _Expansion(characters=len(mark[0]))))
+    if len(opened) > 1:
+        raise ValueError("one is not closed")
+    names = opened[0][2] * _Expansion(characters=len(pattern) - end)
+    return names.count, names.characters
+
+
+def _count_range(inside: str) -> _Expansion | None:
+    """The names of `{0..9}`, `{00..10..2}` or `{a..z}`, of which `inside` is the content; None for any other."""
+    if numbers := re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\n?", inside):
+        if max(len(number or "") for number in numbers.groups()) > 18:
+            raise ValueError("a number in them has more than 18 digits")
+        first, last, step = (int(number or 1) for number in numbers.groups())
+        count = abs(last - first) // (step or 1) + 1
+        return _Expansion(min(count, _ENDLESS), min(count * max(len(numbers[1]), len(numbers[2])), _ENDLESS))
+    if re.fullmatch(r"[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d+)?\n?", inside):
+        count = len(list(braceexpand(f"{{{inside}}}")))
+        return _Expansion(count, count)
+    return None
 
 
 def _expand_one(spec: str) -> list[str]:
     try:
-        names = [spec] if os.path.exists(spec) else list(braceexpand(spec))
+        names = [spec] if os.path.exists(spec) else _expand_braces(spec)
+    except UsageError:
+        raise
     except ValueError as error:
-        raise UsageError(f"{SHARDS_FLAG}: the braces of {spec!r} do not match ({error}); write {{000..010}}.") from None
+        raise UsageError(
+            f"{SHARDS_FLAG}: the braces of {printable(spec)!r} do not match ({printable(str(error))}); "
+            "write {000..010}."
+        ) from None
     found, missing = [], []
     for name in names:
         path = local_path(name)
@@ -81,7 +178,7 @@ def _expand_one(spec: str) -> list[str]:
         elif os.path.exists(path):
             found.append(path)
         else:
-            matches = glob.glob(path, recursive=True)
+            matches = glob.glob(path, recursive=True) if glob.has_magic(path) else []
             tars = sorted(match for match in matches if match.lower().endswith(TAR_SUFFIXES))
             found += tars
             if not tars:
@@ -123,13 +220,11 @@ def _read_list(path: str) -> list[str]:
     entries = [line for line in lines if line and not line.startswith("#")]
     if not entries:
         raise UsageError(f"{SHARDS_FLAG}: the list {path} is empty; write one shard per line.")
-    found = []
     for entry in entries:
         if entry.lower().endswith(LIST_SUFFIXES):
             raise UsageError(f"{SHARDS_FLAG}: the list {path} names another list, {entry}; name its shards instead.")
-        local = local_path(entry)
-        found += _expand_one(entry if local is None else os.path.join(os.path.dirname(path), local))
-    return found
+    local = ((entry, local_path(entry)) for entry in entries)
+    return _expand_all(entry if at is None else os.path.join(os.path.dirname(path), at) for entry, at in local)
 
 
 def _find_tars(folder: str) -> list[str]:
@@ -361,5 +456,5 @@ def count_samples(shards: list[str], *, caption_column: str | None = None) -> in
                 for sample in _group_by_key(members, column):
                     total += _has_parts(sample, column) and not sample.duplicate
         except Exception as error:  # noqa: BLE001 - as in the stream
-            logger.warning("%s cannot be read to its end: %s", shard, error)
+            logger.warning("%s cannot be read to its end: %s", shown(shard), shown(str(error)))
     return total

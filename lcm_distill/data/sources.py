@@ -25,6 +25,8 @@ import requests
 from fsspec.core import url_to_fs
 from urllib3.exceptions import HTTPError as TransportError
 
+from lcm_distill.errors import shown
+
 logger = logging.getLogger(__name__)
 
 RETRIES = 5  # consecutive attempts without a byte before a shard is abandoned
@@ -167,8 +169,8 @@ class _RetryingFile(io.RawIOBase):
         self._failures += 1
         logger.warning(
             "%s: %s (byte %d); retrying in %g s (%d of %d)",
-            self._shard,
-            error,
+            shown(self._shard),
+            shown(str(error)),
             self._position,
             seconds,
             self._failures,

@@ -36,7 +36,7 @@ from lcm_distill.data.preflight import inspect_shards
 from lcm_distill.data.preparation import MixedShards, Preparation, Sample, prepare_sample
 from lcm_distill.data.raw import DOTTED_NAME, UNREADABLE_SHARD, BadSample, RawSample, list_counts
 from lcm_distill.data.shards import read_shard
-from lcm_distill.errors import UsageError, brief
+from lcm_distill.errors import UsageError, brief, shown
 from lcm_distill.flags import SHARDS_FLAG
 
 logger = logging.getLogger(__name__)
@@ -355,7 +355,7 @@ class StreamIterator:
                     index += 1
             except Exception as error:  # noqa: BLE001 - opener, decompressor and tar reader raise nearly anything
                 if is_own():  # only one of its consumers counts it
-                    logger.info("%s, sample %d: %s", shard, index, error)
+                    logger.info("%s, sample %d: %s", shown(shard), index, shown(str(error)))
                     self._drop(UNREADABLE_SHARD)
 
     def _read_block(self, reader: Iterator[_Read]) -> list:

@@ -48,6 +48,9 @@ class Family(Protocol):
     def text_fingerprint(self, teacher: Teacher) -> str:
         """Identifies the text encoders: equal for two teachers if `encode_captions` is."""
 
+    def embedding_shapes(self, teacher: Teacher) -> dict[str, tuple[int, ...]]:
+        """The shapes, of one caption, of the arrays that `encode_captions` gives; loads no network."""
+
     def base_model_version(self, unet_config: Mapping[str, Any]) -> str:
         """The model's name in the metadata of kohya-format LoRAs."""
 

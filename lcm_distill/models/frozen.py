@@ -2,19 +2,22 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL
 
-from lcm_distill.data.encoded import Encoding
+from lcm_distill.data.encoded import HEADER, Encoding
 from lcm_distill.data.raw import printable
 from lcm_distill.distributed.compiling import compile_networks
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import SHARDS_FLAG, VAE_FLAG
 from lcm_distill.models.teacher import Teacher
-from lcm_distill.models.vae import encode_pixels, sample_moments, scale_and_shift
+from lcm_distill.models.vae import encode_pixels, moments_shape, sample_moments, scale_and_shift
+
+if TYPE_CHECKING:
+    from lcm_distill.models.families import Family
 
 
 class FrozenParts:
@@ -90,24 +93,41 @@ class FrozenParts:
         return scale_and_shift(self._teacher.read_vae_config())
 
 
-def check_encoding(encoding: Encoding | None, teacher: Teacher, text_fingerprint: Callable[[Teacher], str]) -> None:
-    """`UsageError` unless the shards were encoded with the VAE, and the text encoders, of `teacher`.
+def check_encoding(encoding: Encoding | None, teacher: Teacher, family: "Family") -> None:
+    """`UsageError` unless the shards were encoded with the VAE, and the text encoders, of `teacher`, of this `family`.
 
-    Loads no networks. `text_fingerprint` is the family's.
+    So are shards whose arrays have other shapes than these networks give, whatever they say about who encoded them.
+    Loads no networks.
     """
     if encoding is None:
         return
+    vae_config = teacher.read_vae_config()
     scale = {"scaling_factor": encoding.scaling_factor, "shift_factor": encoding.shift_factor}
-    if (teacher.fingerprint("vae", AutoencoderKL), scale_and_shift(teacher.read_vae_config())) != (encoding.vae, scale):
+    if (teacher.fingerprint("vae", AutoencoderKL), scale_and_shift(vae_config)) != (encoding.vae, scale):
         raise UsageError(
             f"{SHARDS_FLAG}: the latents were encoded with another VAE, {printable(encoding.vae_name)}. Pass that as "
             f"{VAE_FLAG}, or encode the pictures again with this one (python -m lcm_distill.encode_shards)."
         )
-    if encoding.text and encoding.text != text_fingerprint(teacher):
+    if encoding.text and encoding.text != family.text_fingerprint(teacher):
         raise UsageError(
             f"{SHARDS_FLAG}: the captions were encoded with other text encoders than the teacher's, those of "
             f"{printable(encoding.text_name)}. Encode the pictures again with this teacher, or without --captions."
         )
+    found: dict[str, tuple[int, ...]] = {"moments": encoding.moments}
+    expected: dict[str, tuple[int, ...]] = {"moments": moments_shape(vae_config, encoding.resolution)}
+    if encoding.text:
+        found |= encoding.embeddings
+        expected |= family.embedding_shapes(teacher)
+    if found != expected:
+        raise UsageError(
+            f"{SHARDS_FLAG}: its arrays are {_list_shapes(found)}, where the teacher gives {_list_shapes(expected)} at "
+            f"{encoding.resolution} pixels: the shards, or their {HEADER}, are damaged. Encode the pictures again "
+            "(python -m lcm_distill.encode_shards)."
+        )
+
+
+def _list_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{printable(name)} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
 
 
 def batch_latents(

@@ -74,6 +74,12 @@ def text_fingerprint(teacher: Teacher) -> str:
     return teacher.fingerprint("text_encoder", CLIPTextModel)
 
 
+def embedding_shapes(teacher: Teacher) -> dict[str, tuple[int, ...]]:
+    """The shapes, of one caption, of the arrays that `encode_captions` gives; loads no network."""
+    text = teacher.read_text_config("text_encoder")
+    return {"encoder_hidden_states": (teacher.tokenizer("tokenizer").model_max_length, text.hidden_size)}
+
+
 def base_model_version(unet_config: Mapping[str, Any]) -> str:
     """The model's name in the metadata of kohya-format LoRAs, by which other programs know what a LoRA fits."""
     return "sd_v2" if unet_config.get("cross_attention_dim") == 1024 else "sd_v1"

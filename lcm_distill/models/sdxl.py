@@ -64,6 +64,16 @@ def text_fingerprint(teacher: Teacher) -> str:
     return "-".join([*prints, "zeros" if uses_zeros_for_empty_caption(teacher) else "encoded"])
 
 
+def embedding_shapes(teacher: Teacher) -> dict[str, tuple[int, ...]]:
+    """The shapes, of one caption, of the arrays that `encode_captions` gives; loads no network."""
+    first, second = (teacher.read_text_config(part) for part in ("text_encoder", "text_encoder_2"))
+    tokens = teacher.tokenizer("tokenizer").model_max_length
+    return {
+        "encoder_hidden_states": (tokens, first.hidden_size + second.hidden_size),
+        "text_embeds": (second.projection_dim,),
+    }
+
+
 def uses_zeros_for_empty_caption(teacher: Teacher) -> bool:
     """Whether the teacher's pipeline encodes the empty caption as zeros."""
     return teacher.zeros_for_empty_caption()

@@ -83,6 +83,12 @@ def scale_and_shift(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"scaling_factor": float(config.get("scaling_factor", 0.18215)), "shift_factor": config.get("shift_factor")}
 
 
+def moments_shape(config: Mapping[str, Any], resolution: int) -> tuple[int, int, int]:
+    """The shape `[2C, h, w]` of the moments of a square picture of `resolution` pixels, from the VAE's config."""
+    side = resolution // vae_factor(dict(config))
+    return 2 * config.get("latent_channels", 4), side, side
+
+
 def vae_factor(config: dict) -> int:
     """Pixels per latent along each side, from the VAE's config: 8 for Stable Diffusion."""
     return 2 ** (len(config.get("block_out_channels", [64])) - 1)  # the default of Diffusers' class

@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 from lcm_distill.distributed.fsdp import configure_engine
 from lcm_distill.distributed.zero import ZeroAccelerator, asks_for_deepspeed
 from lcm_distill.environment import check_writable
-from lcm_distill.errors import UsageError
+from lcm_distill.errors import UsageError, shown
 from lcm_distill.flags import LaunchFlags
 
 # How long ranks wait for each other. The main process generates pictures and writes files alone, which takes longer
@@ -149,4 +149,4 @@ class _AroundProgressBar(logging.Handler):
     """Writes log lines above the progress bar instead of into it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(shown(self.format(record)), file=sys.stderr)

@@ -7,17 +7,27 @@
 It holds no secrets: tokens, commands and URL queries are left out.
 """
 
+import contextlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lcm_distill.errors import shown
+
 logger = logging.getLogger(__name__)
 
 NAME = "training.jsonl"
+
+_MAX_STEP = 2**53  # beyond it, JavaScript's numbers are not exact
+_MAX_TIME = 253_402_300_800  # the year 10000, which calendars do not reach
+_MAX_LINE = 2**22  # characters; a launch has some thousands
+_MOST_ITEMS = 1000  # of a mapping or a list in a launch
+_MOST_BRACKETS = 200  # of a line; ours have fewer than 50
 
 
 class Journal:
@@ -51,9 +61,10 @@ class Journal:
         partial = self._path.with_name(f".{NAME}.partial")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            old = list(_lines(self._path)) if global_step and self._path.exists() else []
+            old = list(_lines(self._path)) if global_step and self._path.is_file() else []
             kept = [line for line in old if line.get("step", 0) <= global_step]
-            with open(partial, "wb") as file:
+            partial.unlink(missing_ok=True)
+            with open(partial, "xb") as file:  # a new file: not what a link of this name points to
                 file.writelines(_as_line(line) for line in [*kept, launch])
                 file.flush()
                 os.fsync(file.fileno())
@@ -87,14 +98,16 @@ def _as_line(line: Mapping[str, Any]) -> bytes:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The journal's complete lines; those that are incomplete or not an object are skipped."""
+    """The journal's complete lines; those that are incomplete, not an object or of no possible step are skipped."""
     with open(path, encoding="utf-8", errors="replace") as file:
-        for text in file:
+        while text := file.readline(_MAX_LINE):
+            if text.count("[") + text.count("{") > _MOST_BRACKETS:  # one in another, they exhaust the stack later
+                continue
             try:
                 line = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(line, dict) and isinstance(line.get("step", 0), int):
+            if isinstance(line, dict) and ("step" not in line or _step(line["step"]) is not None):
                 yield line
 
 
@@ -103,16 +116,84 @@ def read_journal(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str,
 
     A launch that was not killed has its last line under "end". Lines of steps after the one that a later launch resumed
     at are left out, even where they are still in the file (its disk was full).
+
+    Anyone may have written the file. What is returned has the types that `Journal` writes: a launch's `global_step` and
+    `steps` are whole numbers from 0, its `started` is a time, its other values are text, or mappings of text, numbers
+    and lists of them; a line's `time` is a time and its other values are finite floats, text or None. What is of
+    another kind is left out.
     """
     launches: list[dict[str, Any]] = []
     entries: list[dict[str, Any]] = []
     for line in _lines(Path(path)):
         if isinstance(launch := line.get("launch"), dict):
-            start = launch.get("global_step", 0)
-            launches.append(launch)
+            launches.append(_clean_launch(launch))
+            start = launches[-1]["global_step"]
             entries = [entry for entry in entries if entry["step"] <= start]
         elif launches and isinstance(end := line.get("end"), dict):
-            launches[-1]["end"] = end
+            last = _step(end.get("global_step")), _time(end.get("time"))
+            if None not in last:
+                reason = _clean_text(end.get("reason"))
+                launches[-1]["end"] = {"global_step": last[0], "time": last[1], "reason": reason or None}
         elif "step" in line:
-            entries.append(line)
+            entries.append(_clean_entry(line))
     return launches, entries
+
+
+def _step(value: Any) -> int | None:
+    """A whole number of steps, or None."""
+    return value if type(value) is int and 0 <= value < _MAX_STEP else None
+
+
+def _time(value: Any) -> float | None:
+    """Seconds since 1970 that a calendar shows, or None."""
+    number = _number(value)
+    return number if number is not None and 0 <= number < _MAX_TIME else None
+
+
+def _number(value: Any) -> float | None:
+    """A finite float, or None."""
+    if type(value) in (int, float):
+        with contextlib.suppress(OverflowError):
+            return float(value) if math.isfinite(value) else None
+    return None
+
+
+def _clean_text(value: Any) -> str:
+    return shown(value) if isinstance(value, str) else ""
+
+
+def _clean_launch(launch: dict[str, Any]) -> dict[str, Any]:
+    clean: dict[str, Any] = {"global_step": _step(launch.get("global_step")) or 0}
+    if (started := _time(launch.get("started"))) is not None:
+        clean["started"] = started
+    if steps := _step(launch.get("steps")):
+        clean["steps"] = steps
+    if (seed := _step(launch.get("seed"))) is not None:
+        clean["seed"] = seed
+    clean |= {name: _clean_text(launch.get(name)) for name in ("program", "command", "folder") if name in launch}
+    for name in ("flags", "versions", "machine"):
+        if isinstance(found := launch.get(name), dict):
+            clean[name] = {shown(key): _clean_value(value) for key, value in list(found.items())[:_MOST_ITEMS]}
+    return clean
+
+
+def _clean_value(value: Any) -> Any:
+    if isinstance(value, str):
+        return shown(value)
+    if isinstance(value, list):
+        return ["…" if isinstance(item, list) else _clean_value(item) for item in value[:_MOST_ITEMS]]
+    return value if value is None or isinstance(value, bool) or _number(value) is not None else "…"
+
+
+def _clean_entry(line: dict[str, Any]) -> dict[str, Any]:
+    clean: dict[str, Any] = {"step": line["step"]}
+    if (moment := _time(line.get("time"))) is not None:
+        clean["time"] = moment
+    for name, value in line.items():
+        if name in ("step", "time"):
+            continue
+        if value is None or isinstance(value, str):
+            clean[shown(name)] = value
+        elif (number := _number(value)) is not None:
+            clean[shown(name)] = number
+    return clean

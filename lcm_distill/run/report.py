@@ -11,10 +11,12 @@ import logging
 import math
 import os
 import re
+import stat
 import string
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,6 +109,11 @@ def smooth(steps: Steps, values: Values, most: int = 300) -> tuple[Steps, Values
 
     It averages all points, not the thinned ones, which are extremes.
     """
+    with np.errstate(over="ignore", invalid="ignore"):  # a foreign journal may hold any number
+        return _smooth(steps, values, most)
+
+
+def _smooth(steps: Steps, values: Values, most: int) -> tuple[Steps, Values] | None:
     travelled, span = np.abs(np.diff(values)).sum(), np.ptp(values) if len(values) else 0.0
     if len(values) < 30 or travelled < 4 * span or span == 0:
         return None
@@ -114,7 +121,8 @@ def smooth(steps: Steps, values: Values, most: int = 300) -> tuple[Steps, Values
     half = max(2, len(values) // 40)
     first, last = np.maximum(middle - half, 0), np.minimum(middle + half + 1, len(values))
     total = np.concatenate([[0.0], np.cumsum(values)])
-    return steps[middle], (total[last] - total[first]) / (last - first)
+    means = (total[last] - total[first]) / (last - first)
+    return (steps[middle], means) if np.isfinite(means).all() else None
 
 
 def _points(steps: Steps, values: Values) -> dict[str, list]:
@@ -135,18 +143,43 @@ def _curve(name: str, steps: Steps, values: Values) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- grids
 
 
-def find_grids(folder: Path, launches: Sequence[Mapping[str, Any]]) -> list[Grid]:
-    """The grids in a run's `validation/`, by step, without those of steps that a later launch repeats."""
+def find_grids(
+    folder: Path, launches: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str, Any]] = ()
+) -> list[Grid]:
+    """The grids in a run's `validation/`, by step, without those of steps that a later launch repeats.
+
+    A grid whose distances are among the `entries` is none of these. Of others the time decides, that of the file
+    against that of the launch, unless the clock was set back since: then all are kept.
+    """
+    measured = {entry["step"] for entry in entries if any(name.startswith("distance/") for name in entry)}
+    firsts = zip(launches, _first_times(launches, entries), strict=True)
+    starts = [
+        (launch.get("global_step", 0), launch["started"]) for launch, first in firsts if first == launch.get("started")
+    ]
     grids = []
     for path in folder.glob("step-*.png"):
-        if match := re.fullmatch(r"step-(\d+)\.png", path.name):
-            step = int(match[1])
-            written = path.stat().st_mtime if path.exists() else math.inf  # a broken link is reported later
-            abandoned = any(
-                step > launch.get("global_step", 0) and written < launch.get("started", 0) for launch in launches
-            )
-            grids += [] if abandoned else [Grid(step, path)]
+        if match := re.fullmatch(r"step-(\d{1,15})\.png", path.name, re.ASCII):
+            step, written = int(match[1]), math.inf
+            with contextlib.suppress(OSError):  # a broken link is reported later
+                written = path.stat().st_mtime
+            abandoned = any(step > start and written < started for start, started in starts)
+            grids += [] if abandoned and step not in measured else [Grid(step, path)]
     return sorted(grids)
+
+
+def _first_times(launches: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str, Any]]) -> list[float]:
+    """For each launch the least of the times since: its own, unless the clock was set back; infinite without any."""
+    timed = sorted((entry["step"], entry["time"]) for entry in entries if "time" in entry)
+    steps = [step for step, _ in timed]
+    least = [*accumulate((moment for _, moment in reversed(timed)), min)][::-1] + [math.inf]
+    found: list[float] = []
+    later = math.inf  # the least time of this launch and those after it
+    for launch in reversed(launches):
+        ended = _mapping(launch, "end").get("time", math.inf)
+        later = min(later, launch.get("started", math.inf), ended)
+        first = min(later, least[bisect.bisect_right(steps, launch.get("global_step", 0))])
+        found.append(first)
+    return found[::-1]
 
 
 def thin_grids(grids: Sequence[Grid], most: int = MOST_GRIDS) -> list[Grid]:
@@ -179,8 +212,10 @@ def _pictures(grids: Sequence[Grid]) -> tuple[str, list[int], list[str]]:
     broken = []
     for grid in thin_grids(grids):
         try:
-            stat = grid.path.stat()
-            data, width, height = _encoded(grid.path, stat.st_mtime_ns, stat.st_size)
+            status = grid.path.stat()
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+                raise OSError
+            data, width, height = _encoded(grid.path, status.st_mtime_ns, status.st_size)
         except (OSError, BadSample):
             broken.append(grid.path.name)
             continue
@@ -248,10 +283,12 @@ def _pairs(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
 
 def _last_seen(launches: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str, Any]]) -> list[tuple[float, int]]:
     """The time and the step of each launch's last line in the journal."""
-    starts = [launch.get("started", 0.0) for launch in launches]
-    last_seen = [(start, launch.get("global_step", 0)) for start, launch in zip(starts, launches, strict=True)]
+    last_seen = [(launch.get("started", 0.0), launch.get("global_step", 0)) for launch in launches]
+    # By its step, since a clock may have been set back: of a step that is repeated only the last launch's line is left.
+    order = sorted(range(len(launches)), key=lambda place: (launches[place].get("global_step", 0), place))
+    starts, latest = [launches[place].get("global_step", 0) for place in order], [-1, *accumulate(order, max)]
     lines = [
-        (bisect.bisect(starts, entry.get("time", 0.0)) - 1, entry.get("time", 0.0), entry["step"]) for entry in entries
+        (latest[bisect.bisect_left(starts, entry["step"])], entry.get("time", 0.0), entry["step"]) for entry in entries
     ]
     ends = [_mapping(launch, "end") for launch in launches]
     lines += [(place, end["time"], end["global_step"]) for place, end in enumerate(ends) if end]
@@ -311,7 +348,8 @@ def _figures(curves: Mapping[str, tuple[Steps, Values]], seconds: float) -> str:
         if name in ("grad_norm", "lr"):
             continue
         # Over the last twentieth: a single value is mostly noise.
-        mean = float(values[-max(1, len(values) // 20) :].mean())
+        with np.errstate(over="ignore"):
+            mean = float(values[-max(1, len(values) // 20) :].mean())
         pairs.append((_title(name), f"{100 * mean:.3g} %" if name == "data_wait" else f"{mean:.4g}"))
     pairs = [*pairs[:5], ("Training time", _long(seconds))]
     return "\n".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in pairs)
@@ -354,7 +392,7 @@ def build_report(output_dir: str | Path) -> Path:
     flags, given = _mapping(launch, "flags"), _mapping(before, "flags")
     changed = _changes(flags, given)
     curves = collect_curves(entries)
-    grids = find_grids(folder / "validation", launches)
+    grids = find_grids(folder / "validation", launches, entries)
     images, shown, broken = _pictures(grids)
     last_seen = _last_seen(launches, entries)
     seconds = sum(last - each.get("started", last) for (last, _), each in zip(last_seen, launches, strict=True))
@@ -396,6 +434,7 @@ def build_report(output_dir: str | Path) -> Path:
     )
     report, partial = folder / NAME, folder / f".{NAME}.partial"
     try:
+        partial.unlink(missing_ok=True)  # a new file: not what a link of this name points to
         partial.write_bytes(page.encode(errors="replace"))
         os.replace(partial, report)
     except OSError:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from test_stream import TouchesFile, noise_picture, take, write_tar
 
 from lcm_distill import encode_shards as module
-from lcm_distill.data.encoded import HEADER, read_encoding, unpack
+from lcm_distill.data.encoded import EMPTY_CAPTION, HEADER, read_encoding, unpack
 from lcm_distill.data.filters import FILTERED, parse_filters
 from lcm_distill.data.loader import make_loader
 from lcm_distill.data.preflight import inspect_shards
@@ -244,6 +244,7 @@ def test_an_encoded_shard_has_the_samples_of_its_source(pictures, latents):
     assert count_samples(latents) == 10
 
 
+@pytest.mark.hostile("signals")
 def test_the_same_bytes_by_several_processes_and_after_a_kill(pictures, latents, teacher, tmp_path, monkeypatch):
     expected = {Path(shard).name: Path(shard).read_bytes() for shard in latents}
 
@@ -297,6 +298,7 @@ def test_a_batch_is_written_after_the_next_one_was_begun(pictures, teacher, tmp_
     assert [sample.key for sample in samples] == [f"deep/0_{number}" for number in range(5)]
 
 
+@pytest.mark.hostile("folders")
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -341,6 +343,7 @@ def test_names_of_encoded_shards():
     assert output_names([*shards, "/a/x.tarball"]) == ["000.tar", "001.tar", "002.tar", "00003.tar", "00004.tar"]
 
 
+@pytest.mark.hostile("shards")
 def test_bad_samples_are_left_out_and_listed(teacher, tmp_path, capsys):
     files = [("a.png", noise_picture(0)), ("b.png", b"no picture"), ("b.txt", "b"), ("c.png", noise_picture(1))]
     files += [("c.txt", "c"), ("d.txt", "d"), ("c.png", noise_picture(2)), ("c.txt", "c again")]
@@ -394,6 +397,7 @@ def test_what_is_encoded_is_as_in_training_and_what_is_lost_is_listed(teacher, t
     assert np.abs(pixels - expected).max() < 2
 
 
+@pytest.mark.hostile("disks")
 def test_a_shard_whose_disk_fails_is_not_written_as_a_short_one(pictures, teacher, tmp_path, monkeypatch):
     def breaking(shard, **options):
         yield from itertools.islice(read_shard(shard, **options), 2)
@@ -407,6 +411,7 @@ def test_a_shard_whose_disk_fails_is_not_written_as_a_short_one(pictures, teache
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("scale", [1e6, float("nan")])
 def test_latents_that_overflow_half_precision_are_refused(pictures, teacher, tmp_path, monkeypatch, scale):
     """SDXL's own VAE overflows in half precision: its black pictures must not be trained on."""
@@ -453,6 +458,7 @@ def test_where_captions_come_from_is_remembered(pictures, teacher, tmp_path):
         assert next(iter(stream))["captions"] == [caption] * 2
 
 
+@pytest.mark.hostile("shards")
 def test_shards_of_several_kinds_are_refused(pictures, latents, with_captions, teacher, tmp_path):
     """By the preflight as far as it looks, and by the stream when it comes to the other kind."""
     of_pictures = expand_shards(pictures)
@@ -489,6 +495,7 @@ def header(**fields):
     return lambda old: json.dumps(json.loads(old) | fields).encode()
 
 
+@pytest.mark.hostile("shards")
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -501,6 +508,17 @@ def header(**fields):
         (header(resolution=None), "damaged"),
         (header(unheard_of=1), "damaged"),
         (header(embeddings={"encoder_hidden_states": [16, 64]}), "damaged"),
+        (header(text="someone"), "damaged"),  # but no embeddings
+        (header(moments=[7, 4, 4]), "damaged"),  # no mean and deviation of as many channels
+        (header(moments=[8, 4, 2]), "damaged"),
+        (header(moments=[8, 64, 64]), "damaged"),  # more latents than pixels
+        (header(moments=[16]), "damaged"),
+        (header(moments=[8, 3, 3]), "damaged"),
+        (header(interpolation="of old"), "damaged"),  # it was blamed on --interpolation_type
+        (header(caption_column="pkl"), "damaged"),  # and this on --caption_column
+        (header(caption_column=" txt"), "damaged"),
+        (header(resolution=-32), "damaged"),
+        (header(vae_name="x" * 2**20), "damaged"),
     ],
 )
 def test_a_header_that_cannot_be_used_is_explained(latents, tmp_path, change, problem):
@@ -511,6 +529,94 @@ def test_a_header_that_cannot_be_used_is_explained(latents, tmp_path, change, pr
         inspect_shards([shard], PREPARATION)
 
 
+@pytest.mark.hostile("shards")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"text": None},  # embeddings of no known text encoder
+        {"embeddings": {}},
+        {"embeddings": {"pixels": [16, 64]}},  # it would take the place of what the batch has under this name
+        {"embeddings": {"encoder_hidden_states": [64]}},
+        {"embeddings": {"encoder_hidden_states": [16, 64, 1]}},
+        {"embeddings": {"text_embeds": [16, 64]}},
+    ],
+)
+def test_embeddings_that_no_encoder_writes_are_refused(with_captions, tmp_path, fields):
+    old = contents(with_captions[0])
+    arrays = {name: np.zeros(shape, np.float16) for name, shape in fields.get("embeddings", {}).items()}
+    changes = {HEADER: header(**fields)(old[HEADER])} | ({EMPTY_CAPTION: save_bytes(arrays)} if arrays else {})
+    with pytest.raises(UsageError, match="its .encoding.json cannot be used .it is damaged"):
+        inspect_shards([changed(with_captions[0], tmp_path / "0.tar", changes)], PREPARATION)
+
+
+def reshaped(shard: str, path: Path, shapes: dict[str, tuple[int, ...]]) -> str:
+    """A copy of an encoded shard in which these arrays have other shapes, with a header and tags that say so."""
+    old = read_encoding(shard)
+    embeddings = {name: shapes.get(name, shape) for name, shape in old.embeddings.items()}
+    empty = {name: np.zeros(shape, np.float16) for name, shape in embeddings.items()}
+    moments = shapes.get("moments", old.moments)
+    new = dataclasses.replace(old, moments=moments, embeddings=embeddings, empty_caption=empty)
+    changes: dict[str, bytes | None] = dict(new.header_files())
+    for name, content in contents(shard).items():
+        if name.endswith(LATENTS_EXTENSION):
+            arrays = load_bytes(content)
+            captions = {name: len(arrays[name]) for name in embeddings}
+            arrays = {name: array for name, array in arrays.items() if name != "encoding"}
+            arrays |= {name: np.ones(moments, np.float16) for name in arrays if name.endswith("moments")}
+            arrays |= {name: np.ones((captions[name], *shape), np.float16) for name, shape in embeddings.items()}
+            changes[name] = new.pack(arrays)
+    return changed(shard, path, changes)
+
+
+@pytest.mark.hostile("shards")
+@pytest.mark.parametrize(
+    ("family", "shapes"),
+    [
+        *(("sd", {"moments": moments}) for moments in [(8, 1, 1), (6, 4, 4), (10, 4, 4), (8, 2, 2), (8, 32, 32)]),
+        *(("sd", {"encoder_hidden_states": shape}) for shape in [(77, 32), (1, 64), (76, 64), (77, 65)]),
+        ("sdxl", {"moments": (32, 4, 4)}),
+        ("sdxl", {"text_embeds": (63,)}),
+        ("sdxl", {"text_embeds": (1280,)}),
+        ("sdxl", {"encoder_hidden_states": (77, 64)}),
+    ],
+    ids=str,
+)
+def test_arrays_that_do_not_fit_the_teacher_are_refused(family, shapes, pictures, teachers, tmp_path):
+    """Such shards were trained on, or ended in a traceback: all in them fits together, but not the networks."""
+    good = encoded(pictures, tmp_path / "good", teachers[family], captions=True)[0]
+    teacher, of = Teacher(teachers[family]), FAMILIES[family]
+    check_encoding(read_encoding(good), teacher, of)
+    bad = inspect_shards([reshaped(good, tmp_path / "0.tar", shapes)], PREPARATION)
+    assert bad.usable and not bad.dropped
+    (name, shape), given = next(iter(shapes.items())), read_encoding(good)
+    right = given.moments if name == "moments" else given.embeddings[name]
+    wrong, right = ("x".join(map(str, sides)) for sides in (shape, right))
+    with pytest.raises(
+        UsageError, match=rf"{name} {wrong}\b.* where the teacher gives .*{name} {right}\b.*ncode the pict"
+    ):
+        check_encoding(bad.preparation.encoding, teacher, of)
+
+
+@pytest.mark.hostile("shards")
+def test_the_header_is_read_once(latents, tmp_path):
+    """A shard of nothing but headers is not read to its end."""
+    old = contents(latents[0])
+    write_tar(tmp_path / "0.tar", [(HEADER, old[HEADER]), (HEADER, b"{broken"), *old.items()])
+    assert read_encoding(str(tmp_path / "0.tar")) == read_encoding(latents[0])
+
+
+@pytest.mark.hostile("shards")
+def test_names_in_a_header_reach_no_terminal(latents, tmp_path):
+    evil = "\x1b]0;x\x07\u202e"
+    fields = {"vae_name": evil, "vae_dtype": evil, "text_name": evil, "vae": evil, "filters": [evil]}
+    shard = changed(latents[0], tmp_path / "0.tar", {HEADER: header(**fields)(contents(latents[0])[HEADER])})
+    encoding = read_encoding(shard)
+    said = [str(encoding), *encoding.differences(read_encoding(latents[0]))]
+    said += read_encoding(latents[0]).differences(encoding)
+    assert all(text.isprintable() for text in said), said
+
+
+@pytest.mark.hostile("shards")
 def test_a_shard_that_lost_its_header_is_refused(latents, tmp_path):
     with pytest.raises(UsageError, match="its shard has lost its first file"):
         inspect_shards([changed(latents[0], tmp_path / "0.tar", {HEADER: None})], PREPARATION)
@@ -560,6 +666,7 @@ HOSTILE = {
 ONE_SIDED = ("wrong shape", "wrong dtype", "NaN", "infinite", "no mirror image")
 
 
+@pytest.mark.hostile("shards")
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_latents_are_dropped_with_a_reason(latents, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
@@ -581,6 +688,7 @@ def test_hostile_latents_are_dropped_with_a_reason(latents, tmp_path, monkeypatc
     assert not (tmp_path / "hostile-was-here").exists()
 
 
+@pytest.mark.hostile("shards")
 def test_arrays_are_found_wherever_they_are_in_the_file(latents):
     """Files of the same shapes share a header; those of other writers have more arrays, in another order."""
     encoding = read_encoding(latents[0])
@@ -597,6 +705,7 @@ def test_arrays_are_found_wherever_they_are_in_the_file(latents):
                 assert found.picture_size == tuple(arrays["sizes"][2])
 
 
+@pytest.mark.hostile("shards")
 def test_embeddings_that_do_not_fit_the_captions_are_dropped(with_captions, tmp_path):
     """Someone edited the captions: it is unknown which embedding belongs to which."""
     changes = {"0_0.txt": b"", "0_1.json": json.dumps({"caption": ["a", "b"]}).encode(), "0_1.txt": None}
@@ -617,11 +726,12 @@ def vae_copy(teacher: str, folder: Path, change=lambda name, tensor: tensor) -> 
     return str(folder)
 
 
+@pytest.mark.hostile("teachers")
 def test_another_vae_is_refused_and_the_same_in_another_form_is_not(latents, teacher, tmp_path, monkeypatch):
     encoding = read_encoding(latents[0])
 
     def check(**options):
-        check_encoding(encoding, Teacher(**{"model": teacher} | options), sd.text_fingerprint)
+        check_encoding(encoding, Teacher(**{"model": teacher} | options), sd)
 
     pipeline = sd.PIPELINE.from_pretrained(teacher, torch_dtype=torch.float32)
     save_single_file(pipeline, str(tmp_path / "one.safetensors"))
@@ -650,11 +760,12 @@ def test_another_vae_is_refused_and_the_same_in_another_form_is_not(latents, tea
             check(vae=vae)
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_text_encoders_are_refused(family, pictures, teachers, tmp_path):
     shards = encoded(pictures, tmp_path / "out", teachers[family], captions=True)
-    encoding, fingerprint = read_encoding(shards[0]), FAMILIES[family].text_fingerprint
-    check_encoding(encoding, Teacher(teachers[family]), fingerprint)
+    encoding, of = read_encoding(shards[0]), FAMILIES[family]
+    check_encoding(encoding, Teacher(teachers[family]), of)
     folder = tmp_path / "teacher"
     shutil.copytree(teachers[family], folder)
     path = folder / ("text_encoder_2" if family == "sdxl" else "text_encoder") / "model.safetensors"
@@ -662,13 +773,13 @@ def test_other_text_encoders_are_refused(family, pictures, teachers, tmp_path):
     name = next(name for name in sorted(weights) if name.endswith("q_proj.weight"))  # as after merging a LoRA
     save_file(weights | {name: weights[name] * 1.01}, path, metadata={"format": "pt"})
     with pytest.raises(UsageError, match=f"other text encoders than the teacher's, those of {family}"):
-        check_encoding(encoding, Teacher(str(folder)), fingerprint)
-    check_encoding(dataclasses.replace(encoding, text=None), Teacher(str(folder)), fingerprint)
+        check_encoding(encoding, Teacher(str(folder)), of)
+    check_encoding(dataclasses.replace(encoding, text=None), Teacher(str(folder)), of)
     if family == "sdxl":
         shutil.copy(Path(teachers[family]) / path.relative_to(folder), path)
-        check_encoding(encoding, Teacher(str(folder)), fingerprint)
+        check_encoding(encoding, Teacher(str(folder)), of)
         index = folder / "model_index.json"
         zeros = not sdxl.uses_zeros_for_empty_caption(Teacher(str(folder)))
         index.write_text(json.dumps(json.loads(index.read_text()) | {"force_zeros_for_empty_prompt": zeros}))
         with pytest.raises(UsageError, match="other text encoders"):
-            check_encoding(encoding, Teacher(str(folder)), fingerprint)
+            check_encoding(encoding, Teacher(str(folder)), of)

@@ -395,6 +395,7 @@ def test_mistakes_are_reported(teacher, shards, tmp_path, more, message, capsys)
     assert message in str(error.value) + capsys.readouterr().err
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("metric", ["clip", "cmmd", "fid"])
 def test_a_metric_that_cannot_be_loaded_is_reported_before_generating(teacher, tmp_path, monkeypatch, metric):
     """It was reported only after the reference, which takes an hour with a real teacher."""

@@ -125,6 +125,7 @@ def test_srgb_stays_as_it_is(kind, monkeypatch):
     assert np.array_equal(np.asarray(picture.image), np.asarray(pixels)) and picture.colours == ""
 
 
+@pytest.mark.hostile("pictures")
 @pytest.mark.parametrize(
     ("profile", "mode", "note"),
     [

@@ -92,6 +92,7 @@ def test_a_tiff_of_12_bits_says_so():
     assert np.abs(greys(content) - values * (255 / 4095)).max() <= 0.51
 
 
+@pytest.mark.hostile("pictures")
 @pytest.mark.parametrize(
     ("values", "dtype"),
     [
@@ -189,6 +190,7 @@ def test_a_transparent_value_of_deep_grey_becomes_white(tmp_path, max_size):
     assert (greys(sample.files["png"])[: (max_size or 16) // 4] == 255).all()
 
 
+@pytest.mark.hostile("pictures")
 @pytest.mark.parametrize("values", [[0, 127], [-128, 127], [-1, -1]])
 def test_signed_bytes_are_left_out(values):
     """Pillow shows -1 as 255."""
@@ -197,6 +199,7 @@ def test_signed_bytes_are_left_out(values):
     assert caught.value.reason == raw.UNREAD_TIFF
 
 
+@pytest.mark.hostile("pictures")
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF"])
 def test_a_picture_that_is_cut_short_in_its_header_is_no_other_file(kind):
@@ -206,6 +209,7 @@ def test_a_picture_that_is_cut_short_in_its_header_is_no_other_file(kind):
     assert caught.value.reason == raw.DAMAGED_PICTURE
 
 
+@pytest.mark.hostile("pictures")
 @pytest.mark.parametrize("size", [2**21, 8 * 2**20, 80 * 2**20])
 def test_a_png_may_have_a_large_text(size):
     """From 1 MB on it was "no picture"."""
@@ -219,6 +223,7 @@ def test_a_png_may_have_a_large_text(size):
     assert caught.value.reason == raw.HUGE_PICTURE
 
 
+@pytest.mark.hostile("pictures")
 @pytest.mark.parametrize(
     "first", [b"\xff\x0a\xfa", b"\0\0\0\x0cJXL \r\n\x87\n", b"\0\0\0\x0cjP  \r\n\x87\n", b"8BPS", b"<svg>",
               b"<?xml version='1.0'?><svg>", b"\0\0\0\x18ftypcrx ", b"P6\n8 8\n255\n"],
@@ -230,6 +235,7 @@ def test_pictures_of_other_kinds_are_named(first):
     assert caught.value.reason == raw.OTHER_KIND
 
 
+@pytest.mark.hostile("pictures")
 @pytest.mark.parametrize("array", [GREYS, np.zeros((8, 8, 3), np.float32), np.zeros((8, 8, 3), np.int32)])
 def test_a_tiff_of_another_kind_is_named(array):
     """It is no damaged file."""
@@ -268,6 +274,7 @@ def test_the_stream_delivers_the_greys(tmp_path):
     assert batch["pixels"][0, :, 0, 5].tolist() == [153] * 3 and batch["pixels"][0, :, 3, 3].tolist() == [255] * 3
 
 
+@pytest.mark.hostile("pictures")
 @pytest.mark.parametrize("brand", [b"heic", b"mif1", b"hevc"])
 def test_heic_is_named(brand):
     content = struct.pack(">I", 24) + b"ftyp" + brand + bytes(4) + b"mif1heic" + bytes(99)
@@ -276,6 +283,7 @@ def test_heic_is_named(brand):
     assert caught.value.reason == raw.HEIC
 
 
+@pytest.mark.hostile("pictures")
 @pytest.mark.parametrize("readable", [True, False])
 def test_avif_is_named_where_pillow_does_not_read_it(monkeypatch, readable):
     formats = [name for name in decode.PILLOW_FORMATS if name != "AVIF"] + ["AVIF"] * readable

@@ -68,6 +68,7 @@ def test_a_boolean_score_is_compared():
     assert parse_filters(max_pwatermark=0.5)[0].passes({"watermark": False})
 
 
+@pytest.mark.hostile("shards")
 @pytest.mark.parametrize(
     ("text", "value", "kind"),
     [

@@ -31,7 +31,7 @@ from lcm_distill.data.preparation import Preparation
 from lcm_distill.data.shards import count_samples
 from lcm_distill.data.stream import ShardStream, StreamIterator, deal_shards
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork and /proc")
+pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="needs fork and /proc"), pytest.mark.hostile("shards")]
 
 PREPARATION = Preparation(resolution=16)
 SECONDS = 20  # for each way to read a shard

@@ -10,6 +10,7 @@ import os
 import re
 import select
 import signal
+import socket
 import sys
 import time
 
@@ -19,10 +20,21 @@ from icc_profiles import DISPLAY_P3, rgb_profile, to_srgb
 from PIL import Image
 
 from lcm_distill.data import packing
-from lcm_distill.data.packing import MANIFEST, Settings, find_pictures, pack_shards
+from lcm_distill.data.packing import (
+    FOLDER_LINK,
+    LINK_OUT,
+    MANIFEST,
+    METADATA,
+    NO_CAPTION,
+    UNREADABLE,
+    Settings,
+    find_pictures,
+    make_sample,
+    pack_shards,
+)
 from lcm_distill.data.preflight import inspect_shards
 from lcm_distill.data.preparation import Preparation, prepare_sample
-from lcm_distill.data.raw import HEIC, HUGE_FILE, HUGE_PICTURE
+from lcm_distill.data.raw import HEIC, HUGE_FILE, HUGE_PICTURE, BadSample
 from lcm_distill.data.shards import count_samples, expand_shards, read_shard
 from lcm_distill.data.stream import ShardStream
 from lcm_distill.errors import UsageError
@@ -143,6 +155,7 @@ def test_bytes_depend_on_the_seed_and_not_on_the_workers(tmp_path):
     assert set(read(tmp_path / "a")) == set(read(tmp_path / "c"))
 
 
+@pytest.mark.hostile("folders")
 def test_difficult_names(tmp_path):
     """Dots, other scripts, capitals, one name in two folders or of two kinds, names that are not UTF-8."""
     images = tmp_path / "in"
@@ -323,6 +336,7 @@ def test_csv_and_caption_column(tmp_path):
 # -------------------------------------------------------------------------------------------- what is skipped
 
 
+@pytest.mark.hostile("pictures")
 def test_bad_pictures_are_skipped_counted_and_listed(tmp_path, capsys):
     images = fill(tmp_path / "in", 2)
     good = (images / "000.png").read_bytes()
@@ -368,6 +382,7 @@ def test_bad_pictures_are_skipped_counted_and_listed(tmp_path, capsys):
     assert re.fullmatch(rf"1 shard, 3 samples, \d\.\d MB: train with --train_shards_path_or_url {tmp_path}/out", last)
 
 
+@pytest.mark.hostile("pictures")
 def test_pictures_of_other_kinds_are_named(tmp_path, monkeypatch):
     """They were not among the skipped, nor anywhere else."""
     images = fill(tmp_path / "in", 1)
@@ -391,6 +406,7 @@ def test_pictures_of_other_kinds_are_named(tmp_path, monkeypatch):
     packing.heif_formats.cache_clear()
 
 
+@pytest.mark.hostile("folders")
 def test_files_with_a_caption_that_are_of_no_known_kind_are_named(tmp_path):
     images = fill(tmp_path / "in", 1)
     for name in ("a.jpg_large", "sub/b", "c.jpe", "d.mp4", "000.mask", "e.json", "f.apng"):
@@ -434,6 +450,7 @@ def test_heic_is_read_where_pillow_heif_is_installed(tmp_path, max_size):
         assert (meta.get("original_height", meta["height"]), meta.get("original_width", meta["width"])) == original
 
 
+@pytest.mark.hostile("pictures")
 def test_files_that_the_readers_would_not_read_are_skipped(tmp_path, monkeypatch):
     images = fill(tmp_path / "in", 2)
     (images / "000.txt").write_text("long " * 100)
@@ -443,6 +460,250 @@ def test_files_that_the_readers_would_not_read_are_skipped(tmp_path, monkeypatch
     assert pack(images, tmp_path / "out").skipped == {HUGE_FILE: ["000.png", "large.bmp"]}
 
 
+# ------------------------------------------------------------------------------------- links, pipes, and their names
+
+
+@pytest.fixture()
+def secret(tmp_path):
+    """A file outside the pictures, as /etc/passwd is, and a picture."""
+    save(tmp_path / "home" / "private.png", seed=99)
+    path = tmp_path / "home" / "secret.txt"
+    path.write_text("root:x:0:0")
+    return path
+
+
+def link_out(name, images, secret):
+    """Makes a link `name` that leads out of `images`, of one of several kinds."""
+    images.mkdir(exist_ok=True)
+    if name == "relative":
+        return os.path.relpath(secret, images)
+    if name == "through a link":
+        (images / "hop").symlink_to(secret)
+        return "hop"
+    if name == "through a folder":
+        (images / "deep").symlink_to(secret.parent)
+        return "deep/" + secret.name
+    if name == "dots":
+        return str(images / ".." / "home" / secret.name)
+    return {"absolute": secret, "of one that begins alike": images.with_name("in2") / "secret.txt"}[name]
+
+
+@pytest.mark.hostile("folders")
+@pytest.mark.parametrize(
+    "kind", ["absolute", "relative", "through a link", "through a folder", "dots", "of one that begins alike"]
+)
+def test_links_out_of_the_folder_are_no_captions_and_no_pictures(tmp_path, secret, capsys, kind):
+    """A dataset's e.txt, a link to /etc/passwd, became a caption of its shards."""
+    images = fill(tmp_path / "in", 2)
+    (tmp_path / "in2").mkdir()
+    (tmp_path / "in2" / "secret.txt").write_text("root:x:0:0")
+    target = link_out(kind, images, secret)
+    save(images / "e.png")
+    (images / "e.txt").symlink_to(target)
+    (images / "f.png").symlink_to(str(target).replace("secret.txt", "private.png").replace("hop", "hop2"))
+    if kind == "through a link":
+        (images / "hop2").symlink_to(secret.with_name("private.png"))
+    (images / "f.txt").write_text("a private picture")
+    packed = pack(images, tmp_path / "out")
+    assert sorted(packed.skipped[LINK_OUT]) == ["e.txt", "f.png"] and packed.skipped[NO_CAPTION] == ["e.png"]
+    assert set(packed.skipped) <= {LINK_OUT, NO_CAPTION, FOLDER_LINK}
+    assert set(read(tmp_path / "out")) == {"000.png", "001.png"}
+    assert all(b"root:x" not in content for content in contents(tmp_path / "out").values())
+    main([str(images), str(tmp_path / "out")])
+    assert "2 x link to a file outside the folder (to pack what links point to, copy" in capsys.readouterr().out
+
+
+@pytest.mark.hostile("folders")
+def test_links_within_the_folder_are_followed(tmp_path):
+    images = fill(tmp_path / "in", 1)
+    (images / ".store").mkdir()
+    save(images / ".store" / "1a2b.png", seed=5)
+    (images / ".store" / "text").write_text("a stored caption")
+    (images / "deep").mkdir()
+    (images / "deep" / "b.png").symlink_to("../.store/1a2b.png")
+    (images / "deep" / "b.txt").symlink_to(images / ".store" / "text")
+    os.link(images / "000.png", images / "hard.png")  # nothing distinguishes it from any other file
+    os.link(images / "000.txt", images / "hard.txt")
+    (tmp_path / "alias").symlink_to(images)  # what the user names may be a link
+    packed = pack(tmp_path / "alias", tmp_path / "out")
+    found = read(tmp_path / "out")
+    assert set(found) == {"000.png", "hard.png", "deep/b.png"} and not packed.skipped
+    assert found["deep/b.png"][1].files["txt"] == b"a stored caption"
+
+
+@pytest.mark.hostile("folders")
+def test_a_snapshot_in_hugging_face_s_cache_is_packed(tmp_path, secret):
+    """All its files are links into the blobs beside it; those elsewhere lead out."""
+    cache = tmp_path / "hub" / "datasets--org--cats"
+    blobs, snapshot = cache / "blobs", cache / "snapshots" / "0a1b" / "train"
+    snapshot.mkdir(parents=True)
+    save(blobs / "d41d.png")
+    (blobs / "rows").write_text('{"file_name": "a.png", "text": "a cat"}\n')
+    (snapshot / "a.png").symlink_to("../../../blobs/d41d.png")
+    (snapshot / "metadata.jsonl").symlink_to("../../../blobs/rows")
+    (snapshot / "b.png").symlink_to(secret.with_name("private.png"))
+    packed = pack(snapshot, tmp_path / "out")
+    assert set(read(tmp_path / "out")) == {"a.png"} and packed.skipped == {LINK_OUT: ["b.png"]}
+    blobs.rename(tmp_path / "elsewhere")
+    blobs.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="metadata.jsonl cannot be read: link to a file outside"):
+        pack(snapshot, tmp_path / "out2")
+
+
+@pytest.mark.hostile("folders")
+@pytest.mark.parametrize("name", METADATA)
+def test_metadata_that_is_a_link_out_is_refused_and_not_shown(tmp_path, secret, name):
+    images = fill(tmp_path / "in", 1)
+    (images / name).symlink_to(secret)
+    with pytest.raises(UsageError, match=f"{name} cannot be read: link to a file outside .*cp -rL") as refused:
+        pack(images, tmp_path / "out")
+    assert "root" not in str(refused.value).replace(str(tmp_path), "") and not (tmp_path / "out").exists()
+
+
+@pytest.mark.hostile("folders")
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "000.txt", "000.png", "sub/metadata.jsonl"])
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "loop", "folder"])
+def test_what_is_no_file_is_not_waited_for(tmp_path, name, kind):
+    """A pipe among the pictures blocked the packer for ever."""
+    images = fill(tmp_path / "in", 3)
+    path = images / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as one:
+            one.bind(os.path.relpath(path))  # such names are short
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "loop":
+        path.symlink_to(path.name)
+    else:
+        path.mkdir()
+    if path.name in METADATA and kind != "folder":
+        with pytest.raises(UsageError, match=f"{name} cannot be read: .*. Fix or move it"):
+            pack(images, tmp_path / "out")
+        return
+    packed = pack(images, tmp_path / "out")
+    assert set(read(tmp_path / "out")) == {"001.png", "002.png"} | ({"000.png"} if path.name in METADATA else set())
+    named = [one for reason in (UNREADABLE, LINK_OUT, NO_CAPTION) for one in packed.skipped.get(reason, ())]
+    expected = {("device", "000.txt"): ["000.txt", "000.png"], ("folder", "000.png"): []}
+    assert path.name in METADATA or named == expected.get((kind, name), ["000.png"])
+
+
+@pytest.mark.hostile("folders")
+@pytest.mark.parametrize("deep", [60, 300, 900, 990, 5000])
+def test_metadata_that_are_nested_too_deeply_are_refused(tmp_path, deep):
+    """What can just be read cannot always be written again, in another process."""
+    images = fill(tmp_path / "in", 1)
+    row = '{"file_name": "000.png", "text": "x", "y": ' + "[" * deep + "]" * deep + "}"
+    (images / "metadata.jsonl").write_text(row)
+    with pytest.raises(UsageError, match="metadata.jsonl cannot be used: .*Fix row"):
+        pack(images, tmp_path / "out")
+
+
+@pytest.mark.hostile("folders")
+def test_folders_in_very_many_folders_are_refused(tmp_path, monkeypatch):
+    """`os.walk` recurses before Python 3.12, where a thousand levels were a traceback (which take minutes to make)."""
+
+    def walk(folder, onerror):
+        yield folder, ["d"], []
+        raise RecursionError
+
+    images = fill(tmp_path / "in", 1)
+    monkeypatch.setattr(os, "walk", walk)
+    with pytest.raises(UsageError, match="IMAGES: too many folders are nested"):
+        find_pictures(str(images), "")
+
+
+@pytest.mark.hostile("folders")
+def test_links_to_folders_are_counted(tmp_path, secret):
+    images = fill(tmp_path / "in", 1)
+    fill(images / "own", 1)
+    (images / "again").symlink_to("own")
+    (images / "home").symlink_to(secret.parent)
+    (images / "own" / "up").symlink_to("..")
+    packed = pack(images, tmp_path / "out")
+    assert set(read(tmp_path / "out")) == {"000.png", "own/000.png"}
+    assert packed.skipped == {FOLDER_LINK: ["again", "home", "own/up"]}
+
+
+@pytest.mark.hostile("folders")
+@pytest.mark.parametrize("kind", ["link", "pipe", "grown"])
+def test_a_file_that_became_something_else_since_it_was_found(tmp_path, secret, monkeypatch, kind):
+    images = fill(tmp_path / "in", 2)
+    picture = find_pictures(str(images), "")[0][0]
+    path = images / picture.text
+    path.unlink()
+    if kind == "link":
+        path.symlink_to(secret)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_text("x" * 100)
+        monkeypatch.setattr(packing, "MAX_TEXT_BYTES", 50)
+    reason = {"link": "link to a file outside", "grown": "file is too large", "pipe": "000.txt cannot be read any more"}
+    with pytest.raises((BadSample, UsageError), match=reason[kind]):
+        make_sample(str(images), picture, Settings())
+
+
+@pytest.mark.hostile("folders")
+def test_names_of_files_reach_no_terminal(tmp_path, capsys):
+    """A picture's name cleared the screen and set the terminal's title."""
+    evil = "\x1b[2J\x1b]0;x\x07\nerror: \r\x9b1m\u202e"
+    images = fill(tmp_path / "in", 1)
+    for name in ("a.png", "b.tiff", "c.heic", "d.svg"):
+        (images / (evil + name)).write_bytes(b"no picture")
+        (images / (evil + name)).with_suffix(".txt").write_text("caption")
+    write_jsonl(images, {"file_name": f"{evil}.png", "text": evil, evil: evil})
+    main([str(images), str(tmp_path / f"{evil}out")])
+    said = capsys.readouterr()
+    assert "2 x picture file holds no picture: ?[2J?]0;x??error: ??1m?" in said.out
+    assert all(line.isprintable() for line in said.out.split("\n")), said.out
+    (images / "000.png").unlink()
+    (images / f"{evil}.{evil}").touch()
+    (images / evil).mkdir()
+    (images / evil / "metadata.csv").write_text(f"file_name,text\n,{evil}\n")
+    for options in ([], ["--caption_column", "x"]):
+        with pytest.raises(UsageError) as refused:
+            main([str(images), str(tmp_path / "out"), *options])
+        assert all(line.isprintable() for line in str(refused.value).split("\n")), str(refused.value)
+
+
+@pytest.mark.hostile("folders")
+@pytest.mark.parametrize(
+    "line",
+    [
+        "5", "[]", "null", '"00000.tar"', "[" * 5000, '{"shard": ["00000.tar"], "bytes": 0}',
+        '{"shard": "00000.tar", "bytes": 10240}',
+        '{"shard": "00000.tar", "bytes": 10240, "samples": "1", "skipped": {}}',
+        '{"shard": "00000.tar", "bytes": 10240, "samples": 1, "skipped": []}',
+        '{"shard": "00000.tar", "bytes": 10240, "samples": 1, "skipped": {"x": [5]}}',
+        '{"shard": "\\u0000", "bytes": 10240, "samples": 1, "skipped": {}}',
+    ],
+)  # fmt: skip
+def test_a_manifest_with_foreign_lines_is_continued(tmp_path, line):
+    """Each was a traceback, and the shard is written again."""
+    images = fill(tmp_path / "in", 2)
+    pack(images, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    manifest = tmp_path / "out" / MANIFEST
+    first, _ = manifest.read_text().splitlines()
+    assert len(before["00000.tar"]) == 10240
+    manifest.write_text(f"{first}\n{line}\n")
+    assert pack(images, tmp_path / "out").samples == 2 and contents(tmp_path / "out") == before
+
+
+@pytest.mark.hostile("folders")
+def test_a_manifest_that_is_a_pipe_is_not_waited_for(tmp_path):
+    images = fill(tmp_path / "in", 1)
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "out" / MANIFEST)
+    with pytest.raises(UsageError, match="contains other files"):
+        pack(images, tmp_path / "out")
+
+
+@pytest.mark.hostile("folders")
 @pytest.mark.parametrize(
     ("name", "problem"), [("nothing", "no folder"), ("file", "no folder"), ("", "no picture.*nothing")]
 )
@@ -478,6 +739,7 @@ def test_mistakes_name_the_remedy(tmp_path):
     refused("metadata.jsonl cannot be used: .*utf-8")
 
 
+@pytest.mark.hostile("folders")
 def test_nothing_usable_leaves_nothing(tmp_path):
     save(tmp_path / "in" / "a.png", caption="a").write_bytes(b"no picture")
     with pytest.raises(UsageError, match=r"(?s)nothing in .* can be trained on.*1 x picture file holds no.*: a\.png"):
@@ -487,6 +749,7 @@ def test_nothing_usable_leaves_nothing(tmp_path):
     assert pack(tmp_path / "in", tmp_path / "out").samples == 1
 
 
+@pytest.mark.hostile("disks")
 @pytest.mark.parametrize(("name", "kind"), [("Value", OSError(28, "No space left on device")),
                                             ("Event", OSError(38, "Function not implemented")),
                                             ("Value", PermissionError(13, "Permission denied"))])  # fmt: skip
@@ -499,6 +762,7 @@ def test_missing_shared_memory_is_not_blamed_on_the_disk(tmp_path, monkeypatch, 
         pack(fill(tmp_path, 1), tmp_path / "out")
 
 
+@pytest.mark.hostile("folders")
 def test_shards_inside_the_images_are_not_packed(tmp_path):
     images = fill(tmp_path, 3)
     pack(images, images / "out")
@@ -531,6 +795,7 @@ def test_a_second_run_keeps_complete_shards(tmp_path):
     assert names(tmp_path / "out") == ["00000.tar", "00001.tar", "00002.tar", MANIFEST]
 
 
+@pytest.mark.hostile("disks")
 def test_an_error_in_the_middle_leaves_complete_shards(tmp_path, monkeypatch):
     """A full disk: complete shards stay, unfinished ones do not, and the same command continues."""
     fill(tmp_path / "in", 12)
@@ -566,6 +831,7 @@ def run_slowly(argv):
         main(argv)
 
 
+@pytest.mark.hostile("signals")
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_killed(tmp_path, kill):
     """A real kill of the main process; with SIGINT, as Ctrl-C in a terminal, of all of its group."""
@@ -596,6 +862,7 @@ def test_killed(tmp_path, kill):
     assert names(out) == names(tmp_path / "expected")
 
 
+@pytest.mark.hostile("signals")
 def test_a_worker_that_dies_ends_in_a_message(tmp_path, monkeypatch):
     fill(tmp_path / "in", 2)
     monkeypatch.setattr(packing, "make_sample", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
@@ -603,6 +870,7 @@ def test_a_worker_that_dies_ends_in_a_message(tmp_path, monkeypatch):
         pack(tmp_path / "in", tmp_path / "out")
 
 
+@pytest.mark.hostile("folders")
 def test_other_settings_or_files_are_refused(tmp_path):
     images = fill(tmp_path / "in", 4)
     pack(images, tmp_path / "out", samples_per_shard=2)
@@ -624,6 +892,7 @@ def test_other_settings_or_files_are_refused(tmp_path):
     refused("contains other files; give a new or empty folder")
 
 
+@pytest.mark.hostile("folders")
 def test_a_file_that_disappears_stops_the_packing(tmp_path, monkeypatch):
     """It is not skipped: when a network disk was disconnected, the shards would be empty."""
     images = fill(tmp_path / "in", 2)
@@ -642,6 +911,7 @@ def test_help(capsys):
     assert places == sorted(places)
 
 
+@pytest.mark.hostile("pictures")
 def test_a_jpeg_of_hundreds_of_scans_is_not_decoded(tmp_path):
     """The packer opened pictures without the readers' count of scans: 20 kB could keep a worker busy for an hour."""
     images = tmp_path / "in"

@@ -39,6 +39,7 @@ def test_only_the_given_keys_count():
     assert size_in_json({"width": 3, "height": 2}, SQUARE, turned=False, keys=(ORIGINAL_SIZE,)) is None
 
 
+@pytest.mark.hostile("shards")
 @pytest.mark.parametrize(
     ("value", "number"),
     [(3, 3), ("3", 3), (" 3.5\n", 3.5), ("1e3", 1000), (True, None), ("true", None), ("inf", None), (None, None),

@@ -101,6 +101,7 @@ def serve(tmp_path):
         server.server_close()
 
 
+@pytest.mark.hostile("servers")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_unreliable_server_delivers_all(tmp_path, serve, monkeypatch, workers):
     """Dropped connections, stalls and errors now and then: each sample still comes once an epoch, in the same order.
@@ -125,6 +126,7 @@ def test_an_unreliable_server_delivers_all(tmp_path, serve, monkeypatch, workers
     assert {outcome for _, outcome, _ in server.requests} >= {"drop", "stall", "500", "503", "429"}
 
 
+@pytest.mark.hostile("servers")
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_broken_download_continues_where_it_broke(tmp_path, serve, ranges):
     content = os.urandom(3_000_000)
@@ -148,6 +150,7 @@ def test_a_shard_over_http_is_read_from_an_offset(tmp_path, serve):
     assert server.requests[-1][2] == f"bytes={raw[29].end}-"
 
 
+@pytest.mark.hostile("servers")
 def test_a_file_that_changes_on_the_server_is_not_stitched_together(tmp_path, serve):
     (tmp_path / "a.tar").write_bytes(b"a" * 2_000_000)
     server = serve(["drop", "ok"])
@@ -158,6 +161,7 @@ def test_a_file_that_changes_on_the_server_is_not_stitched_together(tmp_path, se
             file.read()
 
 
+@pytest.mark.hostile("servers")
 def test_permanent_failures_are_not_retried(tmp_path, serve):
     server = serve()
     with pytest.raises(OSError, match="404"):
@@ -171,6 +175,7 @@ def test_permanent_failures_are_not_retried(tmp_path, serve):
     assert time.monotonic() - start < 5
 
 
+@pytest.mark.hostile("servers")
 def test_a_server_that_never_recovers_ends_in_a_message(tmp_path, serve, caplog):
     write_shards(tmp_path, [3])
     server = serve(itertools.repeat("500"))
@@ -180,6 +185,7 @@ def test_a_server_that_never_recovers_ends_in_a_message(tmp_path, serve, caplog)
     assert f"retrying in 0.16 s ({sources.RETRIES} of {sources.RETRIES})" in caplog.text
 
 
+@pytest.mark.hostile("servers")
 def test_a_command_that_fails_is_run_again_and_continues(tmp_path):
     """It writes half of the file the first time, all of it the second."""
     content = os.urandom(500_000)
@@ -190,6 +196,7 @@ def test_a_command_that_fails_is_run_again_and_continues(tmp_path):
         assert file.read() == content
 
 
+@pytest.mark.hostile("servers")
 def test_a_command_that_stalls_is_ended(tmp_path, monkeypatch):
     """webdataset's own reader waits forever, and closing it early takes two hours."""
     monkeypatch.setattr(sources, "PIPE_TIMEOUT", 0.2)
@@ -215,6 +222,7 @@ def test_other_file_systems_come_through_fsspec(tmp_path):
         expand_shards("memory://bucket/*.tgz")
 
 
+@pytest.mark.hostile("servers")
 @pytest.mark.parametrize(
     ("url", "words"),
     [

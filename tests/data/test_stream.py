@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import struct
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from braceexpand import braceexpand
 from PIL import Image
 
 from lcm_distill.data import decode, raw, sources
@@ -35,7 +37,7 @@ from lcm_distill.data.preparation import Preparation, resize_and_crop
 from lcm_distill.data.raw import CODE_EXTENSIONS, PICTURE_EXTENSIONS
 from lcm_distill.data.shards import count_samples, expand_shards
 from lcm_distill.data.stream import DropCounter, ShardStream, StreamIterator, deal_shards
-from lcm_distill.errors import UsageError
+from lcm_distill.errors import UsageError, shown
 
 REPO = Path(__file__).parents[2]
 
@@ -357,6 +359,7 @@ def test_restore_with_another_layout_continues_at_the_epochs_start(
     assert captions(take(iter(restored), len(fresh))) == captions(fresh)
 
 
+@pytest.mark.hostile("shards")
 def test_restore_with_other_shards_is_logged(tmp_path, caplog):
     shards = write_shards(tmp_path, [4, 5, 6])
     loader = make_loader(make_stream(shards[:2]), 0)
@@ -416,6 +419,7 @@ if sys.argv[2] == "wait":
 """
 
 
+@pytest.mark.hostile("signals")
 @pytest.mark.parametrize("end", ["exit", "wait"])
 def test_workers_end_with_their_parent(tmp_path, end):
     """Whether the program exits or is killed, no worker survives it."""
@@ -507,6 +511,7 @@ def test_filters_that_let_nothing_pass_are_reported(tmp_path):
     assert "5 x filtered out by --filter 'other>1'" in str(error.value)
 
 
+@pytest.mark.hostile("shards")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_bad_samples_end_the_run_with_their_reasons(tmp_path, monkeypatch, workers):
     """If nine of ten samples are silently lost, a run trains on other data than its user thinks."""
@@ -635,6 +640,7 @@ def test_every_kind_of_picture_is_read(tmp_path, extension):
     assert (batch["pixels"].float().mean((0, 2, 3)) - torch.tensor([255.0, 0, 0])).abs().max() < 6
 
 
+@pytest.mark.hostile("pictures")
 @pytest.mark.parametrize("hidden_by", ["an earlier partial scan", "a marker without a length"])
 def test_scans_cannot_hide_from_their_count(hidden_by):
     """A JPEG of 20 kB with hundreds of scans, each over all of the picture, kept a worker busy for an hour."""
@@ -832,6 +838,7 @@ def test_a_caption_column_that_is_not_utf8_is_reported_by_its_name(tmp_path):
         inspect_shards(shards, Preparation(resolution=16, caption_column="blip"))
 
 
+@pytest.mark.hostile("shards")
 @pytest.mark.parametrize("column", [*sorted(CODE_EXTENSIONS), ".PKL", "blip.pickle", "pt.txt", "meta.npy"])
 def test_a_caption_column_that_can_contain_code_is_refused(tmp_path, column):
     """Such a file would only be read as text; still, it is not even opened."""
@@ -847,6 +854,7 @@ def test_a_caption_column_that_can_contain_code_is_refused(tmp_path, column):
     assert not touched.exists()
 
 
+@pytest.mark.hostile("shards")
 def test_a_pickle_under_a_harmless_name_is_only_text(tmp_path):
     touched = tmp_path / "touched"
     payload = pickle.dumps(TouchesFile(touched), protocol=0)  # protocol 0 is ASCII
@@ -887,6 +895,7 @@ def test_without_captions_the_preflight_names_the_flag_that_helps(tmp_path):
         inspect_shards(shards, Preparation(resolution=16))
 
 
+@pytest.mark.hostile("shards")
 def test_a_bad_picture_is_not_blamed_on_the_caption_column(tmp_path):
     shards = [write_tar(tmp_path / "0.tar", [("a.png", b"?"), ("a.blip", "x")])]
     with pytest.raises(UsageError, match="^--train_shards_path_or_url gives nothing"):
@@ -969,6 +978,7 @@ BAD_SAMPLES = [
 ]
 
 
+@pytest.mark.hostile("shards")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_samples_are_skipped_and_counted(tmp_path, workers):
     """All kinds of them in one shard, a good sample after each: all good ones come, and every count is right."""
@@ -1001,6 +1011,7 @@ def test_drop_counter_totals_the_workers():
     assert str(counter) == "9 x b, 5 x a"
 
 
+@pytest.mark.hostile("shards")
 @pytest.mark.parametrize("reason_and_files", BAD_SAMPLES, ids=lambda case: case[0])
 def test_each_kind_of_bad_sample_has_its_reason(tmp_path, reason_and_files):
     reason, files = reason_and_files
@@ -1023,6 +1034,7 @@ def named(*names):
     ]
 
 
+@pytest.mark.hostile("shards")
 @pytest.mark.parametrize(
     ("names", "lost", "reasons"),
     [
@@ -1079,6 +1091,7 @@ def test_restore_counts_dotted_names_once(tmp_path, suffix):
         assert_same_batches([next(again)], [expected])
 
 
+@pytest.mark.hostile("shards")
 def test_a_shard_of_a_million_dotted_names_takes_no_memory(tmp_path, monkeypatch):
     """Names are remembered until another key follows; a hostile tar has no other key."""
     monkeypatch.setattr(shards_module._Names, "MAX_REMEMBERED", 10)
@@ -1098,6 +1111,7 @@ def test_the_preflight_counts_the_files_of_the_samples_it_tried(tmp_path, extens
         assert report.seen == limit and report.extensions == dict.fromkeys(extensions, limit)
 
 
+@pytest.mark.hostile("shards")
 def test_nothing_in_a_shard_is_executed(tmp_path):
     """`wds.decode` unpickles .pyd and .pkl members: a shard from the internet could run anything."""
     touched = tmp_path / "touched"
@@ -1120,6 +1134,7 @@ def test_other_files_do_not_split_a_sample(tmp_path):
     assert captions(take(iter(make_stream(shards)), 2)) == ["x", "x"]
 
 
+@pytest.mark.hostile("shards")
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
 def test_a_cut_tar_gives_its_complete_samples(tmp_path, suffix):
     """A tar cut at every tenth of its length: the samples before the cut, no crash, no repetition."""
@@ -1139,6 +1154,7 @@ def test_a_cut_tar_gives_its_complete_samples(tmp_path, suffix):
         assert sorted(captions(consumer[0])) == sorted(expected)
 
 
+@pytest.mark.hostile("shards")
 def test_unreadable_shards_are_counted_once(tmp_path):
     """Several consumers share the remaining shards; only one of them counts a shard that cannot be read."""
     good = write_shards(tmp_path, [8, 8])
@@ -1156,6 +1172,7 @@ def test_unreadable_shards_are_counted_once(tmp_path):
         assert dropped == {raw.UNREADABLE_SHARD: 5}, workers
 
 
+@pytest.mark.hostile("shards")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shards_without_a_usable_sample_end_in_one_clear_error(tmp_path, workers):
     """Training used to stay at 0 % forever. The message is the same from a worker, without a traceback."""
@@ -1213,6 +1230,7 @@ def test_expand_shards(tmp_path, monkeypatch):
     assert expand_shards(literal) == [literal]
 
 
+@pytest.mark.hostile("folders")
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
@@ -1236,6 +1254,64 @@ def test_mistakes_in_the_shards_flag_are_explained(tmp_path, spec, words):
     with pytest.raises(UsageError, match="--train_shards_path_or_url") as caught:
         expand_shards(spec and spec.format(tmp=tmp_path))
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.hostile("folders")
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("{0..9999999}", "10,000,000 names; at most 1,000,000"),
+        ("x{0..9999}/{0..9999}.tar", "100,000,000 names"),
+        ("{0..9999999999..7}.tar", "1,428,571,429 names"),
+        ("{a..z}{a..z}{a..z}{a..z}{a..z}", "11,881,376 names"),
+        ("{a,b}" * 60, "names"),
+        ("{" + "{a,b}" * 20 + "{c,d},e}", "2,097,153 names"),
+        ("{" + ",".join(["{0..399999}"] * 3) + "}", "1,200,000 names"),
+        ("{x,{y,{z,{0..1000000}}}}", "1,000,004 names"),
+        ("{" * 8 + "0..1000000" + "}" * 8, "1,000,001 names"),
+        ("{" * 100_000, "do not match"),
+        ("{a," * 100_000, "do not match"),
+        ("{" * 9 + "0..9" + "}" * 9, "nested"),
+        ("{0.." + "9" * 5000 + "}", "more than 18 digits"),
+        ("{" + "0" * 100_000 + "1..2}", "more than 18 digits"),
+        ("x" * 1000 + "{0..999999}", "names of 1,00"),
+        ("a}b{c", "do not match"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_braces_that_stand_for_too_much_are_refused_at_once(spec, words):
+    """They took gigabytes, or a traceback, before they were refused."""
+    memory, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    with pytest.raises(UsageError, match=f"^--train_shards_path_or_url: .*{words}"):
+        expand_shards(spec)
+    assert time.process_time() - start < 1
+    if sys.platform == "linux":  # kilobytes; elsewhere bytes
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 50_000
+
+
+@pytest.mark.hostile("folders")
+def test_a_list_of_braces_is_counted_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "MAX_SHARDS", 100)
+    (tmp_path / "list.txt").write_text("http://host/{00..59}.tar\n" * 1000)
+    for spec in (str(tmp_path / "list.txt"), "http://host/{00..59}.tar::http://host/{00..59}.tar"):
+        with pytest.raises(UsageError, match="with what stands before it, 120 shards; at most 100"):
+            expand_shards(spec)
+    assert len(expand_shards("http://host/{00..59}.tar::http://host/{60..99}.tar")) == 100
+
+
+def test_braces_are_counted_as_they_are_expanded():
+    pieces = ["{", "}", ",", "a", "0..3", "07..10", "a..e", "9..1..3", "\\", "x", "{1..3}", "{a,b}", "-2..2", "\n"]
+    rng, counted = random.Random(0), 0
+    for _ in range(20_000):
+        pattern = "".join(rng.choices(pieces, k=rng.randint(1, 8)))
+        try:
+            count, characters = shards_module._count_expansion(pattern)
+        except ValueError:
+            continue
+        names = list(braceexpand(pattern))
+        counted += 1
+        assert count == len(names) and characters >= sum(map(len, names)), pattern
+    assert counted > 5000
 
 
 @pytest.mark.parametrize(
@@ -1307,6 +1383,33 @@ def test_the_preflight_reports_what_it_finds(tmp_path):
     assert report.dropped == {raw.NO_CAPTION: 1, raw.UNREADABLE_SHARD: 1}
     text = str(report)
     assert "3 of 4 samples usable" in text and "20x16 to 40x30 (width x height)" in text and "1.tar" in text
+
+
+@pytest.mark.hostile("shards")
+def test_the_preflight_shows_nothing_that_a_terminal_obeys(tmp_path, caplog):
+    """Extensions, JSON keys and shards may be called anything, and the run's log shows them."""
+    evil = "\x1b[2J\x1b]0;x\x07\nerror: \r\x9b1m\u202e"
+    files = [
+        ("a.png", noise_picture(0)),
+        (f"a.{evil}", b"x"),
+        ("a.json", json.dumps({"caption": evil, evil: evil}).encode()),
+    ]
+    (tmp_path / evil).mkdir()
+    shard = write_tar(tmp_path / evil / "0.tar", files)
+    cut = tmp_path / evil / "1.tar"
+    cut.write_bytes(Path(shard).read_bytes()[:600])
+    report = inspect_shards([shard, str(cut)], Preparation(resolution=8), limit=9)
+    assert report.problems and report.captions == [evil.strip()]
+    assert all(line.isprintable() for line in str(report).split("\n")), str(report)
+    with pytest.raises(UsageError) as refused:
+        inspect_shards([str(cut)], Preparation(resolution=8))
+    assert all(line.isprintable() for line in str(refused.value).split("\n")), str(refused.value)
+    stream = ShardStream(shards=[str(cut), shard], preparation=Preparation(resolution=8), batch_size=2, seed=0)
+    with caplog.at_level(logging.INFO):
+        next(iter(stream))
+        count_samples([str(cut)])
+    assert len(caplog.records) >= 2
+    assert all(shown(record.getMessage()) == record.getMessage() for record in caplog.records)
 
 
 def test_the_preflight_stops_early(tmp_path):

@@ -60,6 +60,7 @@ def assert_rest_and_state_are_exact(loader, batches, shards, workers):
     assert_same_batches(batches, [next(streams[turn % workers]) for turn in range(len(batches))])
 
 
+@pytest.mark.hostile("signals")
 @pytest.mark.parametrize(
     ("number", "words"),
     [
@@ -109,6 +110,7 @@ def failing_after(monkeypatch, name, calls, error):
     monkeypatch.setattr(torch.UntypedStorage, name, staticmethod(make) if as_class else make)
 
 
+@pytest.mark.hostile("disks")
 @pytest.mark.parametrize(
     ("name", "error", "words"),
     [
@@ -132,6 +134,7 @@ def test_without_shared_memory_there_is_one_error_and_no_hang(shards, name, erro
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.hostile("disks")
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError(38, "Function not implemented"),
                                    BlockingIOError(11, "Resource temporarily unavailable")])  # fmt: skip
 def test_workers_that_cannot_be_started_are_one_error(shards, error, monkeypatch, capfd):
@@ -184,6 +187,7 @@ def test_other_loaders_keep_torch_s_handler(shards):
     assert signal.getsignal(signal.SIGCHLD) is before
 
 
+@pytest.mark.hostile("disks")
 @pytest.mark.parametrize(
     ("error", "report", "exits", "words"),
     [
@@ -214,6 +218,7 @@ def flags_for(workers, batch):
 ENCODING = SimpleNamespace(moments=(8, 64, 64), embeddings={"encoder_hidden_states": (77, 768)})
 
 
+@pytest.mark.hostile("disks")
 @pytest.mark.parametrize(
     ("workers", "batch", "resolution", "encoding", "processes", "need"),
     [

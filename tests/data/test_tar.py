@@ -3,11 +3,13 @@
 import random
 import tarfile
 
+import pytest
 from hostile_shards import header
 
 from lcm_distill.data.tar import _PLAIN_HEADER, _parse_header
 
 
+@pytest.mark.hostile("shards")
 def test_a_header_says_what_tarfile_reads_in_it():
     def outcome(read, block):
         try:

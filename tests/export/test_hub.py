@@ -198,6 +198,7 @@ def pushed(upload: HubUpload) -> bool:
     return upload.push()
 
 
+@pytest.mark.hostile("servers")
 @pytest.mark.parametrize("case", ["wrong token", "no right", "no namespace", "bad name", "offline"])
 def test_a_refusal_is_an_error_before_training(case, hub, result, monkeypatch):
     """A token that may only read was noticed at the end: for a repository that exists the client does not check."""
@@ -225,6 +226,7 @@ def test_without_a_token_nothing_is_asked(hub, result, monkeypatch):
     assert not hub.requests
 
 
+@pytest.mark.hostile("servers")
 @pytest.mark.parametrize("how", [503, 429, "hang", "drop"])
 def test_a_hub_that_cannot_be_reached_at_first_stops_no_run(how, hub, result, caplog):
     """It did: any error at the start was taken for a refusal."""
@@ -236,6 +238,7 @@ def test_a_hub_that_cannot_be_reached_at_first_stops_no_run(how, hub, result, ca
     assert pushed(upload) and list(hub.files["me/model"]) == FILES
 
 
+@pytest.mark.hostile("servers")
 def test_an_unreachable_hub_loses_nothing(hub, result, monkeypatch, caplog):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the port of the discard service: nothing listens
     upload = quick(result)
@@ -243,6 +246,7 @@ def test_an_unreachable_hub_loses_nothing(hub, result, monkeypatch, caplog):
     assert caplog.text.count("trying again in") == 2 and "Connect" in caplog.text and "hf upload model" in caplog.text
 
 
+@pytest.mark.hostile("servers")
 @pytest.mark.parametrize(("path", "how"), [("/commit/", 500), ("/validate-yaml", 503), ("/storage/", "cut")])
 def test_what_fails_is_tried_again(path, how, hub, result):
     upload = quick(result)
@@ -252,6 +256,7 @@ def test_what_fails_is_tried_again(path, how, hub, result):
     assert hub.commits["me/model"] == ["first", "done"]
 
 
+@pytest.mark.hostile("servers")
 def test_a_slow_hub_is_waited_for(hub, result):
     upload = quick(result)
     hub.inject_fault("/commit/|/storage/", 1.0)
@@ -259,6 +264,7 @@ def test_a_slow_hub_is_waited_for(hub, result):
     assert pushed(upload) and time.monotonic() - started > 2
 
 
+@pytest.mark.hostile("servers")
 def test_a_hub_that_dies_is_logged_with_the_command_that_uploads(hub, result, caplog):
     upload = quick(result)
     hub.inject_fault("/commit/", "drop")
@@ -275,6 +281,7 @@ def test_a_hub_that_dies_is_logged_with_the_command_that_uploads(hub, result, ca
     assert hub.files["me/model"] == {name: (result / name).read_bytes() for name in FILES}
 
 
+@pytest.mark.hostile("servers")
 def test_a_refusal_at_the_end_is_not_tried_again(hub, result, caplog):
     upload = quick(result)
     hub.inject_fault("/preupload/", 403)
@@ -282,6 +289,7 @@ def test_a_refusal_at_the_end_is_not_tried_again(hub, result, caplog):
     assert sum("/preupload/" in path for _, path in hub.requests) == 1 and "403" in caplog.text
 
 
+@pytest.mark.hostile("servers")
 @pytest.mark.parametrize(
     "options", [{"timeout": 1.5, "retry_delays": ()}, {"time_limit": 3.0}], ids=["timeout", "time_limit"]
 )

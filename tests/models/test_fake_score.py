@@ -151,6 +151,7 @@ def test_a_saved_one_is_restored_bitwise(kind, width, teachers, tmp_path):
     assert {p for p in others.unet.parameters() if p.requires_grad} == student | set(loaded.parameters())
 
 
+@pytest.mark.hostile("checkpoints")
 @pytest.mark.parametrize(
     "other", [{"rank": 4}, {"rank": 3, "time_cond_proj_dim": WIDTH}, {"rank": 3, "target_modules": ["to_q"]}]
 )

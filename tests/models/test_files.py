@@ -18,6 +18,7 @@ def read(folder, content: str | bytes):
     return ModelFiles(str(folder), FLAG).read_json("config.json")
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -59,6 +60,7 @@ def test_what_real_configs_hold_is_read(config, tmp_path):
     assert read(tmp_path, json.dumps(config)) == config
 
 
+@pytest.mark.hostile("teachers")
 def test_missing_files(tmp_path):
     folder = ModelFiles(str(tmp_path), FLAG)
     assert folder.find("a.json") is None and folder.read_optional_json("a.json") == {}
@@ -69,6 +71,7 @@ def test_missing_files(tmp_path):
         folder.read_json("b.json")
 
 
+@pytest.mark.hostile("folders")
 @pytest.mark.parametrize("model", ["./nowhere", "/no/where", "~/nowhere", "a/b/c"])
 def test_a_folder_that_does_not_exist_is_not_looked_up_on_the_hub(model, monkeypatch):
     monkeypatch.setattr(files, "hf_hub_download", lambda *_, **__: pytest.fail("the Hub was asked"))
@@ -76,6 +79,7 @@ def test_a_folder_that_does_not_exist_is_not_looked_up_on_the_hub(model, monkeyp
         ModelFiles(model, FLAG).find("config.json")
 
 
+@pytest.mark.hostile("servers")
 @pytest.mark.parametrize("kind", [RepositoryNotFoundError, GatedRepoError, ConnectionError, ValueError])
 def test_a_model_that_the_hub_does_not_provide_is_named(kind, monkeypatch):
     def fail(*_, **__):
@@ -86,6 +90,7 @@ def test_a_model_that_the_hub_does_not_provide_is_named(kind, monkeypatch):
         ModelFiles("some/model", FLAG).read_optional_json("config.json")
 
 
+@pytest.mark.hostile("folders")
 @pytest.mark.parametrize("name", ["exists", "is_file"])
 def test_a_folder_that_may_not_be_read_is_named(name, tmp_path, monkeypatch):
     """Of another user: a traceback."""

@@ -209,6 +209,7 @@ def test_the_adapter_is_float32_on_a_base_in_half_precision(teachers):
     assert own == {torch.bfloat16}
 
 
+@pytest.mark.hostile("teachers")
 def test_target_modules_are_checked_without_weights(teachers):
     config = UNet2DConditionModel.load_config(teachers["sd"], subfolder="unet")
     assert parse_target_modules(None, config) == sorted(TARGET_MODULES)

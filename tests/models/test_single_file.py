@@ -50,6 +50,7 @@ SAYS_EPSILON = [{SPEC: "epsilon"}, {SPEC: "eps"}, {COMFY: "epsilon"}]
 SAYS_NOTHING = [None, {}, {"modelspec.title": "v"}, {SPEC: ""}, {"format": "pt"}]
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("metadata", SAYS_V, ids=str)
 def test_a_file_whose_metadata_says_v_is_trained_as_v_or_refused(metadata, weights, write, changed):
     """It was taken for ε, whatever it said, if the configs beside it had ε."""
@@ -80,6 +81,7 @@ def test_a_file_whose_metadata_says_nothing_takes_its_configs_prediction(metadat
         assert read(path, str(folder)).scheduler["prediction_type"] == prediction
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("said", ["flow", "rectified_flow", "edm", "1"])
 def test_a_prediction_that_is_not_known_is_refused(said, weights, write, changed):
     with pytest.raises(UsageError, match=f"modelspec.prediction_type: '{said}', which is not supported"):
@@ -104,6 +106,7 @@ def test_metadata_decides_between_the_two_predictions_of_stable_diffusion_2(writ
             Teacher(write(SD2, metadata)).config_source  # noqa: B018
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize(
     "channels, message",
     [((9, 4), "is an inpainting model"), ((8, 4), "instruct-pix2pix"), ((5, 4), "depth"), ((4, 8), "predicts 8")],
@@ -116,6 +119,7 @@ def test_a_file_of_another_kind_is_refused_whatever_its_configs_say(channels, me
         read(write(weights | other), teacher)
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize(
     "tensors, kind",
     [
@@ -129,6 +133,7 @@ def test_a_file_of_another_architecture_is_refused_by_its_name(tensors, kind, wr
         read(write(tensors), teacher)
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize(
     "missing, message",
     [
@@ -147,12 +152,14 @@ def test_a_missing_part_is_named_before_weights_are_read(missing, message, weigh
         )
 
 
+@pytest.mark.hostile("teachers")
 def test_a_lora_is_called_one(write, teacher):
     path = write({"lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight": torch.zeros(4, 8)})
     with pytest.raises(UsageError, match="contains no unet .it is a LoRA.; use a file with all parts"):
         read(path, teacher)
 
 
+@pytest.mark.hostile("teachers")
 def test_the_header_alone_is_read(weights, write, teacher, monkeypatch):
     path = write(weights)
     monkeypatch.setattr("lcm_distill.models.single_file.SingleFile.read", lambda *_: pytest.fail("weights were read"))
@@ -160,6 +167,7 @@ def test_the_header_alone_is_read(weights, write, teacher, monkeypatch):
     assert load_file(path).keys() == weights.keys()
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("markers", [("edm_vpred.sigma_max", "edm_vpred.sigma_min"), ("edm_mean", "edm_std")])
 def test_a_file_with_edm_s_markers_is_refused_whatever_its_configs_say(markers, weights, write, changed):
     """CosXL's and Playground v2.5's: trained on betas that the model was never trained with."""
@@ -174,6 +182,7 @@ def test_an_architecture_that_predicts_v_counts(suffix, weights, write, changed)
         read(path, str(changed("sd")))
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("metadata", [{SPEC: "epsilon", COMFY: "v"}, {SPEC: "v", COMFY: "eps"}], ids=str)
 def test_metadata_that_contradict_each_other_are_refused(metadata, weights, write, changed):
     with pytest.raises(UsageError, match="metadata contradict each other .*epsilon"):

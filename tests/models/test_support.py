@@ -30,6 +30,7 @@ def assert_refused(folder: Path, message: str, family: str = "sd") -> None:
     assert "\n" not in text and "--variant" not in text and "--pretrained_vae_model_name_or_path" not in text
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 @pytest.mark.parametrize(
     "entries, message",
@@ -64,6 +65,7 @@ def test_a_u_net_of_another_kind_is_refused_by_its_name(family, entries, message
     assert_refused(changed(family, UNET, **entries), message, family)
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize(
     "entries",
     [
@@ -88,6 +90,7 @@ def test_a_u_net_that_cannot_be_built_is_refused(entries, changed):
     assert_refused(changed("sd", UNET, **entries), "its U-Net cannot be built|not a number of layers|norm_eps is nan")
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("entries", [{"projection_class_embeddings_input_dim": 999}, {"addition_time_embed_dim": 16}])
 def test_sdxl_s_sizes_have_to_fit(entries, changed):
     assert_refused(changed("sdxl", UNET, **entries), "for the pooled embedding and the sizes", "sdxl")
@@ -105,6 +108,7 @@ def make_refiner(folder: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | absent))
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("shown_by", ["the index", "the U-Net", "the width of its embeddings alone"])
 def test_an_sdxl_refiner_is_refused(shown_by, changed):
     """ "pass --variant fp16" was said, after the U-Net's weights had been read."""
@@ -118,6 +122,7 @@ def test_an_sdxl_refiner_is_refused(shown_by, changed):
     assert_refused(folder, "is an SDXL refiner", "sdxl")
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize(
     "pipeline, unet",
     [
@@ -135,6 +140,7 @@ def test_a_pipeline_without_such_a_u_net_is_refused_by_its_name(pipeline, unet, 
     assert_refused(folder, f"is a {pipeline}; only Stable Diffusion")
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize(
     "entries, message",
     [
@@ -171,6 +177,7 @@ def test_a_vae_that_cannot_be_used_is_refused(entries, message, changed, teacher
     assert "\n" not in str(info.value)
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize(
     "entries, message",
     [
@@ -192,6 +199,7 @@ def test_a_text_encoder_of_another_kind_is_refused(entries, message, changed):
     assert_refused(changed("sd", TEXT, **entries), message)
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize(
     "entries, message",
     [
@@ -224,6 +232,7 @@ def test_numbers_of_a_scheduler_that_are_none_are_refused(entries, message, chan
     assert_refused(changed("sd", SCHEDULER, **entries), message)
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("file", [UNET, VAE, TEXT, SCHEDULER, "model_index.json"])
 @pytest.mark.parametrize("content", ["[1]", "[" * 100_000 + "]" * 100_000, "no JSON"], ids=["list", "deep", "text"])
 def test_a_config_that_is_no_object_is_refused_by_its_name(file, content, changed):
@@ -327,12 +336,14 @@ def test_a_pipeline_that_was_saved_without_its_u_net_is_known_by_the_u_net(kind,
     read(changed("sd", "model_index.json", _class_name=kind, unet=listed))
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("channels", [[4], {"a": 4}, "4", 4.0])
 def test_channels_that_are_no_whole_number_are_refused(channels, changed):
     """A list was a traceback; the text "4" gave a message that 4 is not 4."""
     assert_refused(changed("sd", UNET, in_channels=channels), "U-Net")
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize(
     "file, entries",
     [
@@ -362,6 +373,7 @@ def test_entries_that_mean_the_default_are_kept(entries, changed):
     read(changed("sd", UNET, **entries))
 
 
+@pytest.mark.hostile("teachers")
 def test_a_text_encoder_s_epsilon_has_to_be_a_number(changed):
     assert_refused(changed("sd", TEXT, layer_norm_eps=None), "layer_norm_eps is None")
 
@@ -370,6 +382,7 @@ def test_a_text_encoder_s_architecture_may_be_text(changed):
     read(changed("sd", TEXT, architectures="CLIPTextModel"))
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("value", ["false", None, 0, []])
 def test_how_sdxl_s_empty_caption_is_encoded_is_true_or_false(value, changed):
     """The text "false" was taken for true: half of the guidance was of another caption."""
@@ -377,12 +390,14 @@ def test_how_sdxl_s_empty_caption_is_encoded_is_true_or_false(value, changed):
     assert_refused(folder, "force_zeros_for_empty_prompt.*correct it", "sdxl")
 
 
+@pytest.mark.hostile("teachers")
 def test_an_sdxl_folder_without_an_index_is_refused_before_weights_are_read(changed):
     folder = changed("sdxl")
     (folder / "model_index.json").unlink()
     assert_refused(folder, "has no model_index.json, which says whether the empty caption is encoded as zeros", "sdxl")
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize(
     "scheduler",
     [

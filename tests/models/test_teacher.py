@@ -46,6 +46,7 @@ def assert_same_networks(actual, expected) -> None:
             assert not network.training and not any(p.requires_grad for p in network.parameters())
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "a VAE of its own"])
 def test_missing_weights_of_a_folder_are_reported(part, teacher, tmp_path):
     """The libraries initialized them at random, with only a warning: with an older Transformers, which had other names
@@ -65,6 +66,7 @@ def test_missing_weights_of_a_folder_are_reported(part, teacher, tmp_path):
         broken.load({name: kind}, {name: torch.float32})
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 def test_pickled_weights_alone_are_read(part, teacher, tmp_path):
     """As in the first releases of Stable Diffusion: PyTorch reads them without running anything."""
@@ -85,6 +87,7 @@ class RunsCode:
         return Path.touch, (self.path,)
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 @pytest.mark.parametrize("kind", ["torch.save", "an older format", "pickle", "text"])
 def test_a_pickle_of_anything_but_weights_is_refused(kind, part, configs_only, tmp_path):
@@ -108,6 +111,7 @@ def test_a_pickle_of_anything_but_weights_is_refused(kind, part, configs_only, t
     assert not (tmp_path / "touched").exists()
 
 
+@pytest.mark.hostile("teachers")
 def test_a_separate_vae_that_holds_code_is_refused(teacher, tmp_path):
     shutil.copytree(f"{teacher}/vae", tmp_path / "vae", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save({"code": RunsCode(tmp_path / "touched")}, tmp_path / "vae" / "diffusion_pytorch_model.bin")
@@ -182,6 +186,7 @@ def configs_only(teacher, tmp_path) -> Path:
     return Path(shutil.copytree(teacher, tmp_path / "teacher", ignore=shutil.ignore_patterns("*.safetensors")))
 
 
+@pytest.mark.hostile("teachers")
 def test_mistakes_are_found_in_the_configs_before_weights_are_read(teacher, configs_only, tmp_path):
     """Every message names its flag."""
     configs = read_configs(Teacher(teacher), **CONFIGS)
@@ -200,6 +205,7 @@ def test_mistakes_are_found_in_the_configs_before_weights_are_read(teacher, conf
         read_configs(Teacher(copy, config=copy), **CONFIGS)
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -231,6 +237,7 @@ COSXL = {
 }  # fmt: skip
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize(
     "config, listed, words",
     [
@@ -275,17 +282,20 @@ def test_the_class_that_decides_a_scheduler_s_defaults(configs_only, caplog):
     assert betas(BETAS) == tuple(BETAS.values())  # there is nothing to decide
 
 
+@pytest.mark.hostile("teachers")
 def test_a_folder_without_a_u_net_is_refused(configs_only):
     shutil.rmtree(configs_only / "unet")
     with pytest.raises(UsageError, match="contains no unet/config.json"):
         read_configs(Teacher(str(configs_only)), **CONFIGS)
 
 
+@pytest.mark.hostile("servers")
 def test_a_hub_teacher_that_cannot_be_downloaded_is_refused():
     with pytest.raises(UsageError, match="--pretrained_teacher_model nobody/nothing"):
         read_configs(Teacher("nobody/nothing"), **CONFIGS)
 
 
+@pytest.mark.hostile("teachers")
 def test_a_teacher_of_the_other_family_is_refused(teachers):
     read_configs(Teacher(teachers["sdxl"]), **CONFIGS | {"family": "sdxl"})
     with pytest.raises(UsageError, match="train_lcm_distill_sdxl_wds.py"):
@@ -381,6 +391,7 @@ def test_a_single_file_without_an_autoencoder_takes_a_separate_one(teacher, sing
     assert_same_networks(frozen, load(Teacher(teacher), "sd"))
 
 
+@pytest.mark.hostile("teachers")
 def test_a_single_file_that_cannot_be_a_teacher_is_refused(teacher, single_files, tmp_path):
     """While configs are read, before any weights are."""
     path = Path(single_files["sd"])
@@ -404,6 +415,7 @@ def test_a_single_file_that_cannot_be_a_teacher_is_refused(teacher, single_files
             read_configs(wrong, **CONFIGS)
 
 
+@pytest.mark.hostile("teachers")
 def test_a_single_file_whose_configs_cannot_be_read_is_refused(single_files, tmp_path):
     """The message named a model on the Hub that the user had never heard of, without an explanation."""
     with pytest.raises(UsageError, match="--pretrained_teacher_model .*sd.safetensors .*--teacher_config") as info:
@@ -411,6 +423,7 @@ def test_a_single_file_whose_configs_cannot_be_read_is_refused(single_files, tmp
     assert "stable-diffusion-v1-5/stable-diffusion-v1-5" in str(info.value)
 
 
+@pytest.mark.hostile("teachers")
 def test_a_file_whose_weights_do_not_fit_its_configs_is_refused(teacher, single_files, tmp_path):
     """Diffusers left missing weights on the meta device, and dropped those that the config has no place for."""
     weights = load_file(single_files["sd"])
@@ -489,6 +502,7 @@ def test_the_model_card_s_code_loads_the_teacher(kind, teachers, tmp_path):
     assert (names["pipe"].vae is names.get("vae")) == (kind == "vae")
 
 
+@pytest.mark.hostile("teachers")
 def test_a_file_marked_as_predicting_v_needs_a_config(tmp_path):
     """It is taken for SDXL base, whose config has ε prediction: the teacher would silently generate noise."""
     path = str(tmp_path / "v.safetensors")
@@ -614,6 +628,7 @@ def with_weights(folder: Path, part: str, **tensors: torch.Tensor) -> None:
     save_file(load_file(file) | tensors, file, metadata={"format": "pt"})
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize(
     "kind", ["an LCM", "fewer layers", "no middle", "a VAE without quant_conv", "a VAE of its own"]
 )
@@ -638,6 +653,7 @@ def test_weights_that_a_config_has_no_place_for_are_refused(kind, teacher, tmp_p
     assert "download" not in str(info.value)
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"\x08\0\0\0\0\0\0\0{}"])
 @pytest.mark.parametrize("given", ["teacher", "vae"])
 def test_the_fingerprint_of_damaged_weights_is_refused(content, given, teacher, tmp_path):
@@ -665,6 +681,7 @@ def test_a_folder_of_which_some_parts_come_in_the_variant(half, teacher, tmp_pat
         assert Teacher(str(folder), variant="fp16").fingerprint(part, kind) == expected
 
 
+@pytest.mark.hostile("teachers")
 def test_what_is_no_vae_folder_gets_a_remedy(teacher, tmp_path):
     """It was to pass a pipeline folder, which is what had been passed."""
     (tmp_path / "vae.safetensors").touch()

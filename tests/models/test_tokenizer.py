@@ -129,6 +129,7 @@ def test_an_old_text_encoder_does_not_say_how_captions_end(changed):
 # What is refused
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("family, part", [("sd", "tokenizer"), ("sdxl", "tokenizer"), ("sdxl", "tokenizer_2")])
 @pytest.mark.parametrize("missing", ["tokenizer.json", "vocab.json", "merges.txt", "the folder"])
 def test_a_tokenizer_without_its_vocabulary_is_refused(family, part, missing, changed):
@@ -147,6 +148,7 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(family, part, missing, ch
         Teacher(str(folder)).load({part: CLIPTokenizer}, {})
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -171,6 +173,7 @@ def test_a_damaged_or_foreign_tokenizer_is_refused(change, message, changed):
     assert_refused(folder, message)
 
 
+@pytest.mark.hostile("teachers")
 def test_merges_that_were_cut_off_are_refused(changed):
     folder = changed("sd")
     split(folder)
@@ -179,6 +182,7 @@ def test_merges_that_were_cut_off_are_refused(changed):
     assert_refused(folder, "its tokenizer has no merges for 35 of its 598 tokens")
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize(
     "file, kind", [("spiece.model", None), ("tokenizer.model", None), ("spiece.model", "T5Tokenizer")]
 )
@@ -189,11 +193,13 @@ def test_a_sentencepiece_folder_is_refused(file, kind, changed):
     assert_refused(folder, f"its tokenizer is {f'of the class {kind}' if kind else f'a SentencePiece .*{file}'}")
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("kind", ["T5TokenizerFast", "BertTokenizer", "XLMRobertaTokenizer", "ChatGLMTokenizer"])
 def test_a_tokenizer_of_another_class_is_refused(kind, changed):
     assert_refused(changed("sd", CONFIG, tokenizer_class=kind), f"its tokenizer is of the class {kind}")
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize(
     "length, said",
     [
@@ -214,16 +220,19 @@ def test_a_length_that_the_text_encoder_does_not_take_is_refused(length, said, c
     assert_refused(folder, f'tokenizer_config.json: {said}.* write "model_max_length": 16')
 
 
+@pytest.mark.hostile("teachers")
 def test_a_tokenizer_config_that_is_missing_is_refused(changed):
     folder = changed("sd", CONFIG, None)
     assert_refused(folder, "tokenizer_config.json: there is no model_max_length")
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("content", ["[1]", "null", "", "{", "[" * 100_000])
 def test_a_tokenizer_config_that_is_none_is_refused(content, changed):
     assert_refused(changed("sd", CONFIG, content or " "), "tokenizer/tokenizer_config.json")
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize(
     "file, entries, message",
     [
@@ -311,6 +320,7 @@ def test_describe_cut(counted, expected):
     assert found is None if expected is None else re.match(expected, found)
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("layout", ["tokenizer.json", "merges.txt"])
 def test_merges_in_another_order_are_refused(layout, changed):
     """Each token can still be formed, but a caption becomes others."""

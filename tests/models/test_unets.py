@@ -76,6 +76,7 @@ def test_architectures_differ_by_shape_and_not_by_name(toy_unet):
     assert architecture(toy_unet.config | {"block_out_channels": (8, 8)}) != architecture(toy_unet.config)
 
 
+@pytest.mark.hostile("teachers")
 def test_a_teacher_of_another_kind_is_refused_and_the_right_program_named():
     with pytest.raises(UsageError, match="train_lcm_distill_sdxl_wds.py"):
         check_unet({"addition_embed_type": "text_time"}, name="--pretrained_teacher_model x", family="sd")

@@ -20,6 +20,7 @@ def fake_vae(limit: float = float("inf"), dtype: torch.dtype = torch.float32):
     return SimpleNamespace(config=config, device=torch.device("cpu"), dtype=dtype, decode=decode)
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_latents_that_are_not_finite_are_reported(value, dtype):
@@ -35,6 +36,7 @@ def test_latents_that_are_not_finite_are_reported(value, dtype):
     assert np.asarray(pictures[1])[0, 0].tolist() == [255, 255, 255]
 
 
+@pytest.mark.hostile("teachers")
 def test_a_vae_that_overflows_is_reported(caplog):
     latents = torch.tensor([0.0, 9.0]).reshape(2, 1, 1, 1)
     with caplog.at_level(logging.WARNING):

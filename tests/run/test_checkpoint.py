@@ -34,6 +34,7 @@ def test_latest_is_the_highest_step_not_the_last_name(tmp_path):
     assert path == tmp_path / "checkpoint-10" and run["global_step"] == 10
 
 
+@pytest.mark.hostile("checkpoints")
 def test_latest_ignores_incomplete_checkpoints_with_a_warning(tmp_path, caplog):
     """The public programs pick an incomplete checkpoint as the latest."""
     make(tmp_path, 2)
@@ -60,6 +61,7 @@ def test_a_new_run_does_not_mix_with_an_earlier_one(tmp_path):
     assert find(tmp_path, resume=None, dry_run=True) == (None, {})
 
 
+@pytest.mark.hostile("checkpoints")
 @pytest.mark.parametrize("content", ["[]", "null", "", "[" * 100_000, '{"program": "p"}'])
 def test_a_run_json_without_settings_is_refused(tmp_path, content):
     (make(tmp_path, 1) / "run.json").write_text(content)
@@ -67,6 +69,7 @@ def test_a_run_json_without_settings_is_refused(tmp_path, content):
         find(tmp_path)
 
 
+@pytest.mark.hostile("checkpoints")
 @pytest.mark.parametrize(
     ("key", "value"),
     [("architecture", None), ("architecture", [1]), ("flags", None), ("flags", "x"), ("seed", None), ("seed", "3"),
@@ -79,6 +82,7 @@ def test_a_run_json_of_other_kinds_of_values_is_refused(tmp_path, key, value):
         find(tmp_path, flags={"use_8bit_adam": False}, seed=3)
 
 
+@pytest.mark.hostile("checkpoints")
 def test_a_checkpoint_that_does_not_say_its_seed(tmp_path):
     path = make(tmp_path, 1)
     record = json.loads((path / "run.json").read_text())
@@ -96,6 +100,7 @@ def test_a_path_may_be_absolute_relative_or_inside_the_output_folder(tmp_path, m
     assert find(tmp_path / "other", resume="checkpoint-5")[0].resolve() == elsewhere
 
 
+@pytest.mark.hostile("checkpoints")
 def test_a_path_that_is_no_checkpoint_is_refused(tmp_path):
     make(tmp_path, 4)
     with pytest.raises(UsageError, match="--resume_from_checkpoint .*no such folder.*checkpoint-4"):
@@ -105,6 +110,7 @@ def test_a_path_that_is_no_checkpoint_is_refused(tmp_path):
         find_checkpoint(str(tmp_path / "torn"), str(tmp_path))
 
 
+@pytest.mark.hostile("checkpoints")
 def test_a_checkpoint_of_something_else_is_refused_with_the_difference(tmp_path):
     make(tmp_path, 1)
     with pytest.raises(UsageError, match=r"another architecture \(dim: \[1, 2\] in the checkpoint, \[1, 3\] now"):
@@ -120,6 +126,7 @@ FLAGS = {"use_8bit_adam": False, "dm_weight": 0.5, "dm_rank": 4, "w_min": 3.0, "
 FULL = FLAGS | {"unet_time_cond_proj_dim": 32}
 
 
+@pytest.mark.hostile("checkpoints")
 @pytest.mark.parametrize(
     ("saved", "changed", "words"),
     [
@@ -253,6 +260,7 @@ def test_save_restores_prunes_after_and_leaves_no_partial(tmp_path, monkeypatch)
     accelerator.free_memory()
 
 
+@pytest.mark.hostile("signals")
 def test_removal_killed_halfway_leaves_no_incomplete_checkpoint(tmp_path, monkeypatch):
     accelerator = Accelerator(cpu=True)
     unet = accelerator.prepare(tiny_unet())
@@ -269,6 +277,7 @@ def test_removal_killed_halfway_leaves_no_incomplete_checkpoint(tmp_path, monkey
     accelerator.free_memory()
 
 
+@pytest.mark.hostile("disks")
 def test_a_save_that_fails_leaves_the_old_checkpoint_as_latest(tmp_path, monkeypatch):
     accelerator = Accelerator(cpu=True)
     unet = accelerator.prepare(tiny_unet())
@@ -355,6 +364,7 @@ def test_distances_of_other_pictures_are_not_compared(tmp_path, caplog):
     accelerator.free_memory()
 
 
+@pytest.mark.hostile("checkpoints")
 def test_a_distance_that_is_no_number_is_never_the_best(tmp_path):
     """Python's min returns a NaN that comes first: no later checkpoint became the best."""
     accelerator = Accelerator(cpu=True)
@@ -368,6 +378,7 @@ def test_a_distance_that_is_no_number_is_never_the_best(tmp_path):
     accelerator.free_memory()
 
 
+@pytest.mark.hostile("checkpoints")
 def test_an_incomplete_checkpoint_is_reported_once_a_save(tmp_path, caplog):
     """Pruning looked for the best once for each checkpoint, with a warning each time."""
     accelerator = Accelerator(cpu=True)
@@ -380,6 +391,7 @@ def test_an_incomplete_checkpoint_is_reported_once_a_save(tmp_path, caplog):
     accelerator.free_memory()
 
 
+@pytest.mark.hostile("disks")
 def test_a_best_checkpoint_that_cannot_be_written_is_not_the_best(tmp_path, monkeypatch, caplog):
     accelerator = Accelerator(cpu=True)
     unet = accelerator.prepare(tiny_unet())
@@ -392,6 +404,7 @@ def test_a_best_checkpoint_that_cannot_be_written_is_not_the_best(tmp_path, monk
     accelerator.free_memory()
 
 
+@pytest.mark.hostile("disks")
 def test_a_part_that_fails_on_one_rank_does_not_block_the_others(tmp_path):
     """Parts gather over the ranks: the main process left at its first full disk, and the others waited for it."""
 

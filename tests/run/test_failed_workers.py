@@ -10,6 +10,8 @@ from lcm_distill.errors import WorkerError
 from lcm_distill.run.checkpoint import list_checkpoints
 from lcm_distill.run.progress import Progress
 
+pytestmark = pytest.mark.hostile("signals")
+
 PROGRAM = "train_lcm_distill_sd_wds"
 OPTIONS = {"steps": 4, "learning_rate": 1e-3, "dataloader_num_workers": 1, "num_validation_images": 0,
            "validation_teacher_steps": 0}  # fmt: skip

@@ -54,6 +54,7 @@ def test_every_value_is_in_the_file_as_soon_as_it_is_logged(tmp_path, path):
     assert times == sorted(times)
 
 
+@pytest.mark.hostile("checkpoints")
 def test_what_is_not_finite_is_still_json(tmp_path, path):
     journal = Journal(tmp_path, {"flags": {"w_max": float("inf")}})
     journal.log({"loss": float("nan"), "grad_norm": float("inf"), "lr": 1.0}, 10)
@@ -112,6 +113,7 @@ def test_other_ranks_and_dry_runs_write_nothing(tmp_path):
     assert (launch["steps"], launch["global_step"], launch["seed"]) == (9, 4, 3)
 
 
+@pytest.mark.hostile("disks")
 def test_a_disk_error_is_logged_once_and_never_ends_the_run(tmp_path, path, caplog):
     folder = tmp_path / "out"
     folder.mkdir()
@@ -131,6 +133,7 @@ def test_a_disk_error_is_logged_once_and_never_ends_the_run(tmp_path, path, capl
     assert len(caplog.records) == 2
 
 
+@pytest.mark.hostile("disks")
 def test_a_line_that_was_cut_short_does_not_take_the_next_with_it(tmp_path, path):
     journal = Journal(tmp_path, LAUNCH)
     journal.log({"loss": 1}, 10)
@@ -156,6 +159,7 @@ def test_repeated_steps_are_dropped_by_the_reader_too(tmp_path, path):
     assert [(entry["step"], entry["loss"]) for entry in read_journal(path)[1]] == [(10, 10), (20, 200)]
 
 
+@pytest.mark.hostile("checkpoints")
 def test_other_lines_are_ignored(path):
     path.write_bytes(
         b'\xff\xfe\n\n[1]\n"text"\nnull\n{"step": "ten"}\n{"other": 1}\n{"launch": 3}\n{"end": {}}\n{"step": 5}\n'

@@ -116,6 +116,7 @@ def test_a_resumed_optimizer_has_the_settings_of_the_flags(changed):
         assert torch.equal(parameter, resumed)
 
 
+@pytest.mark.hostile("checkpoints")
 def test_a_schedule_that_the_flags_do_not_allow_is_refused():
     optimizer = optimizer_of([torch.nn.Parameter(torch.ones(1))], learning_rate=1e-8)
     with pytest.raises(UsageError, match="--lr_scheduler polynomial"):

@@ -4,7 +4,9 @@ import base64
 import io
 import json
 import logging
+import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -19,8 +21,8 @@ from PIL import Image
 
 from lcm_distill.errors import UsageError
 from lcm_distill.report import main
-from lcm_distill.run import report
-from lcm_distill.run.journal import Journal
+from lcm_distill.run import journal, report
+from lcm_distill.run.journal import Journal, read_journal
 from lcm_distill.run.report import (
     Grid,
     build_report,
@@ -144,6 +146,53 @@ def test_grids_of_steps_that_are_repeated_are_left_out(tmp_path):
     assert find_grids(tmp_path / "nowhere", launches) == []
 
 
+@pytest.mark.hostile("checkpoints")
+@pytest.mark.parametrize("distances", [True, False])
+def test_a_clock_that_was_set_back_drops_no_grid(tmp_path, monkeypatch, distances):
+    """A valid grid was left out, since its file was older than the launch that wrote it."""
+    clock = [5000.0]
+    monkeypatch.setattr(journal.time, "time", lambda: clock[0])
+
+    def trains(log, steps):
+        for step in steps:
+            clock[0] += 10
+            log.log({"loss": 1.0}, step)
+            os.utime(add_grid(tmp_path, step, "white"), (clock[0], clock[0]))
+            if distances:
+                log.log({"distance/student": 0.5}, step)
+
+    def grids():
+        return [grid.step for grid in find_grids(tmp_path / "validation", *read_journal(tmp_path / journal.NAME))]
+
+    clock[0] = 5000.0
+    log = Journal(tmp_path, launch())
+    clock[0] = 1000.0  # set back while the models load
+    trains(log, (100, 200, 300))
+    assert grids() == [100, 200, 300]
+    clock[0] = 9000.0
+    log = Journal(tmp_path, launch(), global_step=100)
+    assert grids() == [100]
+    trains(log, (200,))
+    assert grids() == [100, 200]  # that of step 300 is from before
+    clock[0] = 2000.0
+    trains(log, (300, 400))
+    assert grids() == [100, 200, 300, 400]
+    clock[0] = 10_000.0
+    Journal(tmp_path, launch(), global_step=400)
+    assert grids() == [100, 200, 300, 400]
+
+
+@pytest.mark.hostile("checkpoints")
+def test_grids_of_a_folder_whose_times_were_lost_are_shown(tmp_path, monkeypatch):
+    """A copy of 1980: what the journal says counts, where it says that a step was validated."""
+    log = Journal(tmp_path, launch())
+    for step in (100, 200):
+        log.log({"distance/student": 0.5}, step)
+        os.utime(add_grid(tmp_path, step, "white"), (315532800, 315532800))
+    launches, entries = read_journal(tmp_path / journal.NAME)
+    assert [grid.step for grid in find_grids(tmp_path / "validation", launches, entries)] == [100, 200]
+
+
 def shown_pictures(page):
     found = re.findall(r'<img src="data:image/jpeg;base64,([^"]*)" width="(\d+)" height="(\d+)"[^>]*?( hidden)?>', page)
     pictures = [Image.open(io.BytesIO(base64.b64decode(data))) for data, *_ in found]
@@ -171,6 +220,7 @@ def test_grids_are_embedded_at_a_limited_size_and_encoded_once(tmp_path, monkeyp
     assert pictures[2].size == (80, 64) and np.asarray(pictures[2]).max() < 3
 
 
+@pytest.mark.hostile("pictures")
 def test_pictures_that_cannot_be_read_are_left_out_and_named(tmp_path):
     Journal(tmp_path, launch())
     add_grid(tmp_path, 10, "red")
@@ -238,6 +288,116 @@ def test_the_state_of_a_run(tmp_path, last, reason, state):
     assert f'<span class="chip {state}">{state}</span>' in build_report(tmp_path).read_text()
 
 
+BASE = [
+    {"launch": {**launch(), "started": 1.7e9, "global_step": 0}},
+    *({"step": 10 * n, "time": 1.7e9 + n, "loss": 1 / n, "lr": 1e-6, "distance/student": 0.5} for n in range(1, 36)),
+    {"launch": {**launch(learning_rate=2e-4), "started": 1.7e9 + 100, "global_step": 200}},
+    {"step": 210, "time": 1.7e9 + 110, "loss": 0.2},
+    {"end": {"global_step": 210, "time": 1.7e9 + 120, "reason": "SIGTERM"}},
+]
+FOREIGN = [
+    None, True, 0, -1, 1.5, 1e308, -1e308, float("nan"), float("inf"), 2**53, 2**64, 10**400, 10**4000, "", "text",
+    "\ud800", "\x1b[31m\x07\u202e", EVIL, "/", "~", "\0", "x" * 10_000, [], [1], [[[]]], {}, {"a": {"b": [{}]}},
+    {"global_step": "x"}, {"global_step": 5, "time": "y"}, {"global_step": 5}, -1e20, 1e11, 253402300799.0,
+]  # fmt: skip
+BROKEN = [
+    "", "{", "null", "5", '{"step": 1', "[" * 200_000, '{"step": ' + "9" * 5000 + "}", "\0\0\0",
+    *('{"step": 1, "a": ' + "[" * deep + "]" * deep + "}" for deep in (90, 500, 985, 5000)),
+    *('{"launch": {"flags": {"a": ' + "[" * deep + "]" * deep + "}}}" for deep in (90, 500, 985, 5000)),
+]  # fmt: skip
+
+
+def foreign(value, rng):
+    """A copy of `value` with a key or a part less, more, or of another kind."""
+    if not isinstance(value, dict) or not value or rng.random() < 0.1:
+        return rng.choice(FOREIGN)
+    value, key = dict(value), rng.choice([*value, "step", "time", "end", "launch", "started", "global_step", EVIL])
+    if rng.random() < 0.2:
+        value.pop(key, None)
+    else:
+        value[key] = foreign(value[key], rng) if key in value and rng.random() < 0.7 else rng.choice(FOREIGN)
+    return value
+
+
+@pytest.mark.hostile("checkpoints")
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("seed", range(4))
+def test_a_foreign_journal_makes_a_report_or_a_message(tmp_path, capsys, seed):
+    """Of 720 of them 83 were tracebacks."""
+    rng, reports = random.Random(seed), 0
+    for _ in range(60):
+        lines: list = list(BASE[rng.choice([0, 0, 0, 20, 37]) :])
+        for place in rng.choices(range(len(lines)), k=rng.randint(1, 4)):
+            lines[place] = foreign(lines[place], rng) if rng.random() < 0.8 else rng.choice(BROKEN)
+        if rng.random() < 0.3:
+            rng.shuffle(lines)
+        text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+        (tmp_path / journal.NAME).write_bytes(text.encode("utf-8", "surrogatepass"))
+        (tmp_path / report.NAME).unlink(missing_ok=True)
+        try:
+            main([str(tmp_path)])
+        except UsageError as refused:
+            assert "training.jsonl holds no values and no launch" in str(refused)
+        else:
+            page, data = (tmp_path / report.NAME).read_text(), data_of(tmp_path / report.NAME)
+            reports += 1
+            assert "\x1b" not in page and "alert(1)<" not in page
+            assert all(math.isfinite(value) for curve in data["curves"] for value in curve["values"])
+        Journal(tmp_path, launch(), global_step=rng.choice([0, 5, 205]))  # nor does a run that resumes it
+    assert reports > 40
+
+
+@pytest.mark.hostile("checkpoints")
+def test_what_a_foreign_journal_says_right_is_in_the_report(tmp_path):
+    """One wrong value costs itself alone."""
+    lines = json.loads(json.dumps(BASE))
+    lines[0]["launch"] |= {"started": "then", "steps": [400], "machine": 7, "seed": {}}
+    lines[1] |= {"loss": "low", "time": None}
+    lines[2] |= {"loss": 10**400}
+    lines[3]["step"] = True
+    (tmp_path / journal.NAME).write_text("\n".join(map(json.dumps, lines)))
+    launches, entries = read_journal(tmp_path / journal.NAME)
+    assert [launch["global_step"] for launch in launches] == [0, 200] and launches[1]["end"]["reason"] == "SIGTERM"
+    assert (
+        "started" not in launches[0]
+        and "steps" not in launches[0]
+        and launches[0]["flags"] == BASE[0]["launch"]["flags"]
+    )
+    assert entries[0] == {"step": 10, "loss": "low", "lr": 1e-6, "distance/student": 0.5} and "loss" not in entries[1]
+    assert [entry["step"] for entry in entries] == [10, 20, *range(40, 201, 10), 210]
+    data = data_of(build_report(tmp_path))
+    assert {curve["name"]: len(curve["steps"]) for curve in data["curves"]} == {
+        "loss": 18,
+        "distance/student": 19,
+        "lr": 19,
+    }
+
+
+@pytest.mark.hostile("folders")
+def test_a_foreign_folder_is_neither_waited_for_nor_written_through(tmp_path):
+    """The report of a folder that someone sent, with a link under the name of its temporary file."""
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    mine.write_text("mine")
+    Journal(run, launch()).log({"loss": 1.0}, 10)
+    for name in (".report.html.partial", "report.html", ".training.jsonl.partial"):
+        (run / name).symlink_to(mine)
+    (run / "validation").mkdir()
+    os.mkfifo(run / "validation" / "step-000010.png")
+    (run / "validation" / "step-000020.png").symlink_to("step-000020.png")
+    (run / "validation" / "step-000030.png").mkdir()
+    (run / "validation" / f"step-{'9' * 200}.png").touch()
+    (run / "validation" / "step-٣.png").touch()
+    page = build_report(run).read_text()
+    assert "Could not be read, and left out: step-000010.png, step-000020.png, step-000030.png." in page
+    Journal(run, launch(), global_step=10)
+    assert mine.read_text() == "mine" and not (run / "report.html").is_symlink()
+    (run / journal.NAME).unlink()
+    os.mkfifo(run / journal.NAME)
+    with pytest.raises(UsageError, match="holds no training.jsonl"):
+        build_report(run)
+
+
+@pytest.mark.hostile("checkpoints")
 def test_a_nearly_empty_journal_makes_a_report(tmp_path):
     """One launch and no value; a value and no launch; launches of another version, with less in them."""
     for lines in (
@@ -267,6 +427,7 @@ def test_the_report_of_a_long_run_is_small(tmp_path):
 # --- what goes wrong
 
 
+@pytest.mark.hostile("disks")
 def test_a_report_that_cannot_be_written_is_logged_and_leaves_the_old_one(tmp_path, monkeypatch, caplog):
     Journal(tmp_path, launch()).log({"loss": 1.0}, 10)
     old = write_report(tmp_path).read_text()
@@ -284,9 +445,12 @@ def test_a_report_that_cannot_be_written_is_logged_and_leaves_the_old_one(tmp_pa
         main([str(tmp_path)])
 
 
-def test_a_report_never_ends_a_run(tmp_path, caplog):
-    """Whatever is wrong with the journal."""
+@pytest.mark.hostile("checkpoints")
+def test_a_report_never_ends_a_run(tmp_path, caplog, monkeypatch):
+    """Whatever is wrong with it."""
     (tmp_path / "training.jsonl").write_text('{"launch": {"started": "yesterday"}}\n{"step": 1, "time": 0.0}\n')
+    assert write_report(tmp_path) == tmp_path / "report.html" and not caplog.text
+    monkeypatch.setattr(report, "find_grids", lambda *_: 1 / 0)
     assert write_report(tmp_path) is None and "the run continues" in caplog.text
 
 
@@ -469,6 +633,7 @@ def test_noise_can_be_smoothed(browser, tmp_path):
     assert quiet(page, path)
 
 
+@pytest.mark.hostile("checkpoints")
 def test_nothing_that_a_user_wrote_runs(browser, written):
     page = browser.open(written.as_uri())
     assert page.evaluate("document.scripts.length") == 2  # the data and the page's own

@@ -51,6 +51,7 @@ def signal_after(monkeypatch, number, step):
     monkeypatch.setattr(Progress, "step", sending)
 
 
+@pytest.mark.hostile("signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_finishes_the_step_and_saves_and_the_resumed_run_is_bitwise_the_same(
     number, command, run, tmp_path, monkeypatch, caplog
@@ -72,6 +73,7 @@ def test_a_signal_finishes_the_step_and_saves_and_the_resumed_run_is_bitwise_the
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.hostile("signals")
 def test_a_second_signal_ends_at_once(monkeypatch):
     monkeypatch.setattr(stopping_module, "_ECHO", 0.05)
     before = signal.getsignal(signal.SIGINT)
@@ -93,6 +95,7 @@ def test_the_time_limit_stops_a_run(command, run, tmp_path, caplog):
     assert 0 < json.loads((last / "run.json").read_text())["global_step"] < 500
 
 
+@pytest.mark.hostile("signals")
 def test_the_launcher_s_death_stops_a_run(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     stopping = Stopping(Accelerator(cpu=True), None)
@@ -103,6 +106,7 @@ def test_the_launcher_s_death_stops_a_run(monkeypatch):
     stopping.close()
 
 
+@pytest.mark.hostile("signals")
 def test_workers_leave_signals_to_the_run(command, run, tmp_path, monkeypatch, caplog):
     """A job's signal reaches every process: a loader's worker that died of it took the run down with it."""
     done = Progress.step
@@ -122,6 +126,7 @@ def test_workers_leave_signals_to_the_run(command, run, tmp_path, monkeypatch, c
 # ------------------------------------------------------------------------------------------------- a full disk
 
 
+@pytest.mark.hostile("disks")
 def test_a_checkpoint_that_cannot_be_written_is_logged_and_tried_again(command, run, tmp_path, monkeypatch, caplog):
     """The disk is full at steps 2 and 3: both are logged, nothing incomplete is left, 1 is kept until 4 exists."""
     save = torch.save
@@ -151,6 +156,7 @@ def test_a_checkpoint_that_cannot_be_written_is_logged_and_tried_again(command, 
     assert len(errors) == 2 and "No space left" in errors[0] and "checkpoint-1. Free disk space" in errors[1]
 
 
+@pytest.mark.hostile("disks")
 def test_a_run_that_stops_on_a_full_disk_names_its_last_checkpoint(command, run, tmp_path, monkeypatch):
     run(PROGRAM, command(steps=1))
     with monkeypatch.context() as patch:
@@ -162,6 +168,7 @@ def test_a_run_that_stops_on_a_full_disk_names_its_last_checkpoint(command, run,
     assert [path.name for path in list_checkpoints(tmp_path / "out")] == ["checkpoint-1", "checkpoint-2"]
 
 
+@pytest.mark.hostile("disks")
 def test_a_result_that_cannot_be_written_is_in_the_last_checkpoint(command, run, tmp_path, monkeypatch):
     from diffusers import UNet2DConditionModel
 
@@ -183,6 +190,7 @@ def test_a_result_that_cannot_be_written_is_in_the_last_checkpoint(command, run,
 # ---------------------------------------------------------------------------------------------------- trackers
 
 
+@pytest.mark.hostile("servers")
 def test_a_tracker_that_raises_is_removed_and_the_run_continues(command, run, tmp_path, monkeypatch, caplog):
     from accelerate.tracking import TensorBoardTracker
 

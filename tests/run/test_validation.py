@@ -85,6 +85,7 @@ def test_prompts_are_values_or_the_lines_of_txt_files(tmp_path, monkeypatch):
     assert read_prompts(["~/MORE.TXT"]) == ["one more"]
 
 
+@pytest.mark.hostile("folders")
 @pytest.mark.parametrize(
     ("value", "content", "words"),
     [

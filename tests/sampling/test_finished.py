@@ -240,6 +240,7 @@ def test_the_short_names_of_students(finished, tmp_path, monkeypatch):
     assert Student("someone/lcm-lora-x", "lora").name == "lcm-lora-x"
 
 
+@pytest.mark.hostile("teachers")
 def test_two_students_of_one_name_are_refused(finished, tmp_path):
     lora = finished("lora", "sd")
     shutil.copytree(lora, tmp_path / Path(lora).name)
@@ -248,6 +249,7 @@ def test_two_students_of_one_name_are_refused(finished, tmp_path):
         find_students([lora, str(tmp_path / Path(lora).name)])
 
 
+@pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("content", ["nothing", "a folder", "a picture", "a LoRA of another name"])
 def test_a_source_without_a_student_is_refused_with_the_flag(content, tmp_path):
     path = tmp_path / "it"
@@ -262,6 +264,7 @@ def test_a_source_without_a_student_is_refused_with_the_flag(content, tmp_path):
         find_student(str(path))
 
 
+@pytest.mark.hostile("servers")
 def test_a_hub_id_without_a_connection_is_refused_unless_it_is_in_the_cache(finished, tmp_path, sd_pipeline):
     """After one file that the cache lacked, those that it had were not found either."""
     with pytest.raises(UsageError, match="--student some/lcm: no such folder, and the Hub cannot be reached"):
@@ -380,6 +383,7 @@ def refused(*words):
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+@pytest.mark.hostile("teachers")
 def test_students_of_another_teacher_are_refused_and_leave_nothing_behind(pipeline, family, finished):
     other = {"sd": "sdxl", "sdxl": "sd"}[family]
     before = generate(pipeline)
@@ -396,6 +400,7 @@ def test_students_of_another_teacher_are_refused_and_leave_nothing_behind(pipeli
     assert torch.equal(generate(pipeline), before)
 
 
+@pytest.mark.hostile("teachers")
 def test_missing_or_damaged_weights_are_refused(sd_pipeline, finished, tmp_path):
     shutil.copy(Path(finished("full", "sd"), "config.json"), tmp_path)
     with (
@@ -413,6 +418,7 @@ class _Executed:
         return (Path.touch, (Path("executed"),))
 
 
+@pytest.mark.hostile("teachers")
 def test_a_pickled_lora_is_not_opened(sd_pipeline, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "style.bin").write_bytes(pickle.dumps(_Executed()))

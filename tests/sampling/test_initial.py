@@ -134,6 +134,7 @@ def test_a_lora_is_read_exactly(students, family, teachers):
         assert torch.equal(up, stored[f"unet.{path}.lora_B.weight"].float() * 2)
 
 
+@pytest.mark.hostile("teachers")
 def test_what_does_not_fit_is_refused(students, family, teachers, tmp_path):
     other = {"sd": "sdxl", "sdxl": "sd"}[family]
     teacher = teachers[family]
@@ -157,6 +158,7 @@ def test_what_does_not_fit_is_refused(students, family, teachers, tmp_path):
         read(str(tmp_path / "torn"), family, teacher)
 
 
+@pytest.mark.hostile("teachers")
 def test_an_adapter_that_is_too_small_is_refused(students, family, teachers, tmp_path):
     factors = read(students["lora"], family, teachers[family])
     with pytest.raises(UsageError, match="--init_student has rank 2, more than --lora_rank 1"):
