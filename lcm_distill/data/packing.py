@@ -25,9 +25,18 @@ from typing import IO, Any, NamedTuple
 from PIL import Image
 from tqdm.auto import tqdm
 
+from lcm_distill.data.budget import BUDGET
 from lcm_distill.data.captions import CAPTION_EXTENSIONS, CAPTION_KEYS, clean_text
 from lcm_distill.data.colour import to_srgb
-from lcm_distill.data.decode import PILLOW_FORMATS, fills_16_bits, load_upright, open_picture, to_8_bits, to_rgb
+from lcm_distill.data.decode import (
+    PILLOW_FORMATS,
+    fills_16_bits,
+    load_upright,
+    memory_to_decode,
+    open_picture,
+    to_8_bits,
+    to_rgb,
+)
 from lcm_distill.data.raw import (
     CAPTION_NOT_UTF8,
     DAMAGED_PICTURE,
@@ -40,6 +49,7 @@ from lcm_distill.data.raw import (
 )
 from lcm_distill.data.shards import MAX_FILE_BYTES, MAX_TEXT_BYTES
 from lcm_distill.data.sizes import ORIGINAL_SIZE, size_in_json
+from lcm_distill.data.sources import IrregularFile, open_regular
 from lcm_distill.data.tar import PARTIAL, RESUME_HINT, atomic_tar, new_folder
 from lcm_distill.errors import UsageError
 
@@ -217,7 +227,7 @@ def _read_metadata(path: str) -> Iterator[tuple[str, dict]]:
     """Yields (file name, the other columns) of each row of a .jsonl or .csv."""
     number = 0
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file) if path.endswith(".csv") else map(json.loads, filter(str.strip, file))
             for row in rows:
                 number += 1
@@ -225,6 +235,8 @@ def _read_metadata(path: str) -> Iterator[tuple[str, dict]]:
                 if not isinstance(name, str) or not name:
                     raise ValueError(f"no file_name, which names the picture, in {str(row)[:200]}")
                 yield name, {key: value for key, value in row.items() if key is not None and value is not None}
+    except IrregularFile as error:
+        raise UsageError(f"IMAGES: {error}; remove it, or replace it by a file.") from None
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise UsageError(f"IMAGES: {path} cannot be used: {error}. Fix row {number} or the next.") from None
 
@@ -317,6 +329,11 @@ class _Stored(NamedTuple):
 def _read_picture(content: bytes, max_size: int | None) -> _Stored:
     image = open_picture(content, (*PILLOW_FORMATS, *heif_formats()))
     extension = STORED_UNCHANGED.get(image.format or "")
+    with BUDGET.share(memory_to_decode(image)):
+        return _store(image, content, extension, max_size)
+
+
+def _store(image: Image.Image, content: bytes, extension: str | None, max_size: int | None) -> _Stored:
     try:
         turned = load_upright(image)
         true_size = image.size
