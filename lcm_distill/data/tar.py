@@ -34,7 +34,8 @@ MAX_SKIP_BYTES = 2 * 2**30  # for one entry of a compressed tar, which can expan
 
 _BLOCK = tarfile.BLOCKSIZE
 # After the end mark, two blocks of zeros, programs write zeros up to a whole record: of 20 blocks, or of some power of
-# two of bytes that the user gives (tar --blocking-factor), which then divides the size of the tar.
+# two of bytes that the user gives (tar --blocking-factor), which then divides the size of the tar, and is small beside
+# it: otherwise what is missing of 64 samples of 2 KiB would be taken for one record.
 _END_MARK, _RECORD, _MAX_RECORD = 2 * _BLOCK, 20 * _BLOCK, 2**20
 _DECOMPRESSORS: dict[bytes, Callable[..., Any]] = {  # by the first bytes of a file
     b"\x1f\x8b": gzip.open,
@@ -154,8 +155,8 @@ class TarReader:
                 break
         size = self._position + zeros - _BLOCK
         records = (2**power for power in range(_BLOCK.bit_length(), _MAX_RECORD.bit_length()))
-        fits = at_end and any(zeros <= _END_MARK + record and size % record == 0 for record in records)
-        if zeros > _END_MARK + _RECORD and not fits:
+        fits = any(zeros <= _END_MARK + record and size % record == 0 and 8 * record <= size for record in records)
+        if zeros > _END_MARK + _RECORD and not (at_end and fits):
             raise tarfile.ReadError(
                 f"zeros instead of files from byte {self._position - _BLOCK} on: a download that was not finished?"
             )
