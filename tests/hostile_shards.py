@@ -35,6 +35,7 @@ from lcm_distill.data.raw import (
     DUPLICATE_NAME,
     HUGE_FILE,
     HUGE_PICTURE,
+    LARGE_PICTURE,
     NO_CAPTION,
     NO_PICTURE,
     NOT_A_PICTURE,
@@ -467,10 +468,10 @@ def tiff_attributes(tar: Tar) -> None:
     "pictures of a few kilobytes that take gigabytes, or minutes: just under the limit of what any picture may have"
 )
 def pictures_under_the_limit(tar: Tar) -> None:
-    tar.bad(HUGE_PICTURE, webp=webp_of_one_colour(16_383, 10_900))
-    tar.bad(HUGE_PICTURE, png=png(13_000, 13_000, rows=1))
-    tar.bad(HUGE_PICTURE, png=png(13_000, 13_000, depth=16, colour=6, rows=1))
-    tar.bad(HUGE_PICTURE, tif=tiled_tiff(64, 64, 30_000, 20_000))
+    tar.bad(LARGE_PICTURE, webp=webp_of_one_colour(16_383, 10_900))
+    tar.bad(LARGE_PICTURE, png=png(13_000, 13_000, rows=1))
+    tar.bad(LARGE_PICTURE, png=png(13_000, 13_000, depth=16, colour=6, rows=1))
+    tar.bad(LARGE_PICTURE, tif=tiled_tiff(64, 64, 30_000, 20_000))
     tar.bad(HUGE_PICTURE, bmp=run_length_bmp(13_000, 13_000))
     tar.bad(HUGE_PICTURE, jpg=jpeg_of_many_scans(12_000, 99))
     tar.good()

@@ -20,6 +20,7 @@ from lcm_distill.data.raw import (
     DAMAGED_PICTURE,
     HEIC,
     HUGE_PICTURE,
+    LARGE_PICTURE,
     NO_AVIF,
     NOT_A_PICTURE,
     NOT_ALL_BITS,
@@ -218,7 +219,7 @@ def read_picture(
     except Exception:  # noqa: BLE001 - a damaged header can raise nearly anything
         raise BadSample(DAMAGED_PICTURE) from None
     if max_bytes is not None and need > max_bytes:
-        raise BadSample(HUGE_PICTURE)
+        raise BadSample(LARGE_PICTURE)
     with contextlib.ExitStack() as while_decoded:
         (while_large or while_decoded).enter_context(BUDGET.share(need))
         return _load_picture(image, (width, height))
