@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     steps, w_min, w_max = distillation.num_ddim_timesteps, distillation.w_min, distillation.w_max
 
     # Mistakes in the flags are reported here, before any weights are loaded.
-    shards = expand_shards(args.streaming.train_shards_path_or_url)
+    shards = expand_shards(args.streaming.train_shards_path_or_url, args.streaming.allow_pipe_in_lists)
     preparation = Preparation.from_flags(args.preparation)
     teacher = Teacher.from_flags(args.teacher)
     configs = read_configs(teacher, family=family.NAME, resolution=resolution, num_ddim_timesteps=steps)

@@ -49,6 +49,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--captions", action=argparse.BooleanOptionalAction, default=False, help="encode the captions as well"
     )
+    group.add_argument(
+        "--allow_pipe_in_lists", action="store_true", help="run the commands (pipe:COMMAND) in a .txt file of shards"
+    )
     group.add_argument("--seed", type=flags.count, default=0, help="seed of the random crops")
     group.add_argument("--batch_size", type=flags.positive_int, default=8, help="pictures encoded at once")
     group.add_argument("--num_workers", type=flags.positive_int, default=4, help="threads that decode pictures")
@@ -443,7 +446,7 @@ def main(argv: list[str] | None = None) -> None:
     preparation = Preparation.from_flags(flags.take(flags.PreparationFlags, args))
     try:
         result = encode_shards(
-            expand_shards(args.shards),
+            expand_shards(args.shards, args.allow_pipe_in_lists),
             args.out,
             teacher=teacher,
             preparation=preparation,

@@ -34,6 +34,9 @@ COMPILE_MODES = ("regional", "whole")
 SAMPLERS = ("DDIM", "DPM-Solver++")  # of the teachers, by the names in the LCM paper's tables
 DTYPES = ("fp16", "bf16", "fp32")
 
+# Of --max_decode_mb: 104 megapixels, those of a medium-format camera, in all formats but WebP (62) and AVIF (78).
+MAX_DECODE_MB = 1250
+
 Group = TypeVar("Group")
 
 
@@ -235,6 +238,9 @@ class StreamingFlags:
         "samples that each worker shuffles among themselves (at most 256 MiB); shards are shuffled in any case",
         type=positive_int,
     )
+    allow_pipe_in_lists: bool = switch(
+        False, "run the commands (pipe:COMMAND) in a .txt file of shards; one that was downloaded could run anything"
+    )
     resampled_shards: bool = switch(False, "draw shards with replacement, instead of each once an epoch")
     dataloader_num_workers: int | None = flag(
         None,
@@ -265,6 +271,13 @@ class PreparationFlags:
     random_flip: bool = switch(False, "mirror half of the pictures left to right")
     min_image_size: int = flag(
         0, "leave out pictures whose shorter side is shorter than this (default: 0, none)", type=count, metavar="PIXELS"
+    )
+    max_decode_mb: int = flag(
+        MAX_DECODE_MB,
+        "leave out pictures that take more megabytes of memory to decode, at 12 bytes per pixel (AVIF 16, WebP 20; "
+        "JPEGs take a fraction, since they are decoded small)",
+        type=positive_int,
+        metavar="MB",
     )
     max_pwatermark: float | None = flag(
         None, "leave out pictures whose JSON gives a higher pwatermark; a missing key never rejects", type=number(float)

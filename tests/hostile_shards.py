@@ -35,6 +35,7 @@ from lcm_distill.data.raw import (
     DUPLICATE_NAME,
     HUGE_FILE,
     HUGE_PICTURE,
+    LARGE_PICTURE,
     NO_CAPTION,
     NO_PICTURE,
     NOT_A_PICTURE,
@@ -297,6 +298,36 @@ def text_bomb(kind: bytes) -> bytes:
     return chunk(kind, (b"x\0\1\0\0\0" if kind == b"iTXt" else b"x\0\0") + text)
 
 
+def webp_of_one_colour(width: int, height: int) -> bytes:
+    """A lossless, black WebP of the size that it claims: one symbol for each code, so that no pixel takes a bit."""
+    bits = (0x2F, 8), (width - 1, 14), (height - 1, 14), (0, 1), (0, 3)  # signature, size, no alpha, version
+    bits += (0, 1), (0, 1), (0, 1)  # no transform, no colour cache, one group of codes
+    bits += ((1, 1), (0, 1), (0, 1), (0, 1)) * 5  # each code: simple, one symbol, of one bit, 0
+    value, length = 0, 0
+    for number, width_in_bits in bits:
+        value |= number << length
+        length += width_in_bits
+    data = value.to_bytes(-(-length // 8) + 8, "little")
+    data += bytes(len(data) % 2)
+    riff = b"WEBPVP8L" + struct.pack("<I", len(data)) + data
+    return b"RIFF" + struct.pack("<I", len(riff)) + riff
+
+
+def tiled_tiff(width: int, height: int, tile_width: int, tile_height: int) -> bytes:
+    """A small RGB TIFF in one large tile, for all of which the decoder has memory."""
+    data = zlib.compress(bytes(MIB)) + bytes(1)
+    shape = ((256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 2), (277, 3, 1, 3))
+    tile = ((322, 4, 1, tile_width), (323, 4, 1, tile_height), (324, 4, 1, 8), (325, 4, 1, len(data)))
+    return tiff(*shape, *tile, data=data + bytes(len(data) % 2))
+
+
+def run_length_bmp(width: int, height: int) -> bytes:
+    """A BMP of runs, each of which ends its row after one pixel."""
+    content = (b"\1\1\0\0" * height) + b"\0\1"
+    info = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(content), 0, 0, 256, 0) + bytes(1024)
+    return b"BM" + struct.pack("<IHHI", 14 + len(info) + len(content), 0, 0, 14 + len(info)) + info + content
+
+
 class Touches:
     def __reduce__(self):
         return os.system, (f"touch {TOUCHED}",)
@@ -431,6 +462,19 @@ def tiff_attributes(tar: Tar) -> None:
     tar.bad(UNREADABLE_PICTURE, tif=tiff(*((1000 + i, 1, MIB, 8) for i in range(1500)), data=bytes(MIB)))
     tar.bad(UNREADABLE_PICTURE, tif=grey_tiff(8, 8, offset=2**31))
     tar.good(tif=grey_tiff(8, 8))
+
+
+@hostile(
+    "pictures of a few kilobytes that take gigabytes, or minutes: just under the limit of what any picture may have"
+)
+def pictures_under_the_limit(tar: Tar) -> None:
+    tar.bad(LARGE_PICTURE, webp=webp_of_one_colour(16_383, 10_900))
+    tar.bad(LARGE_PICTURE, png=png(13_000, 13_000, rows=1))
+    tar.bad(LARGE_PICTURE, png=png(13_000, 13_000, depth=16, colour=6, rows=1))
+    tar.bad(LARGE_PICTURE, tif=tiled_tiff(64, 64, 30_000, 20_000))
+    tar.bad(HUGE_PICTURE, bmp=run_length_bmp(13_000, 13_000))
+    tar.bad(HUGE_PICTURE, jpg=jpeg_of_many_scans(12_000, 99))
+    tar.good()
 
 
 @hostile("large pictures that are what they say: 36 megapixels of 16-bit grey, 42 of RGBA")
@@ -896,8 +940,47 @@ def cut_in_padding(tar: Tar) -> bytes:
 @hostile("a tar whose disk was full: zeros from the middle of a picture on")
 def half_written(tar: Tar) -> bytes:
     tar.surround(b"")
-    tar.count(NO_CAPTION)
+    tar.count(UNREADABLE_SHARD)
     return bytes(tar.data) + header("next.png", 9000) + noise_bytes(2000) + bytes(100_000)
+
+
+@hostile("a download into a file of the final size that ended after 3 of 64 samples: zeros to its end")
+def preallocated(tar: Tar) -> bytes:
+    for _ in range(3):
+        tar.good()
+    tar.count(UNREADABLE_SHARD)
+    return bytes(tar.data) + bytes(61 * len(tar.data) // 3)
+
+
+@hostile("a download in several pieces of which the second is missing: zeros in the middle of a file, and after it")
+def preallocated_in_pieces(tar: Tar) -> bytes:
+    tar.surround(b"")
+    tar.count(UNREADABLE_SHARD)
+    before = bytes(tar.data) + header("next.png", 9000) + noise_bytes(2000) + bytes(40 * BLOCK)
+    tar.add("after", {"png": PICTURE, "txt": AFTER.encode()})
+    return before + bytes(tar.data) + END
+
+
+@hostile("a packed tar of which most is zeros", ".tar.gz")
+def gz_preallocated(tar: Tar) -> bytes:
+    tar.surround(b"", b"")
+    tar.count(UNREADABLE_SHARD)
+    return packed(tar.take(), zeros(MIB), member("x.txt", b"x") + END)
+
+
+@hostile("a download that ended before the first byte: zeros only")
+def zeros_only(tar: Tar) -> bytes:
+    tar.count(UNREADABLE_SHARD)
+    return bytes(300_000)
+
+
+for label, record in {"by_default": 20 * BLOCK, "of_64_kib": 2**16}.items():
+
+    @hostile("zeros up to a whole record, as tar --blocking-factor writes them: good", name=f"records_{label}")
+    def records(tar: Tar, record=record) -> bytes:
+        tar.surround(member("x.bin", noise_bytes(8 * record)), b"")
+        written = bytes(tar.data) + END
+        return written + bytes(-len(written) % record)
 
 
 def gz_cut_at(tenth: int) -> Maker:

@@ -32,10 +32,10 @@ VALUES: dict[str, Any] = {
     "pretrained_vae_model_name_or_path": "the-vae", "teacher_revision": "of-the-teacher", "revision": "of-the-vae",
     "cache_dir": "the-cache",
     "train_shards_path_or_url": "SHARDS", "max_bad_fraction": 0.25, "shuffle_window": 7, "resampled_shards": True,
-    "dataloader_num_workers": 1, "train_batch_size": 2,
+    "allow_pipe_in_lists": True, "dataloader_num_workers": 1, "train_batch_size": 2,
     "caption_column": "txt", "resolution": 64, "interpolation_type": "hamming", "center_crop": True,
-    "random_flip": True, "min_image_size": 5, "max_pwatermark": 0.75, "min_aesthetic": 1.5, "filter": ["width>=2"],
-    "proportion_empty_prompts": 0.125,
+    "random_flip": True, "min_image_size": 5, "max_decode_mb": 77, "max_pwatermark": 0.75, "min_aesthetic": 1.5,
+    "filter": ["width>=2"], "proportion_empty_prompts": 0.125,
     "num_train_epochs": 3, "max_train_steps": None, "max_train_samples": 4,  # 3 · ⌈4 / 4⌉ = 3 steps
     "learning_rate": 3e-4, "scale_lr": True, "lr_scheduler": "linear", "lr_warmup_steps": 13, "use_8bit_adam": False,
     "adam_beta1": 0.8, "adam_beta2": 0.97, "adam_weight_decay": 0.03, "adam_epsilon": 2e-7, "max_grad_norm": 0.7,
@@ -136,6 +136,7 @@ def run_with_spies(program: str, values: dict[str, Any], call: Any, patch: pytes
         spy(patch, seen, matching, name, name)
     spy(patch, seen, fake_score.FakeScore, "__init__", "fake_score")
     spy(patch, seen, fake_score, "LoraConfig", "fake_score_lora")
+    spy(patch, seen, module, "expand_shards", "expand_shards")
     spy(patch, seen, module.DDIMSolver, "__init__", "solver")
     spy(patch, seen, module.DDIMSolver, "draw_index", "draw_index")
     spy(patch, seen, module, "build_lcm_scheduler", "lcm_scheduler")
@@ -247,6 +248,7 @@ FOLLOWED: dict[str, tuple[Any, Any]] = {
     ),
     "max_bad_fraction": (lambda seen, *_: seen.last("stream", "max_bad_fraction"), 0.25),
     "shuffle_window": (lambda seen, *_: seen.last("stream", "shuffle_window"), 7),
+    "allow_pipe_in_lists": (lambda seen, *_: seen.last("expand_shards", 1), True),
     "resampled_shards": (lambda seen, *_: seen.last("stream", "resampled"), True),
     "dataloader_num_workers": (lambda seen, *_: seen.last("loader", "num_workers"), 1),
     "train_batch_size": (
@@ -266,6 +268,7 @@ FOLLOWED: dict[str, tuple[Any, Any]] = {
     "center_crop": (_preparation("center_crop"), True),
     "random_flip": (_preparation("random_flip"), True),
     "min_image_size": (_preparation("min_image_size"), 5),
+    "max_decode_mb": (_preparation("max_decode_mb"), 77),
     "max_pwatermark": (lambda seen, *_: _filters(seen)["--max_pwatermark"].value, 0.75),
     "min_aesthetic": (lambda seen, *_: _filters(seen)["--min_aesthetic"].value, 1.5),
     "filter": (

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from PIL import Image, ImageOps, PngImagePlugin
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
+from lcm_distill.data.budget import BUDGET
 from lcm_distill.data.colour import MAX_PROFILE_BYTES, to_srgb
 from lcm_distill.data.filters import FILTERED
 from lcm_distill.data.raw import (
     DAMAGED_PICTURE,
     HEIC,
     HUGE_PICTURE,
+    LARGE_PICTURE,
     NO_AVIF,
     NOT_A_PICTURE,
     NOT_ALL_BITS,
@@ -38,10 +41,20 @@ PngImagePlugin.MAX_TEXT_CHUNK = MAX_PROFILE_BYTES
 MAX_PIXELS = 178_956_970  # more is treated as a decompression bomb, as in Pillow
 # Scans of a JPEG. Progressive ones have about 10; each costs a pass over the picture, and can be as short as 50 bytes.
 MAX_SCANS = 100
+MAX_SCANNED_PIXELS = 2 * 10**9  # in all scans together: about 12 of a picture of 150 megapixels
+MAX_RUN_LENGTH_PIXELS = 2**24  # of a BMP that Pillow unpacks in Python, pixel by pixel
+# Bytes per pixel at most, from the decoder's first buffer to the resized square: measured, by the kernel's high-water
+# mark, with pictures that are turned, transparent, and of another colour profile. Most is one picture of four bytes per
+# pixel, another one that it is turned or converted to, and its bytes for the resize. WebP's decoder has two of its own.
+BYTES_PER_PIXEL = 12
+_BYTES_OF_FORMAT = {"WEBP": 20, "AVIF": 16}
 _TAGS = {  # of TIFFs
     "BitsPerSample": 258,
     "PhotometricInterpretation": 262,  # 0: white is zero
     "Orientation": 274,
+    "SamplesPerPixel": 277,
+    "TileWidth": 322,
+    "TileLength": 323,
     "SampleFormat": 339,  # 2: signed integers
 }
 _BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
@@ -90,7 +103,13 @@ def open_picture(content: bytes, formats: tuple[str, ...] = PILLOW_FORMATS) -> I
 
     `BadSample` if it is not such a picture, or is a decompression bomb.
     """
-    if _count_scans(content) > MAX_SCANS:
+    return _open_picture(content, formats)[0]
+
+
+def _open_picture(content: bytes, formats: tuple[str, ...]) -> tuple[Image.Image, int]:
+    """(the opened picture, the number of its scans if it is a JPEG)."""
+    scans = _count_scans(content)
+    if scans > MAX_SCANS:
         raise BadSample(HUGE_PICTURE)
     try:
         image: Image.Image = Image.open(io.BytesIO(content), formats=formats)
@@ -100,9 +119,39 @@ def open_picture(content: bytes, formats: tuple[str, ...] = PILLOW_FORMATS) -> I
         if "MAX_TEXT" in str(error):  # a PNG's texts or profile that expand to more than they may
             raise BadSample(HUGE_PICTURE) from None
         raise BadSample(_why_not_opened(content)) from None
-    if image.width * image.height > MAX_PIXELS:
+    pixels = image.width * image.height
+    too_slow = scans * pixels > MAX_SCANNED_PIXELS or (_is_run_length_bmp(image) and pixels > MAX_RUN_LENGTH_PIXELS)
+    if pixels > MAX_PIXELS or too_slow:
         raise BadSample(HUGE_PICTURE)
-    return image
+    return image, scans
+
+
+def memory_to_decode(image: Image.Image, *, size: tuple[int, int] | None = None, scans: int = 2) -> int:
+    """Bytes that an opened picture takes at most while it is decoded, turned, converted to RGB and resized.
+
+    Args:
+        image: possibly to be decoded at a smaller size than its own (`Image.draft`).
+        size: its own (width, height), if it is.
+        scans: of a JPEG; with several, the decoder keeps the coefficients of all of the picture.
+    """
+    width, height = image.size
+    need = width * height * _BYTES_OF_FORMAT.get(image.format or "", BYTES_PER_PIXEL)
+    if isinstance(image, JpegImageFile) and scans > 1:
+        blocks = [(across, down) for _, across, down, _ in image.layer]  # of each component, in the smallest unit
+        largest = max((across for across, _ in blocks), default=1) * max((down for _, down in blocks), default=1)
+        need += 2 * math.prod(size or image.size) * sum(across * down for across, down in blocks) // max(1, largest)
+    elif isinstance(image, TiffImageFile):
+        # The decoder has memory for a whole tile, however small the picture is.
+        tags = [_tag(image, name) for name in ("TileWidth", "TileLength", "BitsPerSample", "SamplesPerPixel")]
+        width_of_tile, height_of_tile, bits, samples = (tag if isinstance(tag, int) else 1 for tag in tags)
+        need += width_of_tile * height_of_tile * bits * samples // 8
+    elif _is_run_length_bmp(image):
+        need += 256 * width  # some versions of Pillow unpack a jump over so many rows, though there are fewer
+    return need
+
+
+def _is_run_length_bmp(image: Image.Image) -> bool:
+    return image.format == "BMP" and image.info.get("compression") in (1, 2)
 
 
 def _why_not_opened(content: bytes) -> str:
@@ -138,7 +187,14 @@ class Picture:
     colours: str  # what was done about its colour profile, or its gamma (`to_srgb`)
 
 
-def read_picture(content: bytes, *, resolution: int | None = None, min_image_size: int = 0) -> Picture:
+def read_picture(
+    content: bytes,
+    *,
+    resolution: int | None = None,
+    min_image_size: int = 0,
+    max_bytes: int | None = None,
+    while_large: contextlib.ExitStack | None = None,
+) -> Picture:
     """Decodes a picture; transparent parts become white, and colours those of sRGB if it has a colour profile.
 
     Args:
@@ -146,16 +202,33 @@ def read_picture(content: bytes, *, resolution: int | None = None, min_image_siz
         resolution: if given, the picture may be decoded at a half, quarter or eighth of its true size (JPEG is, in a
             fraction of the time) as long as no side gets shorter than this.
         min_image_size: the minimum length of the shorter side, pixels.
+        max_bytes: the most memory that it may take to decode (`memory_to_decode`); None: any.
+        while_large: holds the picture's share of `BUDGET` until it is closed: close it once the picture is resized.
+            None: the share is returned when the picture is decoded.
 
     Raises:
         BadSample: it is too small, too large, damaged, not a picture, or of values whose range is not known.
     """
-    image = open_picture(content)
+    image, scans = _open_picture(content, PILLOW_FORMATS)
     width, height = image.size
     check_size((height, width), min_image_size)
     try:
         if resolution is not None:
             image.draft(image.mode, (resolution, resolution))
+        need = memory_to_decode(image, size=(width, height), scans=scans)
+    except Exception:  # noqa: BLE001 - a damaged header can raise nearly anything
+        raise BadSample(DAMAGED_PICTURE) from None
+    if max_bytes is not None and need > max_bytes:
+        raise BadSample(LARGE_PICTURE)
+    with contextlib.ExitStack() as while_decoded:
+        (while_large or while_decoded).enter_context(BUDGET.share(need))
+        return _load_picture(image, (width, height))
+
+
+def _load_picture(image: Image.Image, size: tuple[int, int]) -> Picture:
+    """Decodes an opened picture whose true size is this (width, height), and converts it."""
+    width, height = size
+    try:
         turned = load_upright(image)
         if not isinstance(image, JpegImageFile):  # only JPEG is decoded small
             width, height = image.size

@@ -27,9 +27,18 @@ from typing import IO, Any, NamedTuple
 from PIL import Image
 from tqdm.auto import tqdm
 
+from lcm_distill.data.budget import BUDGET
 from lcm_distill.data.captions import CAPTION_EXTENSIONS, CAPTION_KEYS, clean_text
 from lcm_distill.data.colour import to_srgb
-from lcm_distill.data.decode import PILLOW_FORMATS, fills_16_bits, load_upright, open_picture, to_8_bits, to_rgb
+from lcm_distill.data.decode import (
+    PILLOW_FORMATS,
+    fills_16_bits,
+    load_upright,
+    memory_to_decode,
+    open_picture,
+    to_8_bits,
+    to_rgb,
+)
 from lcm_distill.data.raw import (
     CAPTION_NOT_UTF8,
     DAMAGED_PICTURE,
@@ -43,6 +52,7 @@ from lcm_distill.data.raw import (
 )
 from lcm_distill.data.shards import MAX_FILE_BYTES, MAX_TEXT_BYTES
 from lcm_distill.data.sizes import ORIGINAL_SIZE, size_in_json
+from lcm_distill.data.sources import IrregularFile, open_regular
 from lcm_distill.data.tar import PARTIAL, RESUME_HINT, atomic_tar, new_folder
 from lcm_distill.errors import UsageError
 
@@ -259,18 +269,10 @@ def _leads_out(path: str, roots: tuple[str, ...]) -> bool:
 
 
 def _open(path: str, roots: tuple[str, ...]) -> IO[bytes]:
-    """Opens a regular file; `OSError` for any other kind, and for a link that leads out.
-
-    Neither a pipe, which blocks for ever, nor a link is opened that took the file's place since it was looked at.
-    """
+    """Opens a regular file; `OSError` for any other kind, which may block for ever, and for a link that leads out."""
     if _leads_out(path, roots):
         raise OSError(errno.ELOOP, LINK_OUT)
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    file = open(os.open(os.path.realpath(path), flags), "rb")
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "not a regular file")
-    return file
+    return open_regular(os.path.realpath(path))
 
 
 def _read_metadata(path: str, roots: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
@@ -287,6 +289,8 @@ def _read_metadata(path: str, roots: tuple[str, ...]) -> Iterator[tuple[str, dic
                 if _is_deep(row):
                     raise ValueError(f"lists and objects of {printable(name)} are nested too deeply")
                 yield name, {key: value for key, value in row.items() if key is not None and value is not None}
+    except IrregularFile as error:
+        raise UsageError(f"IMAGES: {printable(str(error), 1000)}; remove it, or replace it by a file.") from None
     except OSError as error:
         problem = error.strerror or error
         raise UsageError(f"IMAGES: {printable(path, 1000)} cannot be read: {problem}. Fix or move it.") from None
@@ -409,6 +413,11 @@ class _Stored(NamedTuple):
 def _read_picture(content: bytes, max_size: int | None) -> _Stored:
     image = open_picture(content, (*PILLOW_FORMATS, *heif_formats()))
     extension = STORED_UNCHANGED.get(image.format or "")
+    with BUDGET.share(memory_to_decode(image)):
+        return _store(image, content, extension, max_size)
+
+
+def _store(image: Image.Image, content: bytes, extension: str | None, max_size: int | None) -> _Stored:
     try:
         turned = load_upright(image)
         true_size = image.size

@@ -4,6 +4,7 @@ An encoded sample (`lcm_distill.data.encoded`) has the moments of its latents in
 embeddings of its captions.
 """
 
+import contextlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lcm_distill.data.budget import BUDGET
 from lcm_distill.data.captions import check_caption_column, read_captions, read_json
 from lcm_distill.data.decode import check_size, read_picture
 from lcm_distill.data.encoded import Encoding, EncodingMismatch, unpack
@@ -30,7 +32,7 @@ from lcm_distill.data.raw import (
 )
 from lcm_distill.data.sizes import size_in_json
 from lcm_distill.errors import UsageError
-from lcm_distill.flags import INTERPOLATIONS, SHARDS_FLAG, PreparationFlags
+from lcm_distill.flags import INTERPOLATIONS, MAX_DECODE_MB, SHARDS_FLAG, PreparationFlags
 
 # The names are torchvision's, which has two kinds of nearest; Pillow has one.
 _RESAMPLING = {name: Image.Resampling[name.removesuffix("_exact").upper()] for name in INTERPOLATIONS}
@@ -66,6 +68,7 @@ class Preparation:
         caption_column: a file extension or a JSON key, the only place to take captions from
             (`check_caption_column`); None for the usual places.
         min_image_size: pictures whose shorter side is shorter than this many pixels are left out.
+        max_decode_mb: pictures whose decoding takes more megabytes of memory (`memory_to_decode`) are left out.
         filters: conditions on a sample's JSON, from `parse_filters`.
         encoding: that of encoded shards, which then has the same resolution, interpolation and crop; None for
             pictures.
@@ -82,6 +85,7 @@ class Preparation:
     proportion_empty_prompts: float = 0.0
     caption_column: str | None = None
     min_image_size: int = 0
+    max_decode_mb: int = MAX_DECODE_MB
     filters: Sequence[Filter] = ()
     encoding: Encoding | None = None
     fixed_size: bool = False
@@ -97,12 +101,17 @@ class Preparation:
             proportion_empty_prompts=flags.proportion_empty_prompts,
             caption_column=flags.caption_column,
             min_image_size=flags.min_image_size,
+            max_decode_mb=flags.max_decode_mb,
             filters=parse_filters(flags.filter, max_pwatermark=flags.max_pwatermark, min_aesthetic=flags.min_aesthetic),
             fixed_size=flags.use_fix_crop_and_size,
         )
 
     def __post_init__(self) -> None:
-        for flag, value, least in (("--resolution", self.resolution, 1), ("--min_image_size", self.min_image_size, 0)):
+        for flag, value, least in (
+            ("--resolution", self.resolution, 1),
+            ("--min_image_size", self.min_image_size, 0),
+            ("--max_decode_mb", self.max_decode_mb, 1),
+        ):
             if value < least:
                 raise UsageError(f"{flag} is {value}; give {least} or more.")
         if self.interpolation not in INTERPOLATIONS:
@@ -113,6 +122,7 @@ class Preparation:
             raise UsageError(f"--proportion_empty_prompts is {given}; give a number from 0 to 1.")
         object.__setattr__(self, "caption_column", check_caption_column(self.caption_column))
         object.__setattr__(self, "filters", tuple(self.filters))
+        BUDGET.open()  # before the data workers are forked
 
 
 @dataclass
@@ -231,29 +241,37 @@ def _decode_sample(
 ) -> Sample:
     """The sample of a picture's file with the JSON `meta`, without its caption."""
     resolution = preparation.resolution
-    picture = read_picture(content, resolution=resolution, min_image_size=preparation.min_image_size)
-    true_size = picture.size
     if preparation.center_crop:
         top = left = 0.5
-    square, (y, x), resized_width = resize_and_crop(
-        picture.image,
-        true_size=true_size,
-        resolution=resolution,
-        resample=_RESAMPLING[preparation.interpolation],
-        top=top,
-        left=left,
-    )
+    with contextlib.ExitStack() as while_large:
+        picture = read_picture(
+            content,
+            resolution=resolution,
+            min_image_size=preparation.min_image_size,
+            max_bytes=preparation.max_decode_mb * 10**6,
+            while_large=while_large,
+        )
+        true_size, turned, colours = picture.size, picture.turned, picture.colours
+        square, (y, x), resized_width = resize_and_crop(
+            picture.image,
+            true_size=true_size,
+            resolution=resolution,
+            resample=_RESAMPLING[preparation.interpolation],
+            top=top,
+            left=left,
+        )
+        del picture  # before its share of the memory is returned
     if flipped:
         square = torch.from_numpy(square).flip(1).numpy()  # NumPy copies three bytes at a time
         x = resized_width - resolution - x
-    original_size = size_in_json(meta, true_size, turned=picture.turned) or true_size
+    original_size = size_in_json(meta, true_size, turned=turned) or true_size
     return Sample(
         {"pixels": square},
         "",
         original_size=original_size,
         crop_top_left=(y, x),
         picture_size=true_size,
-        colours=picture.colours,
+        colours=colours,
     )
 
 

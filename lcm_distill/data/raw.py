@@ -20,10 +20,12 @@ UNREAD_TIFF = "TIFF of a kind that is not read (save the picture with 8 or 16 bi
 HEIC = "HEIC (for pack_shards to read it: pip install pillow-heif)"
 NO_AVIF = "AVIF, which this Pillow does not read"
 HUGE_PICTURE = "picture is too large (a decompression bomb)"
+LARGE_PICTURE = "picture takes more memory to decode than --max_decode_mb allows"
 HUGE_FILE = "file is too large"
 DOTTED_NAME = "dots in a picture's name, of which the first begins the extension (write a_b.jpg, not a.b.jpg)"
 DUPLICATE_NAME = "two files of one name in a sample"
 UNREADABLE_SHARD = "shard cannot be read, or not to its end"
+CHANGED_SHARD = "shard has changed since the checkpoint (its samples may be missing, or come twice)"
 NO_LATENTS = "no latents (.latents.safetensors), as the other samples have"
 DAMAGED_LATENTS = "latents are damaged, or not what the shard says"
 

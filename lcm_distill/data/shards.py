@@ -20,7 +20,7 @@ from braceexpand import braceexpand
 
 from lcm_distill.data.captions import caption_files, check_caption_column
 from lcm_distill.data.raw import LATENTS_EXTENSION, PICTURE_EXTENSIONS, RawSample, list_counts, printable
-from lcm_distill.data.sources import expand_url, find_problem, local_path, open_shard
+from lcm_distill.data.sources import describe_irregular, expand_url, find_problem, is_command, local_path, open_shard
 from lcm_distill.data.tar import TarReader
 from lcm_distill.errors import UsageError, shown
 from lcm_distill.flags import SHARDS_FLAG
@@ -47,7 +47,7 @@ SHARD_FORMAT = (
 )
 
 
-def expand_shards(spec: str | None) -> list[str]:
+def expand_shards(spec: str | None, allow_pipe_in_lists: bool = False) -> list[str]:
     """The shards that `--train_shards_path_or_url` names, in a fixed order.
 
     Args:
@@ -55,10 +55,12 @@ def expand_shards(spec: str | None) -> list[str]:
             files, or, if it has none, those of its subfolders), a list file (`.txt`: one of these on each line; `#`
             begins a comment), a URL or a `pipe:` command (braces are expanded; remote folders, which end in `/`,
             and globs are listed if fsspec can), or several of these joined by `::`.
+        allow_pipe_in_lists: take `pipe:` commands from list files, too, which may have been downloaded.
 
     Raises:
-        UsageError: nothing given, a local path that does not exist, a folder or list without tars, unbalanced
-            braces, more than `MAX_SHARDS`, or a URL that no installed package opens.
+        UsageError: nothing given, a local path that does not exist or is a FIFO, socket or device, a folder or list
+            without tars, a list with a command, unbalanced braces, more than `MAX_SHARDS`, or a URL that no installed
+            package opens.
     """
     parts = [part.strip() for part in (spec or "").split("::") if part.strip()]
     if not parts:
@@ -66,15 +68,11 @@ def expand_shards(spec: str | None) -> list[str]:
             f"{SHARDS_FLAG} is missing. Give tar shards: a file, a pattern such as 'data/{{000..010}}.tar', "
             "a folder of tars, a URL, or a 'pipe:' command."
         )
-    return _expand_all(parts)
-
-
-def _expand_all(specs: Iterable[str]) -> list[str]:
     found: list[str] = []
-    for spec in specs:
-        found += _expand_one(spec)
+    for part in parts:
+        found += _expand_one(part, allow_pipe_in_lists)
         if len(found) > MAX_SHARDS:
-            raise _too_many(spec, f"with what stands before it, {len(found):,} shards")
+            raise _too_many(part, f"with what stands before it, {len(found):,} shards")
     return found
 
 
@@ -156,7 +154,7 @@ def _count_range(inside: str) -> _Expansion | None:
     return None
 
 
-def _expand_one(spec: str) -> list[str]:
+def _expand_one(spec: str, allow_pipe_in_lists: bool) -> list[str]:
     try:
         names = [spec] if os.path.exists(spec) else _expand_braces(spec)
     except UsageError:
@@ -174,8 +172,13 @@ def _expand_one(spec: str) -> list[str]:
         elif os.path.isdir(path):
             found += _find_tars(path)
         elif os.path.isfile(path) and path.lower().endswith(LIST_SUFFIXES):
-            found += _read_list(path)
+            found += _read_list(path, allow_pipe_in_lists)
         elif os.path.exists(path):
+            if irregular := describe_irregular(os.stat(path).st_mode):
+                raise UsageError(
+                    f"{SHARDS_FLAG}: {path} is {irregular}, not a file, and cannot be read anew in each epoch; give a "
+                    "file, or a command that writes the tar each time it is run ('pipe:COMMAND')."
+                )
             found.append(path)
         else:
             matches = glob.glob(path, recursive=True) if glob.has_magic(path) else []
@@ -208,7 +211,7 @@ def _list_remote(url: str) -> list[str]:
     return found
 
 
-def _read_list(path: str) -> list[str]:
+def _read_list(path: str, allow_pipe: bool) -> list[str]:
     """The shards of a list file: one entry per line; relative paths start at the list's folder."""
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -220,11 +223,22 @@ def _read_list(path: str) -> list[str]:
     entries = [line for line in lines if line and not line.startswith("#")]
     if not entries:
         raise UsageError(f"{SHARDS_FLAG}: the list {path} is empty; write one shard per line.")
+    found: list[str] = []
     for entry in entries:
         if entry.lower().endswith(LIST_SUFFIXES):
             raise UsageError(f"{SHARDS_FLAG}: the list {path} names another list, {entry}; name its shards instead.")
-    local = ((entry, local_path(entry)) for entry in entries)
-    return _expand_all(entry if at is None else os.path.join(os.path.dirname(path), at) for entry, at in local)
+        local = local_path(entry)
+        named = _expand_one(entry if local is None else os.path.join(os.path.dirname(path), local), allow_pipe)
+        if not allow_pipe and any(map(is_command, named)):
+            raise UsageError(
+                f"{SHARDS_FLAG}: the list {path} names a command, {printable(entry)!r}, which is not run, since a list "
+                "may come from elsewhere. Read it, and if it is right, pass --allow_pipe_in_lists, or give the command "
+                "itself instead of the list."
+            )
+        found += named
+        if len(found) > MAX_SHARDS:
+            raise _too_many(entry, f"with the lines before it, {len(found):,} shards")
+    return found
 
 
 def _find_tars(folder: str) -> list[str]:

@@ -14,11 +14,14 @@ dealt evenly, so a consumer reads parts of at most two of them. Over all consume
 consecutive blocks of up to `shuffle_window`, from (seed, epoch, consumer, block).
 
 State. (epoch, start of the block, place in the block) is the complete state: restoring it reads one block again, from
-the byte of the shard at which it starts. (A compressed shard is read from its beginning, but not decoded.)
+the byte of the shard at which it starts. (A compressed shard is read from its beginning, but not decoded.) The state
+also has a digest of the block's samples and the size of the shard, by which a shard is recognized that has changed
+since: then the stream continues at the sample of the same number, warns, and counts it.
 
 Safety. Only pictures, latents, captions and JSON are read; nothing in a shard is unpickled or run.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -34,8 +37,17 @@ from torch.utils.data import IterableDataset, default_collate, get_worker_info
 from lcm_distill.data.filters import is_filtered
 from lcm_distill.data.preflight import inspect_shards
 from lcm_distill.data.preparation import MixedShards, Preparation, Sample, prepare_sample
-from lcm_distill.data.raw import DOTTED_NAME, UNREADABLE_SHARD, BadSample, RawSample, list_counts
+from lcm_distill.data.raw import (
+    CHANGED_SHARD,
+    DOTTED_NAME,
+    UNREADABLE_SHARD,
+    BadSample,
+    RawSample,
+    list_counts,
+    printable,
+)
 from lcm_distill.data.shards import read_shard
+from lcm_distill.data.sources import local_path
 from lcm_distill.errors import UsageError, brief, shown
 from lcm_distill.flags import SHARDS_FLAG
 
@@ -214,6 +226,7 @@ def new_tally(workers: int) -> torch.Tensor:
 
 
 _STATE = ("epoch", "block", "part", "sample", "offset", "place")
+_IDENTITY = ("shard_size", "block_digest")  # not in the states of earlier versions
 
 
 @dataclass
@@ -224,6 +237,25 @@ class _Read:
     part: ShardSlice
     index: int  # of the sample in its shard
     next: tuple[int, int, int | None]  # (part, sample, offset)
+    shard_size: int | None  # of the shard in which the next one begins; None: not known, or it begins with the next one
+
+
+def _digest(block: list[_Read]) -> str:
+    """Of which samples a block consists: their places, names and sizes."""
+    digest = hashlib.blake2b(digest_size=8)
+    for read in block:
+        digest.update(
+            f"{read.part.shard} {read.index} {read.raw.nbytes} {read.raw.key}\0".encode("utf-8", "surrogatepass")
+        )
+    return digest.hexdigest()
+
+
+def _size_of(shard: str) -> int | None:
+    """Bytes of a local shard."""
+    path = local_path(shard)
+    with contextlib.suppress(OSError, ValueError):
+        return None if path is None else os.stat(path).st_size
+    return None
 
 
 class StreamIterator:
@@ -241,6 +273,8 @@ class StreamIterator:
         self.sample = 0  # at this sample of the shard,
         self.offset: int | None = 0  # which begins at this byte; None: not known, as in a compressed shard
         self.place = 0  # samples of the block, in its shuffled order, that are used up
+        self.shard_size: int | None = None  # bytes of the shard in which the block starts, where known,
+        self.block_digest: str | None = None  # and what the block contains; None: it has not been read yet
         self.dropped: Counter = Counter()
         self._not_compared: Counter = Counter()  # since this process began
         self._dropped_in_a_row = 0  # since the last usable sample
@@ -248,13 +282,15 @@ class StreamIterator:
         self._samples = self._generate_samples()
 
     def state_dict(self) -> dict:
-        state = {name: getattr(self, name) for name in _STATE}
+        state = {name: getattr(self, name) for name in _STATE + _IDENTITY}
         return {"layout": self.stream.layout(self.workers), **state, "dropped": dict(self.dropped)}
 
     def load_state_dict(self, state: dict) -> None:
         assert state["layout"] == self.stream.layout(self.workers)  # `ShardLoader` checks it
         for name in _STATE:
             setattr(self, name, state[name])
+        for name in _IDENTITY:
+            setattr(self, name, state.get(name))
         self.dropped = Counter(state["dropped"])
         self._samples = self._generate_samples()
 
@@ -291,7 +327,14 @@ class StreamIterator:
         while True:
             reader, is_empty = self._read_epoch(), True
             while block := self._read_block(reader):
-                next_start = block[-1].next
+                digest = _digest(block)
+                # Restored inside this block, which was another one?
+                if self.block_digest not in (None, digest) or self.place > len(block):
+                    self._begin_anew("its samples are others")
+                    reader = self._read_epoch()
+                    continue
+                self.block_digest = digest
+                next_start, next_size = block[-1].next, block[-1].shard_size
                 order = _rng(stream.seed, BLOCK_ORDER, self.epoch, self.consumer, self.block).permutation(len(block))
                 while self.place < len(block):
                     chosen = int(order[self.place])
@@ -311,25 +354,50 @@ class StreamIterator:
                     self._note_not_compared(sample)
                     yield sample
                 (self.part, self.sample, self.offset), self.block, self.place = next_start, self.block + 1, 0
+                self.shard_size, self.block_digest = next_size, None
+            if self.block_digest is not None or self.place:  # restored inside a block of which nothing is left
+                self._begin_anew("its samples are missing")
+                continue
             self.epoch, self.block, self.part, self.sample, self.offset, self.place = self.epoch + 1, 0, 0, 0, 0, 0
+            self.shard_size = None
             # This consumer got no sample: do others have the good shards, or are there none? Checking costs up to one
             # pass over the data, so do it after 1, 2, 4, 8, ... such epochs.
             empty_epochs = empty_epochs + 1 if is_empty else 0
             if empty_epochs.bit_count() == 1:
                 self._check_for_usable_samples()
 
-    def _read_epoch(self) -> Iterator[_Read]:
-        """Yields what this consumer reads in the epoch, from the start of the block on."""
-        epoch, start_part = self.epoch, self.part
-        caption_column = self.stream.preparation.caption_column
-        parts = deal_shards(
+    def _begin_anew(self, why: str) -> None:
+        """Continues where the restored state says, by the number of the sample, in a shard that has changed since."""
+        shard = self.stream.shards[self._parts()[self.part].shard]
+        logger.warning(
+            "worker %d of %d: %s, or a shard read after it, is not what it was when the checkpoint was saved (%s): it "
+            "has changed, or cannot be read now. The stream continues at its sample %d, so some samples may be missing "
+            "or come a second time.",
+            self.worker,
+            max(1, self.workers),
+            printable(shard),
+            why,
+            self.sample,
+        )
+        self.offset, self.place, self.shard_size, self.block_digest = None, 0, None, None
+        self._drop(CHANGED_SHARD)
+
+    def _parts(self) -> list[ShardSlice]:
+        """What this consumer reads in the epoch."""
+        return deal_shards(
             len(self.stream.shards),
             seed=self.stream.seed,
-            epoch=epoch,
+            epoch=self.epoch,
             consumer=self.consumer,
             consumers=self.consumers,
             resampled=self.stream.resampled,
         )
+
+    def _read_epoch(self) -> Iterator[_Read]:
+        """Yields what this consumer reads in the epoch, from the start of the block on."""
+        epoch, start_part = self.epoch, self.part
+        caption_column = self.stream.preparation.caption_column
+        parts = self._parts()
         part, first, index, offset = ShardSlice(0, 0, 0, 0), 0, 0, 0
 
         def is_own() -> bool:
@@ -347,16 +415,27 @@ class StreamIterator:
             elif number == start_part:
                 first = self.sample
             shard = self.stream.shards[part.shard]
+            size = _size_of(shard)
+            if number == start_part and self.shard_size not in (None, size):
+                self._begin_anew(f"it has {size} bytes instead of {self.shard_size}")
+                yield from self._read_epoch()
+                return
+            begun = index
             try:
                 for raw in read_shard(shard, caption_column=caption_column, on_dotted=drop_dotted, offset=offset):
                     if is_own():
                         following = (number + 1, 0, 0) if raw.last else (number, index + 1, raw.end)
-                        yield _Read(raw, part, index, following)
+                        yield _Read(raw, part, index, following, None if raw.last else size)
                     index += 1
             except Exception as error:  # noqa: BLE001 - opener, decompressor and tar reader raise nearly anything
                 if is_own():  # only one of its consumers counts it
                     logger.info("%s, sample %d: %s", shown(shard), index, shown(str(error)))
                     self._drop(UNREADABLE_SHARD)
+                continue
+            if offset and index == begun:  # restored at a sample, and there is none
+                self._begin_anew("it ends before that place")
+                yield from self._read_epoch()
+                return
 
     def _read_block(self, reader: Iterator[_Read]) -> list:
         """The next block: up to `shuffle_window` samples or `MAX_BLOCK_BYTES`; [] at the end of the epoch."""

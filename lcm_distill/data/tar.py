@@ -33,6 +33,10 @@ MAX_HEADER_BYTES = 2**20  # of an entry's names and attributes
 MAX_SKIP_BYTES = 2 * 2**30  # for one entry of a compressed tar, which can expand to terabytes of zeros
 
 _BLOCK = tarfile.BLOCKSIZE
+# After the end mark, two blocks of zeros, programs write zeros up to a whole record: of 20 blocks, or of some power of
+# two of bytes that the user gives (tar --blocking-factor), which then divides the size of the tar, and is small beside
+# it: otherwise what is missing of 64 samples of 2 KiB would be taken for one record.
+_END_MARK, _RECORD, _MAX_RECORD = 2 * _BLOCK, 20 * _BLOCK, 2**20
 _DECOMPRESSORS: dict[bytes, Callable[..., Any]] = {  # by the first bytes of a file
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
@@ -58,7 +62,8 @@ class TarReader:
     """Iterates over the entries of `file`, whose position is the byte `offset`, at which an entry begins.
 
     Raises:
-        tarfile.ReadError: the tar is damaged, ends without its end mark, or has headers that no real tar has.
+        tarfile.ReadError: the tar is damaged, ends without its end mark, has headers that no real tar has, or is
+            followed by more zeros than any program writes: it was half downloaded into a file of the final size.
         Exception: whatever `file` or the decompressor raises.
     """
 
@@ -69,6 +74,7 @@ class TarReader:
             matching = (opener for magic, opener in _DECOMPRESSORS.items() if first_bytes.startswith(magic))
             decompress = next(matching, None)
         self.compressed = decompress is not None
+        self._stored = file
         self._file = file if decompress is None else cast(BinaryIO, decompress(file))
         self._position = offset
         self._size = 0  # bytes of the content that comes next
@@ -92,6 +98,7 @@ class TarReader:
             try:
                 header = _parse_header(block)
             except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+                self._check_end()
                 return
             except tarfile.HeaderError as error:
                 raise tarfile.ReadError(f"not a tar, or a damaged one: {error}") from None
@@ -126,6 +133,33 @@ class TarReader:
             self._expect(size)
             yield Entry(name, size, start, header.isreg() and not sparse)
             extended, extension_bytes = {}, 0
+
+    def _check_end(self) -> None:
+        """`ReadError` if the zeros that begin with the block read last are no end mark, but parts that are missing.
+
+        Something else may follow an end mark, as where tars were joined: it is not part of this tar.
+        """
+        only_look = getattr(getattr(self._stored, "raw", None), "only_look", None)
+        if only_look is not None:
+            only_look()
+        zeros, at_end = _BLOCK, False
+        while zeros <= _END_MARK + _MAX_RECORD:
+            try:
+                content = self._file.read(_BLOCK)
+            except Exception:  # noqa: BLE001 - what follows the tar may be anything, and compressed badly
+                content = b""
+            if not content.strip(b"\0"):
+                zeros += len(content)
+                at_end = not content
+            if at_end or content.strip(b"\0"):
+                break
+        size = self._position + zeros - _BLOCK
+        records = (2**power for power in range(_BLOCK.bit_length(), _MAX_RECORD.bit_length()))
+        fits = any(zeros <= _END_MARK + record and size % record == 0 and 8 * record <= size for record in records)
+        if zeros > _END_MARK + _RECORD and not (at_end and fits):
+            raise tarfile.ReadError(
+                f"zeros instead of files from byte {self._position - _BLOCK} on: a download that was not finished?"
+            )
 
     def _expect(self, size: int) -> None:
         """Notes that the header read last is followed by `size` bytes of content, padded to full blocks."""

@@ -176,6 +176,7 @@ def read(send: Callable, shards: list[str], seed: int, folder: Path) -> None:
             send(reading)
 
 
+@pytest.mark.hostile("shards")
 @pytest.mark.parametrize("name", MAKERS)
 def test_hostile_shard(hostile, tmp_path, name):
     shard, good = hostile[name], write_good(tmp_path, "good")

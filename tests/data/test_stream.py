@@ -1,5 +1,6 @@
 """The shard stream: each sample once per epoch, exact restore, true geometry, and never stuck on bad data."""
 
+import gzip
 import io
 import itertools
 import json
@@ -1428,3 +1429,98 @@ def test_the_preflight_stops_early(tmp_path):
     with pytest.raises(UsageError, match="more kinds") as caught:
         inspect_shards([dotted], Preparation(resolution=16))
     assert "first dot" in str(caught.value) and len(str(caught.value)) < 2000
+
+
+# ------------------------------------------------------------------------------- shards that change before a resume
+
+
+def _until(iterator, count):
+    return captions([next(iterator) for _ in range(count)])
+
+
+def _repack(shards, how):
+    """Replaces the first shard as if its author had packed it anew; returns the captions that it has then."""
+    path = Path(shards[0])
+    packed = path.suffix == ".gz"
+    raw_tar = gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
+    with tarfile.open(fileobj=io.BytesIO(raw_tar)) as tar:
+        files = [(member.name, tar.extractfile(member).read()) for member in tar]
+    if how == "shorter":
+        files = files[: len(files) // 4]
+    elif how == "larger pictures":
+        files = [(name, noise_picture(1, (40, 40)) if name.endswith("png") else content) for name, content in files]
+    elif how == "other names":
+        files = [(f"new-{name}", content) for name, content in files]
+    elif how == "one more in front":
+        files = [("first.png", noise_picture(1)), ("first.txt", "the first"), *files]
+    elif how == "empty":
+        files = []
+    write_tar(path, files, "w:gz" if packed else "w")
+    if how == "zeros":
+        path.write_bytes(path.read_bytes()[:512] + bytes(len(raw_tar) - 512))
+    return [content.decode() if isinstance(content, bytes) else content for name, content in files if "txt" in name]
+
+
+@pytest.mark.hostile("shards")
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+@pytest.mark.parametrize("how", ["shorter", "larger pictures", "other names", "one more in front", "empty", "zeros"])
+@pytest.mark.parametrize("taken", [20, 23, 25])  # inside a block of five, and between two
+def test_a_shard_that_has_changed_since_the_checkpoint_is_counted(tmp_path, suffix, how, taken, caplog):
+    """What was left of it went missing, and nothing was counted."""
+    if suffix == ".tar.gz" and how == "zeros":
+        pytest.skip("is no gzip file")
+    files = [
+        (f"{n:02}.{end}", noise_picture(n) if end == "png" else f"{n}") for n in range(40) for end in ("png", "txt")
+    ]
+    shards = [write_tar(tmp_path / f"000{suffix}", files, "w:gz" if suffix.endswith("gz") else "w")]
+    stream = make_stream(shards)
+    iterator = StreamIterator(stream, worker=0, workers=0)
+    seen = _until(iterator, taken)
+    state = json.loads(json.dumps(iterator.state_dict()))
+    assert state["dropped"] == {}
+    now = _repack(shards, how)
+    again = StreamIterator(stream, worker=0, workers=0)
+    again.load_state_dict(state)
+    if how in ("empty", "zeros"):
+        with pytest.raises(UsageError, match="gives nothing to train on"):
+            next(again)
+    else:
+        delivered = []
+        while again.epoch == 0:
+            batch = next(again)
+            delivered += batch["captions"] if again.epoch == 0 else []
+        assert set(now[taken:]) <= set(delivered) | set(seen)
+    dropped = again.dropped
+    assert dropped[raw.CHANGED_SHARD] + dropped[raw.UNREADABLE_SHARD] >= 1
+    assert dropped[raw.CHANGED_SHARD] or how == "zeros"
+    assert "is not what it was when the checkpoint was saved" in caplog.text or how == "zeros"
+
+
+@pytest.mark.hostile("shards")
+@pytest.mark.parametrize("taken", [0, 3, 5, 23, 38, 40])
+def test_a_shard_that_was_only_copied_continues_exactly(tmp_path, taken, caplog):
+    shards = write_shards(tmp_path / "a", [38])
+    stream = make_stream(shards)
+    iterator = StreamIterator(stream, worker=0, workers=0)
+    _until(iterator, taken)
+    state = iterator.state_dict()
+    expected = _until(iterator, 60)
+    content = Path(shards[0]).read_bytes()
+    os.remove(shards[0])
+    Path(shards[0]).write_bytes(content)
+    again = StreamIterator(stream, worker=0, workers=0)
+    again.load_state_dict(state)
+    assert _until(again, 60) == expected and not again.dropped and not caplog.text
+
+
+@pytest.mark.parametrize("taken", [0, 23, 25])
+def test_a_state_of_an_earlier_version_continues_exactly(tmp_path, taken, caplog):
+    shards = write_shards(tmp_path, [38])
+    iterator = StreamIterator(make_stream(shards), worker=0, workers=0)
+    _until(iterator, taken)
+    state = iterator.state_dict()
+    expected = _until(iterator, 60)
+    del state["shard_size"], state["block_digest"]
+    again = StreamIterator(make_stream(shards), worker=0, workers=0)
+    again.load_state_dict(state)
+    assert _until(again, 60) == expected and not again.dropped and not caplog.text
