@@ -565,6 +565,8 @@ def check_optimizers(path: Path, run: Mapping[str, Any], flags: Mapping[str, Any
 
 def _has_8_bits(path: Path) -> bool | None:
     """Whether the optimizer's state in a checkpoint is 8-bit; None if there is none in one file, or it is damaged."""
+    if not (path / "optimizer.bin").is_file():  # reading a pipe would wait for ever
+        return None
     try:  # mapped, since it has twice the size of the weights
         state = torch.load(path / "optimizer.bin", map_location="cpu", weights_only=True, mmap=True)["state"]
         # PyTorch's moments have these names; bitsandbytes' have had others, on several levels.

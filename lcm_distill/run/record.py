@@ -42,7 +42,7 @@ def shown(value: Any, length: int = 100) -> str:
 # ---------------------------------------------------------------------------------------------------- values
 
 
-def _is_count(value: Any, least: int = 0, most: float = float("inf")) -> bool:
+def _is_count(value: Any, least: int = 0, most: int = 2**53) -> bool:
     return type(value) is int and least <= value <= most
 
 
@@ -59,7 +59,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "architecture": lambda value: isinstance(value, dict),
     "flags": lambda value: isinstance(value, dict),
     "seed": lambda value: _is_count(value, 0, 2**32 - 1),
-    "processes": lambda value: _is_count(value, 1),
+    "processes": lambda value: _is_count(value, 1, 2**20),
     "global_step": _is_count,
     "batches": _is_count,
     "trackers": _is_text_by_name,
@@ -68,12 +68,11 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     _OWN: lambda value: isinstance(value, str),
 }
 _KINDS_OF_FLAGS: dict[str, Callable[[Any], bool]] = {  # those that a resume computes with
-    "dataloader_num_workers": lambda value: value is None or _is_count(value),
+    "dataloader_num_workers": lambda value: value is None or _is_count(value, 0, 2**12),
     "w_min": _is_number,
     "w_max": _is_number,
 }
-# What every run records. A checkpoint without digests and versions was not written by a run.
-_OF_EARLIER_VERSIONS = ("program", "architecture", "flags", "seed", "processes", "batches")
+_OF_EARLIER_VERSIONS = ("program", "architecture", "flags", "seed", "processes", "batches", "versions")
 
 
 def _is_inside(name: str) -> bool:
@@ -124,7 +123,7 @@ def _check_kinds(record: Mapping[str, Any]) -> None:
     needed = ["global_step"]
     if has_digests(record):
         needed += ["processes", _DIGESTS, _OWN]
-    elif "versions" in record:
+    elif _was_written_by_a_run(record):
         needed += _OF_EARLIER_VERSIONS
     for name in needed:
         if name not in record:
@@ -134,6 +133,10 @@ def _check_kinds(record: Mapping[str, Any]) -> None:
 def has_digests(record: Mapping[str, Any]) -> bool:
     """Whether the checkpoint was written with digests, which is also since when no value was written unseen."""
     return _DIGESTS in record or _OWN in record
+
+
+def _was_written_by_a_run(record: Mapping[str, Any]) -> bool:
+    return bool({"processes", "batches", "versions"} & record.keys())
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -172,7 +175,7 @@ def check_files(folder: Path, record: Mapping[str, Any]) -> None:
         for name, expected in record[_DIGESTS].items():
             if found[name] != expected:
                 raise DamageError(f"{name} has changed since it was written")
-    elif "versions" in record:
+    elif _was_written_by_a_run(record):
         for path in _loaded_by_earlier_versions(folder, record):
             name = path.relative_to(folder).as_posix()
             _check_regular(path, name)
