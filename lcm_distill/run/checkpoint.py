@@ -20,6 +20,7 @@ newest that is whole, and renames the damaged one to `damaged-checkpoint-N`. Wha
 is renamed so too when a checkpoint needs the name. Of links only the link is ever renamed or removed.
 """
 
+import itertools
 import json
 import logging
 import math
@@ -366,8 +367,10 @@ def _clean(output_dir: Path) -> None:
 
 def _free_name(folder: Path, stem: str, ending: str = "") -> Path:
     """The first of STEM, STEM-2, STEM-3, …, each with the `ending`, that nothing in `folder` has."""
-    names = (f"{stem}{number}{ending}" for number in ("", *(f"-{count}" for count in range(2, 10**6))))
-    return next(folder / name for name in names if not os.path.lexists(folder / name))
+    path, number = folder / f"{stem}{ending}", itertools.count(2)
+    while os.path.lexists(path):
+        path = folder / f"{stem}-{next(number)}{ending}"
+    return path
 
 
 def _set_aside(path: Path, prefix: str) -> Path:
