@@ -7,6 +7,8 @@ tensors: a checkpoint can be resumed on another number of ranks, and with or wit
 """
 
 import itertools
+import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,15 @@ from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, disable_fsdp_ram_efficient_loading
 from diffusers import UNet2DConditionModel
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lcm_distill.distributed.compiling import BLOCKS
+from lcm_distill.distributed.finite import check_finite, tensors_in
 from lcm_distill.distributed.zero import ZeroAccelerator, ZeroOptimizer, check_zero, prepare_zero
 from lcm_distill.errors import UsageError
 
@@ -133,11 +138,23 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def check_network(network: UNet2DConditionModel, name: str, *, largest: float = math.inf) -> None:
+    """`DivergenceError`, which calls it `name`, if values of a network are not finite, or beyond ±`largest`.
+
+    The main process looks; if the network is split, every rank must call it, and all raise.
+    """
+    together = _is_split_over_ranks(network)
+    if together or PartialState().is_main_process:
+        check_finite(name, network.state_dict().items(), largest=largest, together=together)
+
+
 def save_network(network: UNet2DConditionModel, *folders: Path) -> None:
     """Saves a complete network, as Diffusers does, from the main process. If it is split, every rank must call it.
 
     For a split network the main process needs CPU memory for all of it, and each rank memory for one complete weight.
+    `DivergenceError` if its values are not finite: then nothing is written.
     """
+    check_network(network, folders[0].name)
     is_main = PartialState().is_main_process
     if _is_split_over_ranks(network):
         state = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -151,12 +168,28 @@ def save_network(network: UNet2DConditionModel, *folders: Path) -> None:
 
 
 def load_network(network: UNet2DConditionModel, folder: Path) -> None:
-    """Loads weights that `save_network` saved, whether the network is split or not, and whether it was then."""
-    state = UNet2DConditionModel.from_pretrained(folder).state_dict()
+    """Loads weights that `save_network` saved, whether the network is split or not, and whether it was then.
+
+    From safetensors alone: Diffusers would take a pickle if there are none, and read the folder's config.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for file in _weight_files(folder):
+        state |= load_file(file)
     if _is_split_over_ranks(network):
         own = network.state_dict()
         state = {name: _split_like(tensor, own[name]) for name, tensor in state.items()}
     network.load_state_dict(state)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of a network that Diffusers saved: one, or those in its index. `ValueError` for another index."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        return [folder / SAFETENSORS_WEIGHTS_NAME]
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+        raise ValueError(f"{index.name} names other files than .safetensors in its folder")
+    return [folder / name for name in names]
 
 
 class SplitOptimizer:
@@ -171,6 +204,7 @@ class SplitOptimizer:
     def save(self, file: Path) -> None:
         is_main = PartialState().is_main_process
         state = self._optimizer.state_dict()
+        check_finite(file.name, tensors_in(state["state"]), together=True)
         gathered: dict[int, dict[str, Any]] = {}
         for index, values in state["state"].items():
             gathered[index] = {}

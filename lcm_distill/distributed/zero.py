@@ -21,6 +21,7 @@ from accelerate.utils import compare_versions, is_deepspeed_available, patch_env
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from diffusers import UNet2DConditionModel
 
+from lcm_distill.distributed.finite import check_finite, tensors_in
 from lcm_distill.errors import UsageError
 
 _MIN_VERSION = "0.18.5"  # 0.18.0 computes accumulated gradients wrong
@@ -136,6 +137,7 @@ class ZeroOptimizer:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         is_main = PartialState().is_main_process
+        check_finite(file.name, tensors_in(self._zero.optimizer.state[self._slice]), together=True)
         (group,) = self._zero.param_groups
         step = self._zero.optimizer.state[self._slice]["step"].cpu()
         gathered: dict[int, dict[str, Any]] = {}

@@ -13,8 +13,9 @@ from diffusers import LCMScheduler, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_kohya
 from safetensors.torch import save_file
 
-from lcm_distill.distributed.fsdp import save_network
-from lcm_distill.errors import SaveError
+from lcm_distill.distributed.finite import HALF, check_finite
+from lcm_distill.distributed.fsdp import check_network, save_network
+from lcm_distill.errors import DivergenceError, SaveError
 from lcm_distill.export.card import build_model_card, parse_hub_id, strip_folders
 from lcm_distill.export.hub import HubUpload
 from lcm_distill.models.families import Family
@@ -53,7 +54,8 @@ def export_full_student(
 ) -> None:
     """Writes `unet/`, `unet_target/`, and at the top the model with its fp16 variant, scheduler and card.
 
-    Every rank calls it, since split networks are gathered first; the main process does the rest.
+    Every rank calls it, since split networks are gathered first; the main process does the rest. `DivergenceError` if
+    weights are not finite, or too large for float16: then nothing is written. `SaveError` if it cannot be written.
 
     The model at the top is the student, so that `UNet2DConditionModel.from_pretrained(output_dir)` and, with
     `variant="fp16"`, its half-precision copy both load. The card names the `teacher`, a guidance_scale to use, the
@@ -61,9 +63,12 @@ def export_full_student(
     the `hub`, if there is one; its `push` uploads it. `family` is the module `sd` or `sdxl`.
     """
     folder = Path(output_dir)
+    with _refusing():
+        check_network(student, "the student", largest=HALF)
+        check_network(target, "the target")
     for network in (student, target):
         network.register_to_config(_name_or_path="")  # else the config has the path of the teacher on this machine
-    with _writing(folder):
+    with _writing(folder, global_step):
         save_network(student, folder / "unet", folder)
         save_network(target, folder / "unet_target")
         if not PartialState().is_main_process:
@@ -105,13 +110,17 @@ def export_lora_student(
 
     `pytorch_lora_weights.safetensors` is what `pipe.load_lora_weights(output_dir)` loads, with its alpha;
     `kohya_lora_weights.safetensors` holds the same weights under kohya's names. Both are float16, as shared LoRAs
-    are; `adapter/` is the float32 adapter. The LoRA of an averaged target is in `target/`. `family`, card and `hub` are
-    as for a full student. Every rank may call it; only the main process writes.
+    are; `adapter/` is the float32 adapter. The LoRA of an averaged target is in `target/`. `family`, card, `hub`
+    and errors are as for a full student. Every rank may call it; only the main process writes.
     """
     if not PartialState().is_main_process:
         return
     folder = Path(output_dir)
-    with _writing(folder):
+    with _refusing():
+        check_finite("the student", lora.state_dict(STUDENT).items(), largest=HALF)
+        if lora.average:
+            check_finite("the target", lora.state_dict(TARGET).items(), largest=HALF)
+    with _writing(folder, global_step):
         lora.part(STUDENT).save(folder / "adapter")
         save_lora(folder, lora, STUDENT, family=family)
         if lora.average:
@@ -135,14 +144,36 @@ def export_lora_student(
 
 
 @contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _refusing() -> Iterator[None]:
+    """Says of weights that are not finite that they are no result, and what to do."""
+    try:
+        yield
+    except DivergenceError as error:
+        raise DivergenceError(
+            f"the result is not written: {error}. Resume from an earlier checkpoint (--resume_from_checkpoint "
+            "checkpoint-N) with a lower --learning_rate, or a lower --max_grad_norm."
+        ) from None
+
+
+@contextlib.contextmanager
+def _writing(folder: Path, global_step: int) -> Iterator[None]:
     """Turns an error into a `SaveError`: the run is over, but its last checkpoint, if there is one, has the result."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - a full disk is a different exception in each writer
+        last = f"checkpoint-{global_step}"
+        if (folder / last / "run.json").is_file():
+            remedy = f"launch again with --resume_from_checkpoint latest: with {last} that only writes it."
+        elif any(folder.glob("checkpoint-*/run.json")):
+            remedy = (
+                f"launch again with --resume_from_checkpoint latest: {last} was not written either, so that the run "
+                "continues from the checkpoint before it."
+            )
+        else:
+            remedy = "launch again: no checkpoint was written, so that the run starts anew."
         raise SaveError(
             f"the result could not be written ({type(error).__name__}: {error}). Free disk space in {folder}, then "
-            "launch again with --resume_from_checkpoint latest: with the last step's checkpoint that only writes it."
+            f"{remedy}"
         ) from error
 
 
@@ -166,7 +197,7 @@ def _finish(
         shown = dataclasses.replace(teacher, **places)
     picture = f"validation/step-{global_step:06d}.png"
     has_picture = (folder / picture).is_file()
-    with _writing(folder):
+    with _writing(folder, global_step):
         build_model_card(
             Path(name).resolve().name,
             base_model=teacher.model,

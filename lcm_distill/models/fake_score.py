@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
+from lcm_distill.distributed.finite import check_finite
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import MatchingFlags
 from lcm_distill.models.lora import TARGET_MODULES, add_adapter
@@ -120,8 +121,11 @@ class FakeScore:
     _FILE = "fake_score.safetensors"
 
     def save(self, folder: Path) -> None:
+        """Saves it; `DivergenceError` if its values are not finite: then nothing is written."""
+        weights = self.state_dict()
+        check_finite(folder.name, weights.items())
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.state_dict(), folder / self._FILE)
+        save_file(weights, folder / self._FILE)
 
     def load(self, folder: Path) -> None:
         """Loads what `save` saved; `UsageError` if that has another rank, other modules or another guidance input."""

@@ -22,6 +22,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
+from lcm_distill.distributed.finite import check_finite
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import LoraFlags
 from lcm_distill.models.low_rank import LAYERS
@@ -245,6 +246,8 @@ class AdapterPart:
         self._lora, self._adapter = lora, adapter
 
     def save(self, folder: Path) -> None:
+        """Saves it; `DivergenceError` if its values are not finite: then nothing is written."""
+        check_finite(folder.name, self._lora.state_dict(self._adapter).items())
         folder.mkdir(parents=True, exist_ok=True)
         weights = {self._PREFIX + name: tensor for name, tensor in self._lora.state_dict(self._adapter).items()}
         save_file(weights, folder / self._FILE)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lcm_distill.run.record import DamageError, read_record
+
 RATING = "rating.json"
 # The flags that decide which pictures the distance of --keep_best compares.
 _DISTANCE_FLAGS = (
@@ -26,15 +28,15 @@ def read_rating(path: Path) -> tuple[float, bool]:
         rating = json.loads((path / RATING).read_text())
         distance = float(rating["distance"])
         return (distance if math.isfinite(distance) else math.inf), rating.get("saved_for_it") is True
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return math.inf, False
 
 
 def changed_distance_flags(path: Path, run: Mapping[str, Any]) -> list[str]:
     """The flags that differ so that the distances of the checkpoint at `path` and of `run` cannot be compared."""
     try:
-        before = json.loads((path / "run.json").read_text())["flags"]
-    except (OSError, ValueError, KeyError, TypeError):
+        before = read_record(path)["flags"]
+    except (DamageError, KeyError):
         return []  # unknown
     now = json.loads(json.dumps(run.get("flags", {}), default=str))
     captions_are_prompts = not (before.get("validation_prompts") and now.get("validation_prompts"))

@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast
 
+from lcm_distill.distributed.finite import check_finite, tensors_in
 from lcm_distill.distributed.fsdp import is_split
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import MatchingFlags, OptimizationFlags
@@ -183,8 +184,9 @@ class DistributionMatching:
         """Saves the fake score and its optimizer; the main process writes."""
         assert self._fake_score is not None
         if PartialState().is_main_process:
-            self._fake_score.save(folder)
             state = {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}
+            check_finite(f"{folder.name}/{_STATE}", tensors_in(state["optimizer"]["state"]))
+            self._fake_score.save(folder)
             torch.save(state, folder / _STATE)
 
     def load(self, folder: Path) -> None:

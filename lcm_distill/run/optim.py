@@ -1,10 +1,13 @@
 """The optimizer and the schedule of its learning rate."""
 
 import contextlib
+import json
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from diffusers.optimization import get_scheduler
 from torch.distributed.tensor import DTensor
 
@@ -50,6 +53,33 @@ def build_lr_scheduler(
         return get_scheduler(name, optimizer, num_warmup_steps=flags.lr_warmup_steps, num_training_steps=steps)
     except ValueError as error:
         raise UsageError(f"--lr_scheduler {name} does not work with the other flags: {error}") from None
+
+
+class LearningRateSteps:
+    """Where the schedule of the learning rate is, as a part of a checkpoint: its number of steps.
+
+    The rest is the flags' (`keeping_hyperparameters`). Accelerate would save it as a pickle, and run what that holds.
+    """
+
+    FILE = "lr_scheduler.json"  # its name among the parts of a checkpoint
+    _OF_EARLIER_VERSIONS = "custom_checkpoint_0.pkl"  # Accelerate's
+
+    def __init__(self, lr_scheduler: torch.optim.lr_scheduler.LambdaLR):
+        self._lr_scheduler = lr_scheduler
+
+    def save(self, file: Path) -> None:
+        if PartialState().is_main_process:
+            file.write_text(json.dumps({"last_epoch": self._lr_scheduler.last_epoch}) + "\n")
+
+    def load(self, file: Path) -> None:
+        if file.is_file():
+            steps = json.loads(file.read_text())["last_epoch"]
+        else:  # read without running anything: PyTorch refuses what is not tensors, numbers and text
+            steps = torch.load(file.with_name(self._OF_EARLIER_VERSIONS), weights_only=True)["last_epoch"]
+        if type(steps) is not int or steps < 0:
+            raise ValueError(f"{file.name} says {str(steps)[:100]} steps")
+        self._lr_scheduler.last_epoch = steps
+        self._lr_scheduler._step_count = steps + 1
 
 
 @contextlib.contextmanager

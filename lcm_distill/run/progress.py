@@ -17,7 +17,7 @@ from lcm_distill.data.loader import ShardLoader
 from lcm_distill.data.stream import DropCounter
 from lcm_distill.distributed.fsdp import gather
 from lcm_distill.errors import DivergenceError, WorkerError
-from lcm_distill.run.checkpoint import list_checkpoints
+from lcm_distill.run.checkpoint import where_to_resume
 from lcm_distill.run.journal import Journal
 from lcm_distill.run.launch import describe_launch
 from lcm_distill.run.report import write_report
@@ -184,8 +184,7 @@ class Progress:
             write_report(self._output_dir)
 
     def _remedy(self, *values: str) -> str:
-        good = list_checkpoints(self._output_dir)  # none is saved once values are not finite
-        where = f"The last good checkpoint is {good[-1]}: resume" if good else "There is no checkpoint yet: start again"
+        where = where_to_resume(self._output_dir)
         rates = "--learning_rate" + (", a lower --dm_weight or --dm_learning_rate" if "dm_loss" in values else "")
         return f"{where} with a lower {rates}, a lower --max_grad_norm, or --mixed_precision bf16 instead of fp16."
 

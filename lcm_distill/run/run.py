@@ -22,6 +22,7 @@
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -37,8 +38,8 @@ from lcm_distill.export.hub import HubUpload, open_hub
 from lcm_distill.flags import LaunchFlags, LengthFlags, OptimizationFlags, StreamingFlags
 from lcm_distill.redaction import hide_in_command_line, public_flags
 from lcm_distill.run.accelerator import choose_seed, choose_workers, end_training, processes_here, start_accelerator
-from lcm_distill.run.checkpoint import CheckpointPart, Checkpoints, find_run
-from lcm_distill.run.optim import keeping_hyperparameters
+from lcm_distill.run.checkpoint import CheckpointPart, Checkpoints, find_run, on_main_process
+from lcm_distill.run.optim import LearningRateSteps, keeping_hyperparameters
 from lcm_distill.run.plan import TrainingPlan, log_plan, plan_training
 from lcm_distill.run.progress import start_progress
 from lcm_distill.run.randomness import BatchGenerators
@@ -97,7 +98,9 @@ class Run:
         if argv is None and launch.hub_token:
             hide_in_command_line(launch.hub_token)
         trackers = parse_trackers(launch.report_to)
-        self._checkpoint, self._resumed = find_run(
+        self.accelerator = start_accelerator(launch, trackers, can_split=can_split)
+        find = functools.partial(
+            find_run,
             launch.resume_from_checkpoint,
             launch.output_dir,
             program,
@@ -106,7 +109,7 @@ class Run:
             flags=flags,
             dry_run=launch.dry_run,
         )
-        self.accelerator = start_accelerator(launch, trackers, can_split=can_split)
+        self._checkpoint, self._resumed = on_main_process(self.accelerator, find)
         self.seed = choose_seed(self._resumed.get("seed", launch.seed))
         workers = choose_workers(streaming.dataloader_num_workers, self.accelerator, self._resumed)
         self.streaming = dataclasses.replace(streaming, dataloader_num_workers=workers)
@@ -190,8 +193,8 @@ class Run:
         `parts` are what a checkpoint holds, by folder name; `student` is the network that trains.
         """
         launch, accelerator = self._launch, self.accelerator
-        accelerator.register_for_checkpointing(lr_scheduler)
         self._loader, self._lr_scheduler, self._validation = loader, lr_scheduler, validation
+        parts = {**parts, LearningRateSteps.FILE: LearningRateSteps(lr_scheduler)}
         self._checkpoints = Checkpoints(
             accelerator, launch.output_dir, parts, launch.checkpoints_total_limit, dry_run=launch.dry_run
         )

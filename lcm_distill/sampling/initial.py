@@ -18,6 +18,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft.tuners.lora import LoraLayer
 
+from lcm_distill.distributed.finite import find_not_finite
 from lcm_distill.errors import UsageError, brief
 from lcm_distill.flags import FullStudentFlags, StudentFlags, TeacherFlags
 from lcm_distill.models.families import Family
@@ -77,6 +78,7 @@ class InitialStudent:
             student.unload_lora()
         else:
             weights = self.student.load_unet(torch.float32).state_dict()
+            self._check(weights)
             student.load_state_dict(student.state_dict() | weights)
         logger.info("the student begins as %s", self.student.source)
 
@@ -138,4 +140,13 @@ class InitialStudent:
                 f"{FLAG} {source}: this LoRA also changes {' and '.join(foreign)}, which a student does not have; pass "
                 "one of the U-Net alone, such as an LCM-LoRA."
             )
+        self._check(state)
         return {name.removeprefix("unet."): tensor for name, tensor in state.items()}
+
+    def _check(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """`UsageError` if values are not finite: no loss would be, and the run would blame its learning rate."""
+        if name := find_not_finite(weights.items()):
+            raise UsageError(
+                f"{FLAG} {self.student.source}: values in {name} are not finite; pass a whole student, or leave "
+                "the flag out to begin from the teacher."
+            )
