@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable
 
+from lcm_distill import launcher, redaction
+
 
 class UsageError(ValueError):
     """A flag, a path, a shard or a checkpoint that cannot work; the message names the flag and the remedy."""
@@ -32,8 +34,10 @@ def run_program(
     """Runs a program's `main`; an error meant for its user is printed as a message, without the traceback.
 
     The exit code is then 2 for a `UsageError` and 1 for the others. After Ctrl-C, "interrupted" and `resume_hint` are
-    printed and the exit code is 130.
+    printed and the exit code is 130. What is printed has no secrets; the process ends with its launcher.
     """
+    redaction.install()
+    launcher.watch()
     try:
         main()
     except (UsageError, DivergenceError, SaveError, WorkerError) as error:

@@ -23,6 +23,7 @@ from lcm_distill.data.sources import expand_url, find_problem, local_path, open_
 from lcm_distill.data.tar import TarReader
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import SHARDS_FLAG
+from lcm_distill.redaction import protect
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,10 @@ def expand_shards(spec: str | None) -> list[str]:
             f"{SHARDS_FLAG} is missing. Give tar shards: a file, a pattern such as 'data/{{000..010}}.tar', "
             "a folder of tars, a URL, or a 'pipe:' command."
         )
-    return [shard for part in parts for shard in _expand_one(part)]
+    protect(parts)  # in the messages of mistakes in them
+    shards = [shard for part in parts for shard in _expand_one(part)]
+    protect(shards)
+    return shards
 
 
 def _expand_one(spec: str) -> list[str]:

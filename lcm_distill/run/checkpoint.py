@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial as partial_function
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,12 +79,16 @@ class Checkpoints:
         *,
         required: bool = False,
         last: bool = False,
+        alone: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> Path | None:
         """Writes `checkpoint-{global_step}`, returns its path; `run` goes into run.json, `stream_state` is this rank's.
 
         If any rank cannot write it (a full disk), that is logged, older checkpoints are kept and the result is None; if
         it is `required`, because the run is about to stop, it is a `SaveError`. The `last` one of a run is followed by
         the export alone. A dry run writes none.
+
+        With `alone` it is the main process that calls this, without the others, where each rank has all weights: these
+        are the states of the streams that are known, by rank.
         """
         if self._dry_run:
             return None
@@ -99,7 +104,8 @@ class Checkpoints:
 
         def write() -> None:
             accelerator.save_state(str(partial))
-            torch.save(dict(stream_state), partial / f"stream-{accelerator.process_index}.pt")
+            for rank, state in (alone or {accelerator.process_index: stream_state}).items():
+                torch.save(dict(state), partial / f"stream-{rank}.pt")
 
         def finish() -> None:
             if accelerator.is_main_process:
@@ -108,6 +114,8 @@ class Checkpoints:
                     "processes": accelerator.num_processes,
                     "versions": versions(),
                 }
+                if alone is not None:  # the run continues without these ranks' positions
+                    record["missing_streams"] = sorted(set(range(accelerator.num_processes)) - alone.keys())
                 (partial / "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
                 _sync_to_disk(partial)
                 if final.exists():  # not complete, or saved before: replaced by the new one
@@ -115,7 +123,8 @@ class Checkpoints:
                 partial.rename(final)
                 _sync_folder(self._output_dir)
 
-        if problem := next(filter(None, map(self._problem, (begin, write, finish))), None):
+        check = partial_function(self._problem, alone=alone is not None)
+        if problem := next(filter(None, map(check, (begin, write, finish))), None):
             kept = list_checkpoints(self._output_dir)
             message = (
                 f"checkpoint-{global_step} could not be written ({problem}); the last complete one is "
@@ -134,7 +143,8 @@ class Checkpoints:
                 self._prune(keep=final)
             except OSError as error:
                 logger.error("an older checkpoint could not be removed (%s)", error)
-        accelerator.wait_for_everyone()
+        if alone is None:
+            accelerator.wait_for_everyone()
         return final
 
     def keep_if_best(
@@ -175,13 +185,18 @@ class Checkpoints:
                 logger.error("%s could not be marked as the best (%s)", path, error)
         return bool(saved)
 
-    def _problem(self, action: Callable[[], None]) -> str | None:
-        """Runs `action`; what went wrong on any rank as text, the same on every rank, or None."""
+    def _problem(self, action: Callable[[], None], *, alone: bool = False) -> str | None:
+        """Runs `action`; what went wrong on any rank as text, the same on every rank, or None.
+
+        `alone`: on this rank.
+        """
         problem = None
         try:
             action()
         except Exception as error:  # noqa: BLE001 - a full disk is a different exception in each writer
             problem = f"{type(error).__name__}: {error}"
+        if alone:
+            return problem
         return next(filter(None, gather_object([problem])), None)
 
     def load(self, path: Path) -> dict[str, Any]:
@@ -196,7 +211,9 @@ class Checkpoints:
             run = json.loads((path / "run.json").read_text())
             self._accelerator.load_state(str(path))
             new = rank >= run["processes"]
-            state = {} if new else torch.load(path / f"stream-{rank}.pt", weights_only=True)
+            # A rank that did not answer when the others were saved continues in the epoch of the main process.
+            known = 0 if rank in run.get("missing_streams", []) else rank
+            state = {} if new else torch.load(path / f"stream-{known}.pt", weights_only=True)
         except UsageError:  # a part that is whole, but of other flags
             raise
         except Exception as error:  # a part is missing or truncated: a different exception in each reader
