@@ -65,9 +65,12 @@ class _BeforeStep:
 
     stream: Mapping[str, Any]
     batches: int
+    accumulated: int  # batches, as Accelerate counts them
     random: Mapping[str, torch.Tensor]
 
-    def restore_random(self) -> None:
+    def restore(self, accelerator: Accelerator) -> None:
+        """What a checkpoint holds besides the other two."""
+        accelerator.step = self.accumulated
         if "cpu" in self.random:
             torch.set_rng_state(self.random["cpu"])
         if "cuda" in self.random:
@@ -152,7 +155,7 @@ class Run:
         self._is_main = self.accelerator.is_main_process
         self._saved_at: int | None = None  # the step of the last checkpoint that this launch wrote
         self._between_steps = True  # no batch of the next step has been used
-        self._before_step = _BeforeStep({}, self._batches_done, {})
+        self._before_step = _BeforeStep({}, self._batches_done, 0, {})
         self._failure: WorkerError | None = None
         self.hub: HubUpload | None = None
 
@@ -321,7 +324,7 @@ class Run:
             random["cpu"] = torch.get_rng_state()
             if self.accelerator.device.type == "cuda":
                 random["cuda"] = torch.cuda.get_rng_state()
-        self._before_step = _BeforeStep(self._loader.state_dict(), self._batches_done, random)
+        self._before_step = _BeforeStep(self._loader.state_dict(), self._batches_done, self.accelerator.step, random)
 
     def _leave(self) -> None:
         """Saves the state after the last step, unless it is saved; the run is finished with that."""
@@ -333,7 +336,7 @@ class Run:
         if self._saved_at != self.global_step:
             before = self._before_step
             if not self._between_steps:
-                before.restore_random()
+                before.restore(self.accelerator)
             self._batches_done = before.batches
             self._save(before.stream)
 
@@ -357,7 +360,7 @@ class Run:
     def save_alone(self, streams: Mapping[int, Mapping[str, Any]]) -> Path | None:
         """For `Watch`, while the main thread hangs, with a `position`: `Rescue.save_alone`."""
         if not self._between_steps:
-            self._before_step.restore_random()
+            self._before_step.restore(self.accelerator)
         if not self._between_steps or self._watch.doing[0] in ("data", "agree"):
             self._batches_done = self._before_step.batches
         return self._checkpoints.save(self.global_step, self._run_json(), {}, alone=streams)
