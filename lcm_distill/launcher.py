@@ -63,3 +63,14 @@ def on_death(action: Callable[[], None] | None) -> None:
     """What is done, in another thread, when the launcher has died: `action`, or nothing (None)."""
     global _action
     _action = action
+
+
+def end_with(parent: int) -> None:
+    """Ends this process, a worker, when its `parent` has died; called once."""
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(_EVERY)
+        os._exit(1)
+
+    threading.Thread(target=look, name="parent", daemon=True).start()

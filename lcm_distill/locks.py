@@ -13,7 +13,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -119,6 +119,16 @@ class FolderLock:
             with contextlib.suppress(OSError):
                 os.close(self._descriptor)
         self._descriptor = None
+
+
+@contextlib.contextmanager
+def holding_folder(folder: Path, given: str, user: str) -> Iterator[None]:
+    """`FolderLock.take` for the block."""
+    lock = FolderLock.take(folder, given, user)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _lock(path: Path, kind: int, given: str) -> int | None:

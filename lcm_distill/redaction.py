@@ -33,7 +33,7 @@ _LOGIN_IN_TEXT = re.compile(_LOGIN.format(r"\s'\"<>"))
 _END = r"(?=[).,;:\]}]*(?:[\s'\"<>]|$))"  # of a URL in a sentence
 _IN_TEXT = [
     (_LOGIN_IN_TEXT, "…@"),
-    (re.compile(rf"(://[^\s'\"<>?]*)\?[^\s'\"<>]+?{_END}"), r"\1?…"),
+    (re.compile(rf"(://[^\s'\"<>?]*)\?(?!…)[^\s'\"<>]+?{_END}"), r"\1?…"),
     # urllib3 writes the path alone.
     (re.compile(rf"((?:^|(?<=[\s'\"(=:]))/[^\s'\"<>?]*)\?[^\s'\"<>=]+=[^\s'\"<>]*?{_END}"), r"\1?…"),
     (re.compile(r"(?i)(\bauthorization\W{1,4})(?:(?:bearer|basic|token)\s+)?[^\s'\"\\,;]+"), r"\1…"),

@@ -41,9 +41,24 @@ def start(argv, tmp_path, change="", launcher=("-m", "accelerate.commands.launch
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(root=str(ROOT), script=SCRIPT, change=change))
     log = open(tmp_path / "log.txt", "w")
-    return subprocess.Popen(
+    launched = subprocess.Popen(
         [sys.executable, *launcher, str(program), *argv], cwd=tmp_path, env=ENVIRONMENT, stdout=log, stderr=log
     )
+    _started.append(launched)
+    return launched
+
+
+_started: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def _end_what_was_started():
+    yield
+    for launched in _started:
+        if launched.poll() is None:  # a test has failed
+            for process in [*psutil.Process(launched.pid).children(recursive=True), launched]:
+                process.kill()
+    _started.clear()
 
 
 def log(tmp_path):
@@ -67,7 +82,7 @@ def test_a_launcher_that_dies_while_models_load_takes_its_process_with_it(number
     """`accelerate launch` passes SIGTERM on to nobody. The orphan noted its parent, by then init, before its loop, and
     trained to its end."""
     launched = start(command(steps=2000), tmp_path, SLOW_LOADING)
-    wait_for(lambda: "loading" in log(tmp_path), launched, tmp_path)
+    wait_for(lambda: "loading" in log(tmp_path), launched, tmp_path, seconds=240)
     orphans = family(launched)
     assert orphans
     launched.send_signal(number)
@@ -81,7 +96,7 @@ def test_a_launcher_that_dies_while_training_leaves_a_checkpoint_and_no_process(
     options = {"steps": 2000, "checkpointing_steps": 1000, "dataloader_num_workers": 2, "report_to": "wandb"}
     launched = start(command(**options), tmp_path)
     journal = tmp_path / "out" / "training.jsonl"
-    wait_for(lambda: journal.exists() and '"step": 2' in journal.read_text(), launched, tmp_path)
+    wait_for(lambda: journal.exists() and '"step": 2' in journal.read_text(), launched, tmp_path, seconds=240)
     everyone = family(launched)
     assert any("wandb" in " ".join(process.cmdline()) for process in everyone) and len(everyone) >= 4
     launched.kill()
@@ -93,6 +108,7 @@ def test_a_launcher_that_dies_while_training_leaves_a_checkpoint_and_no_process(
 
 def test_data_workers_that_hang_do_not_outlive_a_killed_run(command, tmp_path):
     change = """
+import os
 import lcm_distill.data.stream as stream
 prepare, count = stream.prepare_sample, iter(range(1000))
 def hanging(*args, **options):
@@ -103,7 +119,7 @@ stream.prepare_sample = hanging
 """
     launched = start(command(steps=2000, dataloader_num_workers=2), tmp_path, change)
     journal = tmp_path / "out" / "training.jsonl"
-    wait_for(lambda: journal.exists() and '"step": 2' in journal.read_text(), launched, tmp_path)
+    wait_for(lambda: journal.exists() and '"step": 2' in journal.read_text(), launched, tmp_path, seconds=240)
     (main,) = psutil.Process(launched.pid).children()
     workers = main.children(recursive=True)
     assert len(workers) >= 2
@@ -161,6 +177,7 @@ def test_a_rank_whose_worker_hangs_is_named_and_every_rank_saves_at_once(command
     change = (
         SOON_NAMED
         + """
+import os
 import lcm_distill.data.stream as stream
 prepare, count = stream.prepare_sample, iter(range(10000))
 def hanging(*args, **options):

@@ -36,6 +36,7 @@ from lcm_distill.data.raw import printable
 from lcm_distill.data.stream import MAX_BLOCK_BYTES, ShardStream, SharingError, StreamIterator, new_reading, new_tally
 from lcm_distill.errors import UsageError, WorkerError, brief
 from lcm_distill.flags import StreamingFlags
+from lcm_distill.launcher import end_with
 from lcm_distill.redaction import install
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,6 @@ logger = logging.getLogger(__name__)
 PREFETCHED = 2  # batches that each worker has ready, or is making
 SHARED_MEMORY = "/dev/shm"  # where Linux keeps it
 _POLL = 0.5  # seconds between two looks at whether to go on waiting for workers
-_PARENT_POLL = 1.0  # seconds between a worker's looks at whether its main process lives
 _JOIN = 2.0  # seconds in which workers that may hang have to end
 
 
@@ -409,13 +409,7 @@ def _prepare_worker(may_exit: torch.Tensor, report: Connection, parent: int, wor
     """
     install()  # where processes do not inherit it
     signal.set_wakeup_fd(-1)  # the main process's
-
-    def look() -> None:
-        while os.getppid() == parent:
-            time.sleep(_PARENT_POLL)
-        os._exit(1)
-
-    threading.Thread(target=look, name="parent", daemon=True).start()
+    end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if may_exit else None)
