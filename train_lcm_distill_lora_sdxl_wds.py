@@ -130,11 +130,9 @@ def main(argv: list[str] | None = None) -> None:
 
     parts = lora.parts() | matching.parts()
     run.start(parts, loader, optimizer, lr_scheduler, student, validation)
-    batches = run.batches()
-    while not run.finished:
+    for batch, generator in run.batches():
         with accelerator.accumulate(student):
             # 1 batch → latents z, conditioning c
-            batch, generator = next(batches)
             latents = batch_latents(frozen, batch, args.speed.vae_encode_batch_size, generator)
             conditioning, unconditional = family.batch_conditioning(frozen, batch)
             size = len(latents)

@@ -133,11 +133,9 @@ def main(argv: list[str] | None = None) -> None:
     parts = {"unet": unets.UNetPart(student_unet), "unet_target": unets.UNetPart(target)}
     parts |= optimizer_parts(accelerator, optimizer) | matching.parts()
     run.start(parts, loader, optimizer, lr_scheduler, student, validation)
-    batches = run.batches()
-    while not run.finished:
+    for batch, generator in run.batches():
         with accelerator.accumulate(student):
             # 1 batch → latents z, conditioning c
-            batch, generator = next(batches)
             latents = batch_latents(frozen, batch, args.speed.vae_encode_batch_size, generator)
             conditioning, unconditional = family.batch_conditioning(frozen, batch)
             size = len(latents)

@@ -100,11 +100,12 @@ from lcm_distill.data.raw import (
 )
 from lcm_distill.data.shards import expand_shards, read_shard
 from lcm_distill.data.sources import local_path
-from lcm_distill.data.tar import PARTIAL, RESUME_HINT, TarWriter, atomic_tar, new_folder
+from lcm_distill.data.tar import RESUME_HINT, TarWriter, atomic_tar, new_folder, remove_partials
 from lcm_distill.environment import choose_device, quiet_libraries
 from lcm_distill.models.families import Family, family_of
 from lcm_distill.models.teacher import Teacher, read_configs
 from lcm_distill.models.vae import encode_moments, moments_shape, scale_and_shift
+from lcm_distill.redaction import hide_in_command_line
 
 DROPPED = ".dropped.json"  # the last file of a shard: reason to the names of the samples that were left out
 
@@ -230,8 +231,11 @@ def encode_shards(
             encoder = Encoder(encoding, preparation, frozen, family, batch_size, num_workers)
             with tqdm(desc="encoding", unit=" pictures", dynamic_ncols=True, position=rank) as bar:
                 for shard, path in todo:
-                    for partial in out.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):  # from a killed process
-                        partial.unlink(missing_ok=True)
+                    if living := remove_partials(out, f"{glob.escape(path.name)}.*"):
+                        raise UsageError(
+                            f"OUT {out} is in use: another process is writing {living.name}. Give another folder, or "
+                            "wait until it has ended."
+                        )
                     with atomic_tar(path) as tar:
                         samples, dropped = _encode_shard(shard, path.name, encoder, tar, bar, result.not_compared)
                     result.shards += 1
@@ -438,6 +442,8 @@ def _rank() -> tuple[int, int]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if argv is None:
+        hide_in_command_line(args.shards)
     quiet_libraries()
     rank, world_size = _rank()
     local = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ and torch.cuda.is_available() else None

@@ -5,6 +5,8 @@ import re
 import sys
 from collections.abc import Callable
 
+from lcm_distill import launcher, redaction
+
 # What a terminal obeys instead of showing it: control characters, among them those that begin escape sequences, marks
 # that reverse the direction of text, and halves of characters. Line feeds and tabs stay.
 _NOT_SHOWN = re.compile(
@@ -60,10 +62,12 @@ def run_program(
     """Runs a program's `main`; an error meant for its user is printed as a message, without the traceback.
 
     The exit code is then 2 for a `UsageError` and 1 for the others. After Ctrl-C, "interrupted" and `resume_hint` are
-    printed and the exit code is 130.
+    printed and the exit code is 130. What is printed has no secrets; the process ends with its launcher.
     """
     if logging.lastResort is not None:  # prints the warnings of commands, which set up no logging
         logging.lastResort.setFormatter(ShownFormatter())
+    redaction.install()
+    launcher.watch()
     try:
         main()
     except (UsageError, DivergenceError, SaveError, WorkerError) as error:

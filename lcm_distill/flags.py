@@ -21,6 +21,7 @@ from dataclasses import MISSING, dataclass
 from typing import Any, Generic, NoReturn, TypeVar
 
 from lcm_distill import __version__
+from lcm_distill.redaction import mask
 
 # Flags that messages name, for the parts of the package that explain what is wrong with their values.
 SHARDS_FLAG = "--train_shards_path_or_url"
@@ -61,7 +62,7 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=f"lcm_distill {__version__}")
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n(--help lists every flag)\n")
+        self.exit(2, f"{self.prog}: error: {mask(message)}\n(--help lists every flag)\n")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -13,8 +13,9 @@ COMMANDS = ("pack_shards", "encode_shards", "sample", "evaluate", "bench_inferen
 
 # Lowest first; what stands on one line may import each other's line only downwards too (its own folder aside).
 ORDER = (
+    ("redaction", "launcher"),
     ("errors",),
-    ("flags", "redaction"),
+    ("flags", "locks"),
     ("environment",),
     ("objective", "distributed", "data"),
     ("models",),
@@ -95,6 +96,8 @@ PROGRAMS = sorted(path.stem for path in ROOT.glob("train_lcm_distill_*_wds.py"))
         "flags",
         "errors",
         "redaction",
+        "launcher",
+        "locks",
         "report",
         "pack_shards",
         "run.report",

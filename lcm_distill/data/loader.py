@@ -20,8 +20,9 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
@@ -31,21 +32,37 @@ from accelerate import Accelerator
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lcm_distill.data.preparation import Preparation
-from lcm_distill.data.stream import MAX_BLOCK_BYTES, ShardStream, SharingError, StreamIterator, new_tally
+from lcm_distill.data.raw import printable
+from lcm_distill.data.stream import MAX_BLOCK_BYTES, ShardStream, SharingError, StreamIterator, new_reading, new_tally
 from lcm_distill.errors import UsageError, WorkerError, brief
 from lcm_distill.flags import StreamingFlags
+from lcm_distill.launcher import end_with
+from lcm_distill.redaction import install
 
 logger = logging.getLogger(__name__)
 
 PREFETCHED = 2  # batches that each worker has ready, or is making
 SHARED_MEMORY = "/dev/shm"  # where Linux keeps it
+_POLL = 0.5  # seconds between two looks at whether to go on waiting for workers
+_JOIN = 2.0  # seconds in which workers that may hang have to end
+
+
+class Interrupted(BaseException):
+    """Waiting for a batch was given up. The loader cannot be iterated further; its state before the wait is right.
+
+    No `Exception`, since the stream counts those of a shard as its damage, and reads on.
+    """
 
 
 class ShardLoader(StatefulDataLoader):
     """A `StatefulDataLoader` that can also load the state of a run with other ranks, workers or shards.
 
-    Its iterator ends with a `WorkerError` when its workers fail; `rest` is then what would have followed.
+    Its iterator ends with a `WorkerError` when its workers fail; `rest` is then what would have followed. It raises
+    `Interrupted` when `give_up`, which is asked now and then while it waits for its workers, returns True.
     """
+
+    give_up: Callable[[], bool] | None = None
+    _given_up = False
 
     may_exit: torch.Tensor  # bool, shared with the workers: whether they obey SIGTERM
     reports: Connection  # a worker sends why it ends itself
@@ -62,17 +79,50 @@ class ShardLoader(StatefulDataLoader):
             del [multiprocessing.Queue() for _ in range(self.num_workers + 2)][:]
             batches = super().__iter__()
             self.position = super().state_dict()
+            batches._timeout = _POLL  # not earlier: it would be one for the workers' start, too
         except Exception as error:  # noqa: BLE001 - semaphores, processes and their memory raise nearly anything
             self._fail(error)
         with _WorkerDeaths() as deaths:
             while True:
                 try:
                     with deaths.awaited():
-                        batch = next(batches)
+                        batch = self._await(batches)
                     self.position = super().state_dict()
                 except Exception as error:  # noqa: BLE001 - so do workers, their queue and its memory
                     self._fail(error)
                 yield batch
+
+    def _await(self, batches: Iterator[dict]) -> dict:
+        """The workers' next batch, however long it takes, unless the wait is given up."""
+        while True:
+            if self.give_up is not None and self.give_up():
+                self._given_up = True
+                raise Interrupted
+            try:
+                return next(batches)
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+                pinning = getattr(batches, "_pin_memory_thread", None)
+                if pinning is not None and not pinning.is_alive():
+                    raise RuntimeError("Pin memory thread exited unexpectedly") from None
+
+    @property
+    def reads_here(self) -> bool:
+        """Whether this process reads, not workers."""
+        return not self.num_workers or self._rest is not None
+
+    def describe_wait(self) -> str:
+        """Whom the next batch is waited for, and which shard that is reading."""
+        worker, who = 0, "the main process"
+        if not self.reads_here:
+            with contextlib.suppress(AttributeError, KeyError, IndexError, TypeError):  # names of torchdata's
+                iterator = self._iterator
+                worker = iterator._task_info[iterator._rcvd_idx][0]
+                process = iterator._workers[worker]
+                who = f"data worker {worker} of {self.num_workers} (process {process.pid})"
+        shard = -1 if self.dataset.reading is None else int(self.dataset.reading[worker])
+        return f"{who}, which reads {printable(self.dataset.shards[shard]) if shard >= 0 else 'no shard yet'}"
 
     def _fail(self, error: Exception) -> NoReturn:
         """Raises a `WorkerError` for `error`, or `error` itself if it is not about processes and memory."""
@@ -144,7 +194,11 @@ class ShardLoader(StatefulDataLoader):
         if self._iterator is not None and self.num_workers:
             self.may_exit.fill_(True)
             with _WorkerDeaths():  # one that fails only now does not matter
+                workers = getattr(self._iterator, "_workers", [])
+                if self._given_up:
+                    _end_processes(workers)
                 self._iterator._shutdown_workers()
+                _end_processes([worker for worker in workers if worker.is_alive()])  # else the exit waits for them
 
     def _describe(self, error: BaseException) -> str:
         """Why the workers have failed with `error`, with the remedy."""
@@ -155,6 +209,18 @@ class ShardLoader(StatefulDataLoader):
             report = self.reports.recv()
         exits = [worker.exitcode for worker in workers if worker.exitcode]
         return describe_failure(error, report, exits, self.num_workers, self.dataset.shuffle_window)
+
+
+def _end_processes(workers: Sequence[Any]) -> None:
+    """Ends workers that may hang in a read, or are stopped, which only SIGKILL ends."""
+    for worker in workers:
+        worker.terminate()
+    multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=_JOIN if workers else 0)
+    until = time.monotonic() + _JOIN
+    for worker in workers:
+        worker.join(timeout=max(0.0, until - time.monotonic()))
+        if worker.is_alive():
+            worker.kill()
 
 
 # The names of these parts in the state of a `StatefulDataLoader`.
@@ -311,6 +377,7 @@ def make_loader(stream: ShardStream, num_workers: int) -> ShardLoader:
     reports, report = multiprocessing.Pipe(duplex=False)
     try:
         stream.tally = new_tally(num_workers)
+        stream.reading = new_reading(num_workers)
         if num_workers:
             may_exit.share_memory_()
     except RuntimeError as error:
@@ -321,7 +388,7 @@ def make_loader(stream: ShardStream, num_workers: int) -> ShardLoader:
         loader = ShardLoader(
             stream,
             batch_size=None,
-            worker_init_fn=functools.partial(_prepare_worker, may_exit, report),
+            worker_init_fn=functools.partial(_prepare_worker, may_exit, report, os.getpid()),
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=PREFETCHED if num_workers else None,
@@ -334,11 +401,15 @@ def make_loader(stream: ShardStream, num_workers: int) -> ShardLoader:
     return loader
 
 
-def _prepare_worker(may_exit: torch.Tensor, report: Connection, worker: int) -> None:
+def _prepare_worker(may_exit: torch.Tensor, report: Connection, parent: int, worker: int) -> None:
     """Ignores signals to all processes of a job, since the run handles them and needs data for its last step.
 
-    Also ends the worker, with a `report`, when the thread that sends its batches fails.
+    Also ends the worker, with a `report`, when the thread that sends its batches fails, and when its `parent` dies:
+    torch looks for that only between two batches, and a read may hang.
     """
+    install()  # where processes do not inherit it
+    signal.set_wakeup_fd(-1)  # the main process's
+    end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if may_exit else None)

@@ -53,8 +53,9 @@ from lcm_distill.data.raw import (
 from lcm_distill.data.shards import MAX_FILE_BYTES, MAX_TEXT_BYTES
 from lcm_distill.data.sizes import ORIGINAL_SIZE, size_in_json
 from lcm_distill.data.sources import IrregularFile, open_regular
-from lcm_distill.data.tar import PARTIAL, RESUME_HINT, atomic_tar, new_folder
+from lcm_distill.data.tar import PARTIAL, RESUME_HINT, atomic_tar, new_folder, remove_partials
 from lcm_distill.errors import UsageError
+from lcm_distill.locks import holding_folder
 
 MANIFEST = "manifest.jsonl"  # the settings, then a line for each complete shard
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -533,7 +534,7 @@ def pack_shards(
         digest.update(repr(tuple(picture)).encode())
     header = {"settings": asdict(settings), "pictures": len(pictures), "digest": digest.hexdigest(), "skipped": skipped}
     try:
-        with new_folder(out):
+        with new_folder(out), holding_folder(out, f"OUT {out}", "pack_shards"):
             records = _start_manifest(out, header)
             tasks = [task for task in _plan_shards(images, out, pictures, settings) if task.shard.name not in records]
             with open(out / MANIFEST, "a", encoding="utf-8") as manifest:
@@ -571,8 +572,7 @@ def _plan_shards(images: str, out: Path, pictures: list[Picture], settings: Sett
 
 def _start_manifest(out: Path, header: dict[str, Any]) -> dict[str, dict]:
     """Writes a clean manifest; returns its lines by the names of the shards that exist and are complete."""
-    for partial in out.glob(f".*{PARTIAL}"):
-        partial.unlink(missing_ok=True)
+    remove_partials(out)
     records: dict[str, dict] = {}
     if (out / MANIFEST).is_file():
         try:

@@ -24,6 +24,7 @@ from lcm_distill.data.sources import describe_irregular, expand_url, find_proble
 from lcm_distill.data.tar import TarReader
 from lcm_distill.errors import UsageError, shown
 from lcm_distill.flags import SHARDS_FLAG
+from lcm_distill.redaction import protect
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +69,13 @@ def expand_shards(spec: str | None, allow_pipe_in_lists: bool = False) -> list[s
             f"{SHARDS_FLAG} is missing. Give tar shards: a file, a pattern such as 'data/{{000..010}}.tar', "
             "a folder of tars, a URL, or a 'pipe:' command."
         )
+    protect(parts)  # in the messages of mistakes in them
     found: list[str] = []
     for part in parts:
         found += _expand_one(part, allow_pipe_in_lists)
         if len(found) > MAX_SHARDS:
             raise _too_many(part, f"with what stands before it, {len(found):,} shards")
+    protect(found)
     return found
 
 

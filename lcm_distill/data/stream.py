@@ -195,6 +195,7 @@ class ShardStream(IterableDataset):
         self.resampled = resampled
         self.start_epoch = 0
         self.tally: torch.Tensor | None = None  # set by `make_loader`; its workers share it
+        self.reading: torch.Tensor | None = None  # so is this
         names = [os.path.basename(shard.partition("?")[0]) for shard in shards]  # base names: data may move
         self._digest = hashlib.blake2b("\0".join(names).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
@@ -223,6 +224,12 @@ def new_tally(workers: int) -> torch.Tensor:
     """int64 [workers, 2]: the numbers of good and bad samples that each worker has seen; shared, if there are any."""
     tally = torch.zeros(max(1, workers), 2, dtype=torch.int64)
     return tally.share_memory_() if workers else tally
+
+
+def new_reading(workers: int) -> torch.Tensor:
+    """int64 [workers]: the index of the shard that each worker reads, -1 before the first; shared, if there are any."""
+    reading = torch.full((max(1, workers),), -1, dtype=torch.int64)
+    return reading.share_memory_() if workers else reading
 
 
 _STATE = ("epoch", "block", "part", "sample", "offset", "place")
@@ -279,6 +286,7 @@ class StreamIterator:
         self._not_compared: Counter = Counter()  # since this process began
         self._dropped_in_a_row = 0  # since the last usable sample
         self._tally = (new_tally(workers) if stream.tally is None else stream.tally).numpy()  # faster to index
+        self._reading = (new_reading(workers) if stream.reading is None else stream.reading).numpy()
         self._samples = self._generate_samples()
 
     def state_dict(self) -> dict:
@@ -421,6 +429,7 @@ class StreamIterator:
                 yield from self._read_epoch()
                 return
             begun = index
+            self._reading[self.worker] = part.shard
             try:
                 for raw in read_shard(shard, caption_column=caption_column, on_dotted=drop_dotted, offset=offset):
                     if is_own():

@@ -17,6 +17,7 @@ import bz2
 import contextlib
 import gzip
 import io
+import itertools
 import lzma
 import os
 import re
@@ -25,6 +26,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+
+from lcm_distill.locks import is_locked, try_lock
 
 PARTIAL = ".partial"  # suffix of the names of unfinished files; these names begin with a dot
 RESUME_HINT = "Completed shards are kept: run the same command again to continue"  # of commands that write shards
@@ -225,15 +228,41 @@ class TarWriter:
         self.files += 1
 
 
+def _open_partial(path: Path) -> tuple[Path, BinaryIO]:
+    """A new file for the tar `path`, locked; another machine may have a process with the same number."""
+    marks = itertools.chain([f"{os.getpid()}"], (f"{os.getpid()}-{number}" for number in itertools.count(1)))
+    for mark in marks:
+        partial = path.with_name(f".{path.name}.{mark}{PARTIAL}")
+        file = open(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), "r+b")
+        if try_lock(file):
+            file.truncate()
+            return partial, file
+        file.close()
+    raise AssertionError
+
+
+def remove_partials(folder: Path, name: str = "*") -> Path | None:
+    """Removes what killed processes left of the tars called `name`, a pattern; one that a living process still writes
+    stays, and is returned."""
+    living = None
+    for partial in folder.glob(f".{name}{PARTIAL}"):
+        if is_locked(partial):
+            living = partial
+        else:
+            partial.unlink(missing_ok=True)
+    return living
+
+
 @contextlib.contextmanager
 def atomic_tar(path: Path) -> Iterator[TarWriter]:
     """Writes a tar that gets the name `path` once the block has ended without an error and all of it is on the disk.
 
-    Without any file added there will be no tar. A killed process leaves `.NAME.PID.partial` in the same folder.
+    Without any file added there will be no tar. A killed process leaves `.NAME.PID.partial` in the same folder, which
+    is locked (see `lcm_distill.locks`) for as long as the process lives.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    partial, file = _open_partial(path)
     try:
-        with open(partial, "wb") as file:
+        with file:
             with tarfile.open(fileobj=file, mode="w") as tar:
                 writer = TarWriter(tar)
                 yield writer

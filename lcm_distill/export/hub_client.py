@@ -15,6 +15,8 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, get_session, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+from lcm_distill import redaction
+
 # The 4xx that a later try may not have: timeout, conflict, precondition, too early, too many requests.
 _TEMPORARY = (408, 409, 412, 425, 429)
 
@@ -67,12 +69,14 @@ def _brief(error: BaseException, token: str) -> str:
     while cause.__cause__ is not None:
         cause = cause.__cause__
     lines = [f"{type(e).__name__}: {(str(e).strip() or '-').splitlines()[0]}" for e in (error, cause)]
-    return re.sub(r"\?[^\s'\"]+", "?…", "; ".join(dict.fromkeys(lines))).replace(token, "***")
+    return redaction.mask(re.sub(r"\?[^\s'\"]+", "?…", "; ".join(dict.fromkeys(lines))).replace(token, "***"))
 
 
 def main() -> None:
     request = json.load(sys.stdin)
     action, token, timeout = request.pop("action"), request.pop("token"), request.pop("timeout")
+    redaction.protect(tokens=[token])
+    redaction.install(["stderr"])  # the client warns of its retries, with signed URLs; the answer is what it is
     _set_timeout(timeout)
     try:
         answer = _ACTIONS[action](HfApi(token=token), **request)

@@ -29,6 +29,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial as partial_function
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -101,12 +102,16 @@ class Checkpoints:
         *,
         required: bool = False,
         last: bool = False,
+        alone: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> Path | None:
         """Writes `checkpoint-{global_step}`, returns its path; `run` goes into run.json, `stream_state` is this rank's.
 
         If any rank cannot write it (a full disk), that is logged, older checkpoints are kept and the result is None; if
         it is `required`, because the run is about to stop, it is a `SaveError`. The `last` one of a run is followed by
         the export alone. `DivergenceError` if weights or states are not finite. A dry run writes none.
+
+        With `alone` it is the main process that calls this, without the others, where each rank has all weights: these
+        are the states of the streams that are known, by rank.
         """
         if self._dry_run:
             return None
@@ -124,10 +129,12 @@ class Checkpoints:
 
         def write() -> None:
             nonlocal partial, digests
-            partial = Path(broadcast_object_list([str(partial)])[0])
+            if alone is None:
+                partial = Path(broadcast_object_list([str(partial)])[0])
             accelerator.save_state(str(partial))
             rank = accelerator.process_index
-            torch.save(dict(stream_state), partial / f"stream-{rank}.pt")
+            for number, state in (alone or {rank: stream_state}).items():
+                torch.save(dict(state), partial / f"stream-{number}.pt")
             if not accelerator.is_main_process:  # by the rank itself: on a shared disk others may see them late
                 digests = digests_of(partial, [f"stream-{rank}.pt", f"random_states_{rank}.pkl"])
 
@@ -143,6 +150,8 @@ class Checkpoints:
                 "processes": accelerator.num_processes,
                 "versions": versions(),
             }
+            if alone is not None:  # the run continues without these ranks' positions
+                record["missing_streams"] = sorted(set(range(accelerator.num_processes)) - alone.keys())
             write_record(partial, record, found | of_others)
             _sync_file(partial / RECORD)
             _sync_folder(partial)
@@ -158,9 +167,10 @@ class Checkpoints:
             if replaced:
                 _discard(replaced)
 
-        problem = self._problem(begin) or self._problem(write)
-        of_others = {} if problem else self._digests_of_others(digests)
-        if problem := problem or self._problem(finish):
+        check = partial_function(self._problem, alone=alone is not None)
+        problem = check(begin) or check(write)
+        of_others = {} if problem or alone is not None else self._digests_of_others(digests)
+        if problem := problem or check(finish):
             diverged, reason = problem
             if accelerator.is_main_process and partial != final:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -189,7 +199,8 @@ class Checkpoints:
                 self._prune(keep=final)
             except OSError as error:
                 logger.error("an older checkpoint could not be removed (%s)", error)
-        accelerator.wait_for_everyone()
+        if alone is None:
+            accelerator.wait_for_everyone()
         return final
 
     def _digests_of_others(self, own: dict[str, str]) -> dict[str, str]:
@@ -235,8 +246,8 @@ class Checkpoints:
                 logger.error("%s could not be marked as the best (%s)", path, error)
         return bool(saved)
 
-    def _problem(self, action: Callable[[], None]) -> tuple[bool, str] | None:
-        """Runs `action`; None, or what went wrong on any rank, the same on every rank.
+    def _problem(self, action: Callable[[], None], *, alone: bool = False) -> tuple[bool, str] | None:
+        """Runs `action`; None, or what went wrong on any rank, the same on every rank; `alone`: on this rank.
 
         That is whether values are not finite, and a reason.
         """
@@ -247,6 +258,8 @@ class Checkpoints:
             problem = (True, str(error))
         except Exception as error:  # noqa: BLE001 - a full disk is a different exception in each writer
             problem = (False, f"{type(error).__name__}: {error}")
+        if alone:
+            return problem
         return next(filter(None, gather_object([problem])), None)
 
     def load(self, path: Path) -> dict[str, Any]:
@@ -260,10 +273,13 @@ class Checkpoints:
         try:
             run = read_record(path)
             new = rank >= run["processes"]
-            if not new:  # Accelerate continues without random states that it cannot read
+            # A rank that did not answer when the others were saved continues in the epoch of the main process.
+            known = 0 if rank in run.get("missing_streams", []) else rank
+            has_random_states = not new and ("missing_streams" not in run or rank == 0)
+            if has_random_states:  # Accelerate continues without those that it cannot read
                 load_without_code(path / f"random_states_{rank}.pkl", map_location="cpu", weights_only=True)
             self._load_state(path)
-            state = {} if new else torch.load(path / f"stream-{rank}.pt", weights_only=True)
+            state = {} if new else torch.load(path / f"stream-{known}.pt", weights_only=True)
         except UsageError:  # a part that is whole, but of other flags
             raise
         except Exception as error:  # a part is missing or truncated: a different exception in each reader

@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class Progress:
         self._accelerator = accelerator
         self._journal = journal
         self._output_dir = output_dir
-        self._total = total
+        self._total, self._initial = total, initial
         self._bar = tqdm(
             total=total,
             initial=initial,
@@ -64,12 +64,12 @@ class Progress:
         self._loss.zero_()
         self._grad_norm.zero_()
         self._values: dict[str, tuple[torch.Tensor, int]] = {}
-        self._batches_since_log, self._pictures = 0, 0
+        self._batches_since_log, self._pictures, self._steps = 0, 0, 0
         self._start = time.perf_counter()
 
     def batches(
         self, loader: ShardLoader, on_failure: Callable[[WorkerError], None] | None = None
-    ) -> Iterator[dict[str, Any]]:
+    ) -> Generator[dict[str, Any], None, None]:
         """The batches of `loader`, without end; the time that the device waits for each counts as waiting for data.
 
         When the loader's workers fail, `on_failure` is called, which may raise, and this process reads what follows;
@@ -99,6 +99,11 @@ class Progress:
         self._batches_since_log += 1
         self._pictures += pictures
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether there was an optimizer step since the last `log`."""
+        return self._steps > 0
+
     def add_values(self, values: Mapping[str, torch.Tensor]) -> None:
         """Counts further values of one batch, scalars on the device; of each, `log` logs the mean."""
         for name, value in values.items():
@@ -109,6 +114,7 @@ class Progress:
         """Counts an optimizer step; `grad_norm` is the gradients' norm before clipping."""
         self._grad_norm = torch.maximum(self._grad_norm, gather(grad_norm.detach()))  # a NaN stays
         self._skipped = 0
+        self._steps += 1
         self._bar.update()
 
     def skip(self, global_step: int) -> None:
@@ -213,7 +219,9 @@ class Progress:
         if total:
             reasons = ", ".join(f"{count} × {reason}" for reason, count in total.most_common())
             logger.warning("samples dropped: %d (%s)", total.total(), reasons)
-        if global_step < self._total:
+        if self._initial == global_step < self._total:
+            logger.info("%s: stopped before the first step of this launch; launch it again to train", reason)
+        elif global_step < self._total:
             logger.info("%s: stopped after step %d; resume with --resume_from_checkpoint latest", reason, global_step)
 
 

@@ -2,15 +2,18 @@
 
 Every rank stops after the same step.
 
-After SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, which clusters send before they end a job, the step is finished, then the
-program saves a checkpoint and exits. A second signal ends it at once.
+After SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, which clusters send before they end a job, the step that is under way is
+finished, then the program saves a checkpoint and exits. Between two steps, also while the next batch is waited for, it
+does so at once. A further signal changes nothing: it never loses what the first one saves.
 """
 
+import contextlib
 import logging
 import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -19,10 +22,14 @@ import torch
 import torch.distributed
 from accelerate import Accelerator
 
+from lcm_distill import launcher
+from lcm_distill.data.loader import Interrupted
+
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _ECHO = 2.0  # seconds: one Ctrl-C arrives twice, from the terminal and from the launcher
+_PATIENCE = timedelta(hours=1)  # how long ranks wait for each other's batches
 
 
 class Stopping:
@@ -36,63 +43,85 @@ class Stopping:
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self._limit = max_seconds
         self._signalled = 0.0
-        # When a launcher dies, its orphans would keep the GPU; without a launcher, the parent, a shell, may well end.
-        launched = any(name.startswith(("ACCELERATE_", "TORCHELASTIC_")) for name in os.environ)
-        self._parent = os.getppid() if launched else None
+        self._reads_here: Callable[[], bool] | None = None  # while a batch is awaited
         self._previous_handlers: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
             self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-        # Ranks receive a signal at different steps. They agree over gloo, without waiting for the devices: what one of
-        # them knows at a step, all of them act on at the next.
-        self._group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-        self._pending: tuple[Any, torch.Tensor] | None = None
+        launcher.on_death(None)  # it is the run that stops; `wanted` looks
+        # Ranks receive a signal at different times. They agree before each batch, over gloo, so that devices are not
+        # waited for: none begins a step that another does not take part in.
+        several = accelerator.num_processes > 1
+        self._group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE) if several else None
 
     def stop(self, reason: str) -> None:
         """Asks for a stop, as a signal to this process does."""
         self.reason = self.reason or reason
 
-    def requested(self) -> bool:
-        """Whether to stop after this step. Every rank calls it once after each step; all get the same answer."""
-        if self._deadline is not None and time.monotonic() >= self._deadline and self.reason is None:
-            self.reason = f"--max_train_time {timedelta(seconds=round(self._limit or 0))} is over"
-        if self._parent is not None and os.getppid() != self._parent and self.reason is None:
-            self.reason = "the launcher has died"
-        if self._group is None:
-            return self.reason is not None
-        answer = self._settle()
-        votes = torch.tensor([float(self.reason is not None)])
-        self._pending = (torch.distributed.all_reduce(votes, group=self._group, async_op=True), votes)
-        if answer and self.reason is None:
-            self.reason = "another process was asked to stop"
-        return answer
+    def wanted(self) -> bool:
+        """Whether this rank wants to stop."""
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            self.stop(f"--max_train_time {timedelta(seconds=round(self._limit or 0))} is over")
+        if launcher.has_died():
+            self.stop("the launcher has died")
+        return self.reason is not None
 
-    def _settle(self) -> bool:
-        if self._pending is None:
-            return False
-        work, votes = self._pending
-        work.wait()
-        self._pending = None
+    def requested(self) -> bool:
+        """Whether to stop after this step. Of several ranks none can know; they `agree` before the next batch."""
+        return self._group is None and self.wanted()
+
+    def agree(self, stop: bool) -> bool:
+        """Whether any rank wants to `stop`: every rank calls it before each batch, and all get the same answer."""
+        if self._group is None:
+            return stop
+        votes = torch.tensor([float(stop)])
+        torch.distributed.all_reduce(votes, group=self._group)
+        if votes > 0:
+            self.stop("another process was asked to stop")
         return bool(votes > 0)
+
+    @contextlib.contextmanager
+    def waiting(self, reads_here: Callable[[], bool]) -> Iterator[None]:
+        """Inside, a batch is awaited: where this process `reads_here`, a signal raises `Interrupted` out of it."""
+        self._reads_here = reads_here
+        try:
+            if self.wanted():
+                raise Interrupted
+            yield
+        finally:
+            self._reads_here = None
+
+    def interrupt(self) -> None:
+        """From another thread: ends a read of the main thread if this rank wants to stop."""
+        reads = self._reads_here
+        if self._previous_handlers and reads is not None and self.wanted() and reads():
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now, name = time.monotonic(), signal.Signals(number).name
-        if self._signalled and now - self._signalled < _ECHO:
-            return
-        if self._signalled:
-            self._restore()
-            if number == signal.SIGINT:
-                raise KeyboardInterrupt
-            os.kill(os.getpid(), number)
-            return
-        self._signalled, self.reason = now, name
-        logger.warning("%s: finishing the step, then saving a checkpoint; a second signal ends the run at once", name)
-
-    def _restore(self) -> None:
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
-        self._previous_handlers = {}
+        first = self.reason is None
+        if first:
+            self.reason = name
+        # Raised inside a write to the same stream, an error here would end the step.
+        with contextlib.suppress(RuntimeError):
+            if first and self._reads_here is None:
+                logger.warning("%s: finishing the step, then saving a checkpoint", name)
+            elif first:
+                logger.warning("%s: no longer waiting for data, saving a checkpoint", name)
+            elif self._signalled and now - self._signalled > _ECHO:
+                logger.warning(
+                    "%s: the step is still being finished, or saved; another signal does not make that faster. "
+                    "SIGKILL (kill -9 %d) ends the run at once, and loses the steps since its last checkpoint",
+                    name,
+                    os.getpid(),
+                )
+        if first or now - self._signalled > _ECHO:
+            self._signalled = now
+        reads = self._reads_here
+        if reads is not None and reads():
+            raise Interrupted
 
     def close(self) -> None:
         """Stops listening; every rank calls it after its last step."""
-        self._settle()
-        self._restore()
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+        self._previous_handlers = {}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from lcm_distill import flags
+from lcm_distill import flags, launcher
 from lcm_distill.errors import SaveError
 from lcm_distill.run import checkpoint as checkpoint_module
 from lcm_distill.run import stopping as stopping_module
@@ -74,18 +74,36 @@ def test_a_signal_finishes_the_step_and_saves_and_the_resumed_run_is_bitwise_the
 
 
 @pytest.mark.hostile("signals")
-def test_a_second_signal_ends_at_once(monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_second_signal_loses_nothing(number, command, run, tmp_path, monkeypatch, caplog):
+    """It ended the run at once, in the middle of a step or of saving: all since the last checkpoint was lost."""
     monkeypatch.setattr(stopping_module, "_ECHO", 0.05)
-    before = signal.getsignal(signal.SIGINT)
+    step, save = Progress.step, checkpoint_module.Checkpoints.save
+
+    def interrupting(self, grad_norm):
+        for _ in range(3):
+            os.kill(os.getpid(), number)
+            time.sleep(0.06)
+        step(self, grad_norm)
+
+    def interrupted(self, *args, **options):
+        os.kill(os.getpid(), number)
+        return save(self, *args, **options)
+
+    monkeypatch.setattr(Progress, "step", interrupting)
+    monkeypatch.setattr(checkpoint_module.Checkpoints, "save", interrupted)
+    run(PROGRAM, command(steps=4))
+    assert [path.name for path in list_checkpoints(tmp_path / "out")] == ["checkpoint-1"]
+    assert f"{number.name}: stopped after step 1; resume with --resume_from_checkpoint latest" in caplog.text
+    assert "another signal does not make that faster" in caplog.text
+
+
+def test_the_echo_of_a_signal_is_not_another_one(monkeypatch, caplog):
     stopping = Stopping(Accelerator(cpu=True), None)
     os.kill(os.getpid(), signal.SIGINT)
-    os.kill(os.getpid(), signal.SIGINT)  # its echo, from the launcher
-    assert stopping.requested() and stopping.reason == "SIGINT"
-    time.sleep(0.06)
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1)
-    assert signal.getsignal(signal.SIGINT) is before
+    os.kill(os.getpid(), signal.SIGINT)  # from the launcher
+    assert stopping.requested() and stopping.reason == "SIGINT" and len(caplog.records) == 1
+    stopping.close()
 
 
 def test_the_time_limit_stops_a_run(command, run, tmp_path, caplog):
@@ -97,11 +115,10 @@ def test_the_time_limit_stops_a_run(command, run, tmp_path, caplog):
 
 @pytest.mark.hostile("signals")
 def test_the_launcher_s_death_stops_a_run(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr(launcher, "PARENT", os.getppid())
     stopping = Stopping(Accelerator(cpu=True), None)
     assert not stopping.requested()
-    parent = os.getppid()
-    monkeypatch.setattr(os, "getppid", lambda: parent + 1)
+    monkeypatch.setattr(launcher, "PARENT", os.getppid() + 1)
     assert stopping.requested() and stopping.reason == "the launcher has died"
     stopping.close()
 
