@@ -689,6 +689,31 @@ def test_hostile_latents_are_dropped_with_a_reason(latents, tmp_path, monkeypatc
 
 
 @pytest.mark.hostile("shards")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda states: states.astype(np.float32),
+        lambda states: states.astype(np.int16),
+        lambda states: states[:, :-1],
+        lambda states: states[..., :-1],
+        lambda states: states[0],
+        lambda states: np.concatenate([states, states]),
+        lambda states: states[:0],
+        _not_finite(np.inf),
+        _not_finite(np.nan),
+    ],
+)
+def test_hostile_embeddings_are_dropped_with_a_reason(with_captions, tmp_path, change):
+    """At the first look into the shards already."""
+    name = f"deep/0_1.{LATENTS_EXTENSION}"
+    arrays = load_bytes(contents(with_captions[0])[name])
+    content = save_bytes(arrays | {"encoder_hidden_states": change(arrays["encoder_hidden_states"])})
+    shard = changed(with_captions[0], tmp_path / "0.tar", {name: content})
+    report = inspect_shards([shard], PREPARATION)
+    assert report.dropped == {DAMAGED_LATENTS: 1} and report.usable == 4
+
+
+@pytest.mark.hostile("shards")
 def test_arrays_are_found_wherever_they_are_in_the_file(latents):
     """Files of the same shapes share a header; those of other writers have more arrays, in another order."""
     encoding = read_encoding(latents[0])
