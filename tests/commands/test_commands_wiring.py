@@ -480,6 +480,8 @@ def run_encode_shards(world: World) -> dict[str, Run]:
         "center_crop": True,
         "random_flip": True,
         "min_image_size": 36,
+        "max_decode_mb": 77,
+        "allow_pipe_in_lists": True,
         "max_pwatermark": 0.4,
         "min_aesthetic": 5.5,
         "filter": ["punsafe<0.2"],
@@ -507,6 +509,12 @@ def run_encode_shards(world: World) -> dict[str, Run]:
             run.add("workers", max_workers)
             return pool(max_workers)
 
+        expand = encode_shards.expand_shards
+
+        def watched_expand(*arguments):
+            run.add("expanded", arguments)
+            return expand(*arguments)
+
         def watched_resize(picture, size, resample=None, *args, **options):
             run.add("resized", (tuple(size), resample))
             return resize(picture, size, resample, *args, **options)
@@ -517,6 +525,7 @@ def run_encode_shards(world: World) -> dict[str, Run]:
 
         patch.setattr(encode_shards, "prepare_sample", watched_prepare)
         patch.setattr(encode_shards, "ThreadPoolExecutor", watched_pool)
+        patch.setattr(encode_shards, "expand_shards", watched_expand)
         patch.setattr(Image.Image, "resize", watched_resize)
         patch.setattr(np.random, "SeedSequence", watched_sequence)
 
@@ -835,6 +844,8 @@ ENCODE_SHARDS = teacher_checks(
         ([True, True], {True}, {False}),
     ),
     min_image_size=lambda run, runs: (left_out(run, "--min_image_size 36"), ["small"]),
+    max_decode_mb=lambda run, runs: ({prepared.max_decode_mb for prepared in run.more["preparations"]}, {77}),
+    allow_pipe_in_lists=lambda run, runs: (run.more["expanded"], [(run.typed["shards"], True)]),
     max_pwatermark=lambda run, runs: (left_out(run, "--max_pwatermark 0.4"), ["watermark"]),
     min_aesthetic=lambda run, runs: (left_out(run, "--min_aesthetic 5.5"), ["ugly"]),
     filter=lambda run, runs: (left_out(run, "--filter 'punsafe<0.2'"), ["unsafe"]),
