@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, LCMSchedu
 from diffusers.utils import logging as diffusers_logging
 from finished_students import GRID
 from peft.tuners.lora import LoraLayer
+from pickle_bombs import explodes, plant
 
 from lcm_distill.environment import quiet_libraries
 from lcm_distill.errors import UsageError
@@ -425,6 +426,25 @@ def test_a_pickled_lora_is_not_opened(sd_pipeline, tmp_path, monkeypatch):
     with refused("--lora style.bin", ".safetensors"), with_loras(sd_pipeline, [WeightedLora("style.bin")]):
         pass
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.hostile("checkpoints")
+@pytest.mark.parametrize("folder", [".", "unet"])
+def test_a_pickled_student_runs_nothing(folder, sd_pipeline, finished, tmp_path):
+    """A folder, or a checkpoint of a run, whose safetensors are gone, and a pickle in their place."""
+    marker, unet = tmp_path / "executed", tmp_path / "checkpoint-4" / folder
+    unet.mkdir(parents=True)
+    shutil.copy(Path(finished("full", "sd"), "config.json"), unet)
+    for name in ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin", "pytorch_model.bin"):
+        plant(unet / name, marker)
+    student = find_student(str(tmp_path / "checkpoint-4"))
+    with refused("checkpoint-4: its weights cannot be loaded"), student.installed_in(sd_pipeline):
+        pass
+    index = json.dumps({"metadata": {}, "weight_map": {"conv_in.weight": "diffusion_pytorch_model.bin"}})
+    (unet / "diffusion_pytorch_model.safetensors.index.json").write_text(index)
+    with refused("checkpoint-4: its weights cannot be loaded"), student.installed_in(sd_pipeline):
+        pass
+    assert not marker.exists() and explodes(unet / "pytorch_model.bin", marker)
 
 
 # --- the libraries' messages

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from finished_students import full_student, lora_student, style_lora
+from pickle_bombs import plant
 from safetensors.torch import load_file, save_file
 
 from lcm_distill import flags
@@ -175,3 +176,42 @@ def test_an_adapter_that_is_too_small_is_refused(students, family, teachers, tmp
     lora.begin_from(factors)
     changed = [name for name, weight in lora.state_dict().items() if "lora_B" in name and weight.any()]
     assert changed and all("to_q" in name for name in changed) and len(changed) == len(factors)
+
+
+@pytest.mark.hostile("checkpoints")
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_student_that_is_not_finite_is_refused(students, family, teachers, kind, tmp_path):
+    """The run stopped at its first loss, and blamed the learning rate."""
+    shutil.copytree(students[kind], tmp_path / "bad")
+    name = "pytorch_lora_weights" if kind == "lora" else "diffusion_pytorch_model"
+    for file in tmp_path.rglob(f"{name}*.safetensors"):
+        weights = load_file(file)
+        next(iter(weights.values())).view(-1)[0] = float("nan")
+        save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="--init_student .*bad: values in .* are not finite"):
+        if kind == "lora":
+            read(str(tmp_path / "bad"), family, teachers[family])
+        else:
+            student = student_from_teacher(unet_of(teachers[family]), 64)
+            find(str(tmp_path / "bad"), family, teachers[family], unet_time_cond_proj_dim=64).load_into(student)
+
+
+@pytest.mark.hostile("checkpoints")
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_pickled_student_runs_nothing(students, family, teachers, kind, tmp_path):
+    shutil.copytree(students[kind], tmp_path / "bad")
+    marker = tmp_path / "executed"
+    for file in list(tmp_path.rglob("*.safetensors")):
+        plant(file.with_suffix(".bin"), marker)
+        plant(file, marker)
+    for again in (False, True):
+        with pytest.raises(UsageError, match="--init_student .*bad.* cannot be loaded"):
+            if kind == "lora":
+                read(str(tmp_path / "bad"), family, teachers[family])
+            else:
+                student = student_from_teacher(unet_of(teachers[family]), 64)
+                find(str(tmp_path / "bad"), family, teachers[family], unet_time_cond_proj_dim=64).load_into(student)
+        if not again and kind == "full":  # now only the pickles
+            for file in list(tmp_path.rglob("*.safetensors")):
+                file.unlink()
+    assert not marker.exists()
