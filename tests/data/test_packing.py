@@ -927,3 +927,50 @@ def test_a_jpeg_of_hundreds_of_scans_is_not_decoded(tmp_path):
         (images / f"{name}.txt").write_text(name)
     packed = pack_shards(images, tmp_path / "out", num_workers=1)
     assert packed.samples == 1 and packed.skipped == {HUGE_PICTURE: ["bomb.jpg"]}
+
+
+# --------------------------------------------------------------------------------------------- two at the same time
+
+
+@pytest.mark.hostile("folders")
+def test_a_second_packer_is_refused_while_the_first_one_packs(tmp_path):
+    """It removed what the first was writing, and both wrote the manifest."""
+    from lcm_distill.locks import FolderLock
+
+    images, out = fill(tmp_path / "in", 3), tmp_path / "out"
+    out.mkdir()
+    context = multiprocessing.get_context("fork")
+    held, end = context.Event(), context.Event()
+
+    def hold():
+        FolderLock.take(out, "OUT", "pack_shards")
+        held.set()
+        end.wait()
+
+    first = context.Process(target=hold)
+    first.start()
+    assert held.wait(timeout=30)
+    (out / ".00000.tar.77.partial").write_bytes(b"half")
+    with pytest.raises(UsageError, match=f"OUT .* is in use: pack_shards, process {first.pid} on"):
+        pack_shards(images, out, num_workers=1)
+    assert (out / ".00000.tar.77.partial").exists()
+    end.set()
+    first.join()
+    pack_shards(images, out, num_workers=1)
+    assert sorted(path.name for path in out.iterdir()) == ["00000.tar", "manifest.jsonl"]
+
+
+@pytest.mark.hostile("folders")
+def test_what_a_living_process_writes_of_a_tar_is_no_leftover(tmp_path):
+    from lcm_distill.data.tar import atomic_tar, remove_partials
+
+    (tmp_path / ".a.tar.1.partial").write_bytes(b"of a killed one")
+    with atomic_tar(tmp_path / "a.tar") as tar:
+        tar.add("x.txt", b"x")
+        living = remove_partials(tmp_path, "a.tar.*")
+        assert living is not None and living.exists() and not (tmp_path / ".a.tar.1.partial").exists()
+        with atomic_tar(tmp_path / "a.tar") as other:  # of a process with the same number on another machine
+            other.add("y.txt", b"y")
+        assert living.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar"]
+    assert remove_partials(tmp_path) is None
