@@ -86,6 +86,7 @@ class FolderLock:
         if earlier := _taken.pop(os.path.realpath(folder), None):
             earlier._close()
         try:
+            folder.mkdir(parents=True, exist_ok=True)  # another machine may not see it yet
             lock = cls(folder, _lock(folder / NAME, fcntl.LOCK_SH, given))
         except OSError as error:
             raise UsageError(f"{given} cannot be locked ({error}); give another folder.") from None

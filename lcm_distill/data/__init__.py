@@ -16,6 +16,6 @@
     loader          its loader: data workers, state, workers that fail
     packing         a folder of pictures to shards
 
-May import `errors`, `flags`, `redaction` and `environment`. Only `preparation`, `stream` and `loader` import torch, and
-`preflight` by way of `preparation`.
+May import `errors`, `launcher`, `locks`, `flags`, `redaction` and `environment`. Only `preparation`, `stream` and
+`loader` import torch, and `preflight` by way of `preparation`.
 """
