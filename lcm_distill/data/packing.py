@@ -52,7 +52,7 @@ from lcm_distill.data.raw import (
 )
 from lcm_distill.data.shards import MAX_FILE_BYTES, MAX_TEXT_BYTES
 from lcm_distill.data.sizes import ORIGINAL_SIZE, size_in_json
-from lcm_distill.data.sources import IrregularFile, open_regular
+from lcm_distill.data.sources import open_regular
 from lcm_distill.data.tar import PARTIAL, RESUME_HINT, atomic_tar, new_folder, remove_partials
 from lcm_distill.errors import UsageError
 from lcm_distill.locks import holding_folder
@@ -290,8 +290,6 @@ def _read_metadata(path: str, roots: tuple[str, ...]) -> Iterator[tuple[str, dic
                 if _is_deep(row):
                     raise ValueError(f"lists and objects of {printable(name)} are nested too deeply")
                 yield name, {key: value for key, value in row.items() if key is not None and value is not None}
-    except IrregularFile as error:
-        raise UsageError(f"IMAGES: {printable(str(error), 1000)}; remove it, or replace it by a file.") from None
     except OSError as error:
         problem = error.strerror or error
         raise UsageError(f"IMAGES: {printable(path, 1000)} cannot be read: {problem}. Fix or move it.") from None

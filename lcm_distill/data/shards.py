@@ -240,7 +240,7 @@ def _read_list(path: str, allow_pipe: bool) -> list[str]:
             )
         found += named
         if len(found) > MAX_SHARDS:
-            raise _too_many(entry, f"with the lines before it, {len(found):,} shards")
+            raise _too_many(entry, f"with what stands before it, {len(found):,} shards")
     return found
 
 

@@ -21,7 +21,6 @@ from test_stream import captions, make_stream, read_epochs, take, write_shards
 
 from lcm_distill.data import sources
 from lcm_distill.data.loader import make_loader
-from lcm_distill.data.packing import find_pictures
 from lcm_distill.data.preflight import inspect_shards
 from lcm_distill.data.preparation import Preparation
 from lcm_distill.data.raw import UNREADABLE_SHARD
@@ -631,10 +630,6 @@ def test_a_fifo_socket_or_device_is_refused_at_once(tmp_path, kind):
         assert shards[1:] == [str(path)]
         batch = take(iter(make_stream(shards)), 9)[-1]
         assert batch["dropped"][UNREADABLE_SHARD] >= 1
-        (tmp_path / "pictures").mkdir()
-        (tmp_path / "pictures" / "metadata.jsonl").symlink_to(path)
-        with pytest.raises(UsageError, match="IMAGES: .*metadata.jsonl is a.*not a file; remove it"):
-            find_pictures(str(tmp_path / "pictures"), str(tmp_path / "out"))
 
 
 @pytest.mark.hostile("shards")
