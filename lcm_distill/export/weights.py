@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from lcm_distill.models.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
+_CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
 # What is uploaded: only what users load (no checkpoints, optimizer states, logs or reports), besides the card and the
 # one picture that it shows.
 UPLOADED = (
@@ -164,7 +166,7 @@ def _writing(folder: Path, global_step: int) -> Iterator[None]:
         last = f"checkpoint-{global_step}"
         if (folder / last / "run.json").is_file():
             remedy = f"launch again with --resume_from_checkpoint latest: with {last} that only writes it."
-        elif any(folder.glob("checkpoint-*/run.json")):
+        elif any(_CHECKPOINT.fullmatch(path.parent.name) for path in folder.glob("checkpoint-*/run.json")):
             remedy = (
                 f"launch again with --resume_from_checkpoint latest: {last} was not written either, so that the run "
                 "continues from the checkpoint before it."

@@ -7,6 +7,7 @@
     optim           the optimizer and its schedule, and their settings in a resumed run
     randomness      the random generators, one for each batch
     checkpoint      `checkpoint-N`: saved, found, loaded, pruned
+    record          run.json, and whether a checkpoint is what was written
     best            which checkpoint is the best
     stopping        signals, the time limit, a launcher that has died
     progress        the logged values: progress bar, trackers, journal

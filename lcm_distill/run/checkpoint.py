@@ -42,7 +42,7 @@ from accelerate.utils import load as load_without_code
 from lcm_distill.distributed.finite import check_finite, tensors_in
 from lcm_distill.distributed.fsdp import all_ranks_save
 from lcm_distill.environment import versions
-from lcm_distill.errors import DivergenceError, SaveError, UsageError
+from lcm_distill.errors import DivergenceError, SaveError, UsageError, brief
 from lcm_distill.run.best import RATING, changed_distance_flags, pick_best, read_rating
 from lcm_distill.run.record import (
     RECORD,
@@ -162,7 +162,12 @@ class Checkpoints:
             elif os.path.lexists(final):
                 aside = _set_aside(final, "damaged")
                 logger.warning("%s is not a complete checkpoint: renamed to %s", final, aside.name)
-            partial.rename(final)
+            try:
+                partial.rename(final)
+            except OSError:
+                if replaced:
+                    replaced.rename(final)
+                raise
             _sync_folder(self._output_dir)
             if replaced:
                 _discard(replaced)
@@ -224,7 +229,7 @@ class Checkpoints:
         if not broadcast_object_list([distance < least])[0]:
             return False
         path = self._output_dir / f"checkpoint-{global_step}"
-        exists = broadcast_object_list([path.exists()])[0]
+        exists = broadcast_object_list([is_checkpoint(path)])[0]
         saved = exists or self.save(global_step, run, stream_state)
         if saved and self._accelerator.is_main_process:
             partial = path / ".rating.json"
@@ -275,16 +280,19 @@ class Checkpoints:
             new = rank >= run["processes"]
             # A rank that did not answer when the others were saved continues in the epoch of the main process.
             known = 0 if rank in run.get("missing_streams", []) else rank
-            has_random_states = not new and ("missing_streams" not in run or rank == 0)
-            if has_random_states:  # Accelerate continues without those that it cannot read
-                load_without_code(path / f"random_states_{rank}.pkl", map_location="cpu", weights_only=True)
+            random_states = path / f"random_states_{rank}.pkl"
+            if not new and ("missing_streams" not in run or random_states.exists()):
+                # Accelerate continues without those that it cannot read.
+                load_without_code(random_states, map_location="cpu", weights_only=True)
             self._load_state(path)
             state = {} if new else torch.load(path / f"stream-{known}.pt", weights_only=True)
+            if not isinstance(state, dict):
+                raise ValueError(f"stream-{known}.pt holds no position")
         except UsageError:  # a part that is whole, but of other flags
             raise
         except Exception as error:  # a part is missing or truncated: a different exception in each reader
             raise UsageError(
-                f"--resume_from_checkpoint {path} is damaged ({type(error).__name__}: {error}); resume from another."
+                f"--resume_from_checkpoint {path} is damaged ({brief(error)}); resume from another checkpoint."
             ) from None
         self._accelerator.wait_for_everyone()
         if self._accelerator.is_main_process and not self._dry_run:
@@ -447,7 +455,7 @@ def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> Path
             f"--resume_from_checkpoint best: no checkpoint in {output_dir} is rated; --keep_best rates them."
         )
     for path in (Path(resume_from_checkpoint).expanduser(), Path(output_dir) / resume_from_checkpoint):
-        if path.is_dir():
+        if os.path.isdir(path):
             if not is_checkpoint(path):
                 raise UsageError(
                     f"--resume_from_checkpoint {path}: not a complete checkpoint of this project (it has no run.json); "

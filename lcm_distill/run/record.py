@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import stat
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,7 @@ RECORD = "run.json"
 _DIGESTS, _OWN = "files", "sha256"  # in run.json: of the other files by name, and of run.json's own values
 _LARGEST = 2**26  # bytes of a run.json; real ones have a few thousand
 _BLOCK = 2**22
+_LOADED = (".safetensors", ".safetensors.index.json", ".pt")  # what a run looks for in the folders of a checkpoint
 
 
 class DamageError(ValueError):
@@ -79,6 +81,15 @@ def _is_inside(name: str) -> bool:
     return "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 
+def _is_deep(record: Mapping[str, Any], most: int = 32) -> bool:
+    """Whether it is nested more than `most` levels; Python itself fails at some depth, which varies."""
+    level: list[Any] = [record]
+    for _ in range(most):
+        inner = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [item for values in inner for item in values if isinstance(item, (dict, list))]
+    return bool(level)
+
+
 def _own_digest(record: Mapping[str, Any]) -> str:
     others = {name: value for name, value in record.items() if name != _OWN}
     return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
@@ -105,6 +116,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         record = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(record, dict):
             raise ValueError("it holds no settings")
+        if _is_deep(record):
+            raise ValueError("it is nested too deeply")
         _check_kinds(record)
     except (OSError, ValueError, RecursionError) as error:
         raise DamageError(f"its {RECORD} cannot be read ({shown(error, 300)})") from None
@@ -167,14 +180,18 @@ def check_files(folder: Path, record: Mapping[str, Any]) -> None:
     """
     if has_digests(record):
         for name in record[_DIGESTS]:
-            _check_regular(folder / name, name)
+            _check_regular(folder / name, shown(name))
+        for path in folder.glob("*/*"):
+            name = path.relative_to(folder).as_posix()
+            if name.endswith(_LOADED) and name not in record[_DIGESTS]:
+                raise DamageError(f"{shown(name)} was not written with it")
         try:
             found = digests_of(folder, record[_DIGESTS])
         except OSError as error:
             raise DamageError(f"a file cannot be read ({error})") from None
         for name, expected in record[_DIGESTS].items():
             if found[name] != expected:
-                raise DamageError(f"{name} has changed since it was written")
+                raise DamageError(f"{shown(name)} has changed since it was written")
     elif _was_written_by_a_run(record):
         for path in _loaded_by_earlier_versions(folder, record):
             name = path.relative_to(folder).as_posix()
@@ -212,8 +229,10 @@ def _loaded_by_earlier_versions(folder: Path, record: Mapping[str, Any]) -> Iter
         yield matching / "fake_score.safetensors"
         yield matching / "training.pt"
     if (folder / "adapter").exists():
-        adapters = [name for name in ("adapter", "adapter_target") if (folder / name).exists()]
-        yield from (folder / name / "adapter_model.safetensors" for name in adapters)
+        averaged = record["architecture"].get("--ema_decay above 0")
+        yield from (
+            folder / name / "adapter_model.safetensors" for name in ["adapter", *["adapter_target"] * bool(averaged)]
+        )
         return
     for name in ("unet", "unet_target"):
         weights = sorted((folder / name).glob("*.safetensors"))
@@ -222,9 +241,12 @@ def _loaded_by_earlier_versions(folder: Path, record: Mapping[str, Any]) -> Iter
 
 def _values_in(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix != ".safetensors":
+        with zipfile.ZipFile(path) as file:  # PyTorch writes these checksums, and does not read them
+            if bad := file.testzip():
+                raise ValueError(f"{bad} has changed")
         # Tensors, numbers, text and NumPy's arrays alone: nothing that a pickle could call.
         yield from tensors_in(load_without_code(str(path), map_location="cpu", weights_only=True, mmap=True))
         return
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():
-            yield name, file.get_tensor(name)
+    with safe_open(path, framework="pt") as weights:
+        for name in weights.keys():
+            yield name, weights.get_tensor(name)

@@ -35,7 +35,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from lcm_distill.data.loader import Interrupted, ShardLoader, check_shared_memory
 from lcm_distill.data.preflight import ShardReport, inspect_shards
 from lcm_distill.data.preparation import Preparation
-from lcm_distill.errors import UsageError, WorkerError
+from lcm_distill.errors import UsageError, WorkerError, brief
 from lcm_distill.export.hub import HubUpload, open_hub
 from lcm_distill.flags import LaunchFlags, LengthFlags, OptimizationFlags, StreamingFlags
 from lcm_distill.locks import FolderLock
@@ -256,7 +256,14 @@ class Run:
         )
         if self._checkpoint:
             with keeping_hyperparameters(optimizer, lr_scheduler):
-                loader.load_state_dict(self._checkpoints.load(self._checkpoint))
+                position = self._checkpoints.load(self._checkpoint)
+            try:
+                loader.load_state_dict(position)
+            except Exception as error:  # of another program: a different exception for each thing that is missing
+                raise UsageError(
+                    f"--resume_from_checkpoint {self._checkpoint} is damaged: its position in the shards cannot be "
+                    f"read ({brief(error)}); resume from another checkpoint."
+                ) from None
         if "trackers" not in self._record:
             self._start_trackers()
         log_plan(self._plan, accelerator, student, self._record, checkpoint=self._checkpoint, resumed=self._resumed)

@@ -380,6 +380,61 @@ def test_a_checkpoint_of_another_step_is_damaged(training):
 
 
 @checkpoints_kind
+@pytest.mark.parametrize(
+    "name", ["unet/diffusion_pytorch_model.safetensors.index.json", "adapter/other.safetensors", "fake_score/new.pt"]
+)
+def test_a_file_that_was_not_written_with_it_is_not_loaded(training, name):
+    """An index would have been followed to files without a digest."""
+    path = saved(training, 1)
+    (path / name).parent.mkdir(exist_ok=True)
+    (path / name).write_text('{"weight_map": {}}')
+    assert f"is damaged: {name} was not written with it" in resume(path, training)
+
+
+@checkpoints_kind
+def test_an_earlier_version_s_optimizer_has_checksums_of_its_own(training):
+    path = saved(training, 1)
+    as_an_earlier_version(path, training)
+    data = bytearray((path / "optimizer.bin").read_bytes())
+    data[len(data) // 2] ^= 1
+    (path / "optimizer.bin").write_bytes(data)
+    assert "optimizer.bin cannot be read" in resume(path, training)
+
+
+@checkpoints_kind
+def test_a_position_in_the_shards_of_another_kind_is_refused(training):
+    path = saved(training, 1)
+    torch.save([1, 2], path / "stream-0.pt")
+    sign(path)
+    assert "stream-0.pt holds no position" in resume(path, training)
+
+
+@checkpoints_kind
+def test_a_run_json_that_is_nested_deeply_is_refused(tmp_path):
+    """Python reads deeper nesting than it can write or compare."""
+    path = tmp_path / "checkpoint-1"
+    path.mkdir()
+    for depth in (40, 300, 600, 900, 950, 980, 10**5):
+        nested = "[" * depth + "]" * depth
+        for key in ("architecture", "other"):
+            record = '{"program": "p", "global_step": 1, "seed": 1, "architecture": {"dim": %s}}'
+            if key == "other":
+                record = '{"program": "p", "global_step": 1, "files": {}, "sha256": "", "other": %s}'
+            (path / "run.json").write_text(record % nested)
+            with pytest.raises(UsageError, match="run.json cannot be read"):
+                find(tmp_path)
+
+
+@folders
+def test_a_best_checkpoint_is_saved_where_a_stray_has_its_name(training, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoint-1").write_text("mine")
+    assert training.checkpoints.keep_if_best(0.5, 1, RUN, {})
+    assert find_checkpoint("best", str(tmp_path / "out")).name == "checkpoint-1"
+    assert (tmp_path / "out" / "damaged-checkpoint-1").read_text() == "mine"
+
+
+@checkpoints_kind
 def test_the_digests_are_those_of_sha256sum(training):
     path = saved(training, 1)
     import hashlib
@@ -579,7 +634,8 @@ def test_a_result_that_cannot_be_written_promises_only_what_is_there(tmp_path):
         return str(refused.value)
 
     assert "launch again: no checkpoint was written" in message() and "latest" not in message()
-    for name in ("checkpoint-3", "checkpoint-5x", ".checkpoint-4.partial", "damaged-checkpoint-4"):
+    for name in ("checkpoint-5x", "checkpoint-notes", ".checkpoint-4.partial", "damaged-checkpoint-4", "checkpoint-3"):
+        assert "launch again: no checkpoint was written" in message()
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text("{}")
     assert "latest: checkpoint-4 was not written either" in message()
