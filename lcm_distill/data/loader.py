@@ -58,11 +58,12 @@ class ShardLoader(StatefulDataLoader):
     """A `StatefulDataLoader` that can also load the state of a run with other ranks, workers or shards.
 
     Its iterator ends with a `WorkerError` when its workers fail; `rest` is then what would have followed. It raises
-    `Interrupted` when `give_up`, which is asked now and then while it waits for its workers, returns True.
+    `Interrupted` when `give_up`, which is asked now and then while it waits for its workers, returns True. A handler of
+    signals may raise it, too: a worker that is stopped while it hands over a batch lets this process hang.
     """
 
     give_up: Callable[[], bool] | None = None
-    _given_up = False
+    given_up = False  # whether it was
 
     may_exit: torch.Tensor  # bool, shared with the workers: whether they obey SIGTERM
     reports: Connection  # a worker sends why it ends itself
@@ -72,7 +73,11 @@ class ShardLoader(StatefulDataLoader):
     def __iter__(self) -> Iterator[dict]:
         """Yields the batches. `StreamError` if the shards give none, `WorkerError` if the workers fail."""
         if not self.num_workers:
-            yield from super().__iter__()
+            try:
+                yield from super().__iter__()
+            except Interrupted:
+                self.given_up = True
+                raise
             return
         try:
             # As many as torchdata's iterator makes: if one of its own fails, it prints a traceback when it is freed.
@@ -88,6 +93,9 @@ class ShardLoader(StatefulDataLoader):
                     with deaths.awaited():
                         batch = self._await(batches)
                     self.position = super().state_dict()
+                except Interrupted:
+                    self.given_up = True
+                    raise
                 except Exception as error:  # noqa: BLE001 - so do workers, their queue and its memory
                     self._fail(error)
                 yield batch
@@ -96,7 +104,6 @@ class ShardLoader(StatefulDataLoader):
         """The workers' next batch, however long it takes, unless the wait is given up."""
         while True:
             if self.give_up is not None and self.give_up():
-                self._given_up = True
                 raise Interrupted
             try:
                 return next(batches)
@@ -116,11 +123,14 @@ class ShardLoader(StatefulDataLoader):
         """Whom the next batch is waited for, and which shard that is reading."""
         worker, who = 0, "the main process"
         if not self.reads_here:
+            who = ""
             with contextlib.suppress(AttributeError, KeyError, IndexError, TypeError):  # names of torchdata's
                 iterator = self._iterator
                 worker = iterator._task_info[iterator._rcvd_idx][0]
                 process = iterator._workers[worker]
                 who = f"data worker {worker} of {self.num_workers} (process {process.pid})"
+        if not who:
+            return "the data workers, which are starting"
         shard = -1 if self.dataset.reading is None else int(self.dataset.reading[worker])
         return f"{who}, which reads {printable(self.dataset.shards[shard]) if shard >= 0 else 'no shard yet'}"
 
@@ -195,7 +205,7 @@ class ShardLoader(StatefulDataLoader):
             self.may_exit.fill_(True)
             with _WorkerDeaths():  # one that fails only now does not matter
                 workers = getattr(self._iterator, "_workers", [])
-                if self._given_up:
+                if self.given_up:
                     _end_processes(workers)
                 self._iterator._shutdown_workers()
                 _end_processes([worker for worker in workers if worker.is_alive()])  # else the exit waits for them

@@ -311,10 +311,7 @@ class Run:
         """The next batch; None if a rank wants to stop."""
         batch, stop = None, False
         try:
-            with (
-                self._watch.during("data", self.global_step + 1),
-                self._stopping.waiting(lambda: self._loader.reads_here),
-            ):
+            with self._watch.during("data", self.global_step + 1), self._stopping.waiting():
                 batch = next(batches)
         except Interrupted:
             stop = True

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -43,7 +43,9 @@ class Stopping:
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self._limit = max_seconds
         self._signalled = 0.0
-        self._reads_here: Callable[[], bool] | None = None  # while a batch is awaited
+        self._inside = False  # the main thread waits for a batch
+        self._awaited = False  # and no signal has ended that yet
+        self._poked = False  # the next signal is from `interrupt`
         self._previous_handlers: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
             self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
@@ -80,30 +82,41 @@ class Stopping:
         return bool(votes > 0)
 
     @contextlib.contextmanager
-    def waiting(self, reads_here: Callable[[], bool]) -> Iterator[None]:
-        """Inside, a batch is awaited: where this process `reads_here`, a signal raises `Interrupted` out of it."""
-        self._reads_here = reads_here
+    def waiting(self) -> Iterator[None]:
+        """Inside, a batch is awaited: a signal raises `Interrupted` out of it, wherever it hangs."""
         try:
+            self._inside = self._awaited = True
             if self.wanted():
                 raise Interrupted
             yield
         finally:
-            self._reads_here = None
+            self._inside = self._awaited = False
 
     def interrupt(self) -> None:
-        """From another thread: ends a read of the main thread if this rank wants to stop."""
-        reads = self._reads_here
-        if self._previous_handlers and reads is not None and self.wanted() and reads():
+        """From another thread: ends the main thread's wait for a batch if this rank wants to stop.
+
+        Again, too: what is raised while an object is freed gets lost. Not while the wait is already being ended.
+        """
+        if self._previous_handlers and self._inside and self.wanted():
+            self._awaited = self._poked = True
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        poked, self._poked = self._poked and number == signal.SIGUSR1, False
+        if not poked:
+            self._note(number)
+        if self._inside and self._awaited:
+            self._awaited = False  # not in the middle of what this ends
+            raise Interrupted
+
+    def _note(self, number: int) -> None:
         now, name = time.monotonic(), signal.Signals(number).name
         first = self.reason is None
         if first:
             self.reason = name
         # Raised inside a write to the same stream, an error here would end the step.
         with contextlib.suppress(RuntimeError):
-            if first and self._reads_here is None:
+            if first and not self._awaited:
                 logger.warning("%s: finishing the step, then saving a checkpoint", name)
             elif first:
                 logger.warning("%s: no longer waiting for data, saving a checkpoint", name)
@@ -116,9 +129,6 @@ class Stopping:
                 )
         if first or now - self._signalled > _ECHO:
             self._signalled = now
-        reads = self._reads_here
-        if reads is not None and reads():
-            raise Interrupted
 
     def close(self) -> None:
         """Stops listening; every rank calls it after its last step."""

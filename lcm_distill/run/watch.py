@@ -116,7 +116,8 @@ class Watch:
         what, step, since = self.doing
         waited = now - since
         if what == "data":
-            self._stopping.interrupt()
+            if not self._loader.given_up:
+                self._stopping.interrupt()
             if self._is_time("data", waited):
                 self._say(
                     "waiting for data for %.0f s, by now: %s. A signal (Ctrl-C, SIGTERM) saves a checkpoint and stops",
