@@ -28,7 +28,6 @@ from lcm_distill.run.optim import LearningRateSteps
 from lcm_distill.run.record import digests_of, read_record, write_record
 
 RUN = {"program": "p", "architecture": {"dim": [1]}, "seed": 3, "flags": {"lr": 1}, "batches": 2}
-checkpoints_kind, folders = pytest.mark.hostile("checkpoints"), pytest.mark.hostile("folders")
 
 
 def tiny_unet():
@@ -127,7 +126,7 @@ OTHERS = (
 )  # fmt: skip
 
 
-@checkpoints_kind
+@pytest.mark.hostile("checkpoints")
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 def test_no_file_of_a_checkpoint_is_ever_unpickled(training, signed, tmp_path):
     """`custom_checkpoint_0.pkl` was, with --dry_run too. Signed: the digests are those of the planted file."""
@@ -151,7 +150,7 @@ def test_no_file_of_a_checkpoint_is_ever_unpickled(training, signed, tmp_path):
     assert resume(path, training) is None and not marker.exists()
 
 
-@checkpoints_kind
+@pytest.mark.hostile("checkpoints")
 def test_weights_are_not_taken_from_a_pickle_where_the_right_file_is_gone(training, tmp_path):
     path, marker = saved(training, 1), tmp_path / "executed"
     for file in list(path.rglob("*.safetensors")):
@@ -162,7 +161,7 @@ def test_weights_are_not_taken_from_a_pickle_where_the_right_file_is_gone(traini
     assert "is damaged" in resume(path, training) and not marker.exists()
 
 
-@checkpoints_kind
+@pytest.mark.hostile("checkpoints")
 @pytest.mark.parametrize("file", ["other.bin", "../other.safetensors", "/tmp/other.safetensors"])
 def test_an_index_names_only_safetensors_in_its_folder(file, tmp_path):
     index = {"weight_map": {name: file for name in tiny_unet().state_dict()}}
@@ -185,7 +184,7 @@ def test_a_network_in_several_files_is_loaded(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
 
 
-@checkpoints_kind
+@pytest.mark.hostile("checkpoints")
 def test_optimizers_that_are_split_over_ranks_read_no_code(tmp_path):
     marker = tmp_path / "executed"
     plant(tmp_path / "optimizer.bin", marker)
@@ -203,7 +202,7 @@ def _has_deepspeed() -> bool:
     return is_deepspeed_available()
 
 
-@checkpoints_kind
+@pytest.mark.hostile("checkpoints")
 def test_a_checkpoint_of_an_earlier_version_resumes_and_runs_nothing(training, tmp_path):
     path, marker = saved(training, 1, 2), tmp_path / "executed"
     as_an_earlier_version(path, training)
@@ -242,7 +241,7 @@ def add(data: bytearray) -> None:
     data += b"\0"
 
 
-@checkpoints_kind
+@pytest.mark.hostile("checkpoints")
 @pytest.mark.parametrize("damage", [flip, blank, cut, add, bytearray.clear])
 def test_a_damaged_file_is_found_and_latest_falls_back(training, damage, caplog):
     """Flipped bits and zeros in weights and optimizer were accepted; a truncated newest one was refused for ever."""
@@ -280,7 +279,7 @@ def test_a_damaged_file_is_found_and_latest_falls_back(training, damage, caplog)
     assert (out / "checkpoint-4").is_dir()  # a new run would begin if it were renamed
 
 
-@checkpoints_kind
+@pytest.mark.hostile("checkpoints")
 def test_every_bit_of_run_json_counts(training):
     """A changed seed or number of batches would continue with other draws."""
     path = saved(training, 1)
@@ -301,7 +300,7 @@ def test_every_bit_of_run_json_counts(training):
 FOREIGN = (None, True, -1, 1.5, 10**400, "1", "\x1b[2J", [], [1], {}, {"a": {}}, {"a": "b"}, math.inf, "[" * 1000)
 
 
-@checkpoints_kind
+@pytest.mark.hostile("checkpoints")
 @pytest.mark.parametrize("version", ["this", "earlier"])
 @pytest.mark.parametrize(
     "key", ["program", "architecture", "flags", "seed", "processes", "global_step", "batches", "trackers", "versions",
@@ -340,7 +339,7 @@ def test_a_foreign_or_missing_value_in_run_json_is_one_message(tmp_path, key, ve
                 assert workers is None or type(workers) is int and workers >= 0
 
 
-@checkpoints_kind
+@pytest.mark.hostile("checkpoints")
 @pytest.mark.parametrize(
     "content", ['{"distance": 1e400}', '{"distance": ' + "9" * 4000 + "}", "[" * 10**5, "[]", '"x"', "\xff"]
 )
@@ -353,7 +352,7 @@ def test_a_foreign_rating_is_none(tmp_path, content):
         find_checkpoint("best", str(tmp_path))
 
 
-@checkpoints_kind
+@pytest.mark.hostile("checkpoints")
 @pytest.mark.parametrize("name", ["optimizer.bin", "stream-0.pt", "lr_scheduler.json", "run.json"])
 @pytest.mark.parametrize("kind", ["fifo", "folder", "device", "loop", "dangling"])
 def test_what_is_no_file_is_refused_and_never_waited_for(training, name, kind, tmp_path):
@@ -370,7 +369,7 @@ def test_what_is_no_file_is_refused_and_never_waited_for(training, name, kind, t
     assert find(path.parent)[0].name == "checkpoint-1"
 
 
-@checkpoints_kind
+@pytest.mark.hostile("checkpoints")
 def test_a_checkpoint_of_another_step_is_damaged(training):
     path = saved(training, 1, 2)
     shutil.rmtree(path)
@@ -379,7 +378,7 @@ def test_a_checkpoint_of_another_step_is_damaged(training):
     assert find(path.parent)[0].name == "checkpoint-1"
 
 
-@checkpoints_kind
+@pytest.mark.hostile("checkpoints")
 @pytest.mark.parametrize(
     "name", ["unet/diffusion_pytorch_model.safetensors.index.json", "adapter/other.safetensors", "fake_score/new.pt"]
 )
@@ -391,7 +390,7 @@ def test_a_file_that_was_not_written_with_it_is_not_loaded(training, name):
     assert f"is damaged: {name} was not written with it" in resume(path, training)
 
 
-@checkpoints_kind
+@pytest.mark.hostile("checkpoints")
 def test_an_earlier_version_s_optimizer_has_checksums_of_its_own(training):
     path = saved(training, 1)
     as_an_earlier_version(path, training)
@@ -401,7 +400,7 @@ def test_an_earlier_version_s_optimizer_has_checksums_of_its_own(training):
     assert "optimizer.bin cannot be read" in resume(path, training)
 
 
-@checkpoints_kind
+@pytest.mark.hostile("checkpoints")
 def test_a_position_in_the_shards_of_another_kind_is_refused(training):
     path = saved(training, 1)
     torch.save([1, 2], path / "stream-0.pt")
@@ -409,7 +408,7 @@ def test_a_position_in_the_shards_of_another_kind_is_refused(training):
     assert "stream-0.pt holds no position" in resume(path, training)
 
 
-@checkpoints_kind
+@pytest.mark.hostile("checkpoints")
 def test_a_run_json_that_is_nested_deeply_is_refused(tmp_path):
     """Python reads deeper nesting than it can write or compare."""
     path = tmp_path / "checkpoint-1"
@@ -425,7 +424,7 @@ def test_a_run_json_that_is_nested_deeply_is_refused(tmp_path):
                 find(tmp_path)
 
 
-@folders
+@pytest.mark.hostile("folders")
 def test_a_best_checkpoint_is_saved_where_a_stray_has_its_name(training, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "checkpoint-1").write_text("mine")
@@ -434,7 +433,7 @@ def test_a_best_checkpoint_is_saved_where_a_stray_has_its_name(training, tmp_pat
     assert (tmp_path / "out" / "damaged-checkpoint-1").read_text() == "mine"
 
 
-@checkpoints_kind
+@pytest.mark.hostile("checkpoints")
 def test_the_digests_are_those_of_sha256sum(training):
     path = saved(training, 1)
     import hashlib
@@ -449,7 +448,7 @@ def test_the_digests_are_those_of_sha256sum(training):
 # ---------------------------------------------------------------------------------------------------- values
 
 
-@checkpoints_kind
+@pytest.mark.hostile("checkpoints")
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("what", ["weights", "average", "optimizer", "fake score", "its optimizer"])
 def test_values_that_are_not_finite_are_not_saved(training, what, value, tmp_path):
@@ -478,7 +477,7 @@ def test_values_that_are_not_finite_are_not_saved(training, what, value, tmp_pat
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-1"]
 
 
-@checkpoints_kind
+@pytest.mark.hostile("checkpoints")
 def test_only_what_was_looked_at_is_called_finite(training):
     out = Path(training.checkpoints._output_dir)
     assert where_to_resume(out) == "There is no checkpoint yet: start again"
@@ -490,7 +489,7 @@ def test_only_what_was_looked_at_is_called_finite(training):
     assert "have not been looked at" in where_to_resume(out)
 
 
-@checkpoints_kind
+@pytest.mark.hostile("checkpoints")
 def test_latest_passes_an_earlier_version_s_checkpoint_that_is_not_finite(training, caplog):
     path = saved(training, 1, 2)
     training.trained[0].data.view(-1)[0] = math.inf
@@ -510,7 +509,7 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-@folders
+@pytest.mark.hostile("folders")
 def test_a_link_among_the_checkpoints_is_resumed_and_only_the_link_is_removed(training, tmp_path):
     """Pruning raised at the link, and every save after that failed; alone in the folder, `latest` refused itself."""
     path = saved(training, 2)
@@ -523,7 +522,7 @@ def test_a_link_among_the_checkpoints_is_resumed_and_only_the_link_is_removed(tr
     assert names_in(out) == {"checkpoint-4"} and resume(elsewhere, training, str(elsewhere)) is None
 
 
-@folders
+@pytest.mark.hostile("folders")
 def test_a_link_to_the_output_folder_is_the_output_folder(training, tmp_path):
     saved(training, 1)
     (tmp_path / "link").symlink_to(tmp_path / "out")
@@ -531,7 +530,7 @@ def test_a_link_to_the_output_folder_is_the_output_folder(training, tmp_path):
         assert find(tmp_path / "link", how)[1]["global_step"] == 1
 
 
-@folders
+@pytest.mark.hostile("folders")
 @pytest.mark.parametrize("kind", ["file", "folder", "link", "dangling", "loop", "fifo"])
 def test_what_is_in_a_checkpoint_s_way_is_kept_aside(training, kind, tmp_path, caplog):
     """A file or link of a checkpoint's name made every save fail; a folder was removed without a word."""
@@ -552,7 +551,7 @@ def test_what_is_in_a_checkpoint_s_way_is_kept_aside(training, kind, tmp_path, c
     assert "renamed to damaged-checkpoint-2" in caplog.text and (target / "notes").read_text() == "mine"
 
 
-@folders
+@pytest.mark.hostile("folders")
 def test_only_leftovers_of_ours_are_cleaned_and_links_are_not_followed(training, tmp_path):
     """A file `.checkpoint-notes` made every save fail with "Make room", and a link was followed, or raised."""
     out, target = tmp_path / "out", tmp_path / "target"
@@ -577,7 +576,7 @@ def test_only_leftovers_of_ours_are_cleaned_and_links_are_not_followed(training,
     assert names_in(out) == kept | {"checkpoint-1"} and (target / "notes").read_text() == "mine"
 
 
-@folders
+@pytest.mark.hostile("folders")
 def test_cleaning_never_fails_a_save(training, tmp_path, monkeypatch, caplog):
     """As on a network disk, where an open file keeps its folder."""
     out = tmp_path / "out"
@@ -597,7 +596,7 @@ def test_cleaning_never_fails_a_save(training, tmp_path, monkeypatch, caplog):
     assert names_in(out) == {"checkpoint-3"}
 
 
-@folders
+@pytest.mark.hostile("folders")
 def test_later_checkpoints_may_be_links_or_have_been_abandoned_before(training, tmp_path, caplog):
     path = saved(training, 1, 2, 3)
     out, elsewhere = path.parent, tmp_path / "elsewhere"
@@ -611,7 +610,7 @@ def test_later_checkpoints_may_be_links_or_have_been_abandoned_before(training, 
     assert len(digests_of(elsewhere)) > 5 and "in place of an earlier one" in caplog.text
 
 
-@folders
+@pytest.mark.hostile("folders")
 def test_a_rating_is_not_written_through_a_link(training, tmp_path):
     path = saved(training, 1)
     (tmp_path / "mine").write_text("mine")
@@ -699,7 +698,7 @@ else:
 """
 
 
-@checkpoints_kind
+@pytest.mark.hostile("checkpoints")
 def test_ranks_agree_on_what_is_whole(tmp_path):
     """Each rank writes files of its own, and all must resume the same checkpoint."""
     tests = Path(__file__).resolve().parents[1]
