@@ -11,7 +11,6 @@ from lcm_distill.errors import DivergenceError, UsageError
 from lcm_distill.run.checkpoint import list_checkpoints
 from lcm_distill.run.record import digests_of, read_record, write_record
 
-HOSTILE = pytest.mark.hostile("checkpoints")
 STRAY = ("custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl", "pytorch_model.bin", "scheduler.bin", "scaler.pt")
 
 
@@ -20,7 +19,7 @@ def sign(path: Path) -> None:
     write_record(path, record, {name: digest for name, digest in digests_of(path).items() if name != "run.json"})
 
 
-@HOSTILE
+@pytest.mark.hostile("checkpoints")
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_resumed_run_unpickles_nothing(program, command, run, tmp_path):
     """`custom_checkpoint_0.pkl` was executed, in a dry run too."""
@@ -52,7 +51,7 @@ def test_a_resumed_run_unpickles_nothing(program, command, run, tmp_path):
     assert not marker.exists()
 
 
-@HOSTILE
+@pytest.mark.hostile("checkpoints")
 @pytest.mark.parametrize("learning_rate", [1e38, 1e30])
 def test_a_learning_rate_that_ruins_the_weights_leaves_no_checkpoint_of_them_and_no_result(
     learning_rate, command, run, tmp_path
