@@ -85,6 +85,10 @@ def fake_networks() -> Iterator[None]:
         yield
 
 
+def build_optimizer(trained: list[torch.nn.Parameter], case: Case) -> torch.optim.Optimizer:
+    return State(trained, case.use_8bit_adam)
+
+
 class State(torch.optim.Optimizer):
     """What a fused AdamW, or bitsandbytes' with 8-bit state, keeps; neither needs more while it works."""
 
@@ -141,7 +145,7 @@ def _build(case: Case, begin: Callable[[str], None], device: str) -> Callable[[]
     )
     unets.apply_speed_flags(speed, *([unet] if target is None else [student, target, unet]))
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = State(trained, case.use_8bit_adam)
+    optimizer = build_optimizer(trained, case)
     schedule = NoiseSchedule(LCMScheduler(beta_schedule="scaled_linear").alphas_cumprod).to(device)
     solver, consistency = DDIMSolver(schedule, 50), lcd.ConsistencyFunction(schedule)
     batch, states = case.train_batch_size, UNETS[case.teacher]["cross_attention_dim"]
@@ -165,7 +169,7 @@ def _build(case: Case, begin: Callable[[str], None], device: str) -> Callable[[]
     teacher = lora.off if lora else contextlib.nullcontext
     run: Any = SimpleNamespace(accelerator=accelerator, output_dir=None, add_values=lambda **values: None)
     flags = MatchingFlags(dm_weight=1.0, dm_steps=case.dm_steps, dm_rank=case.dm_rank)
-    with mock.patch.object(run_matching, "build_optimizer", lambda given, *_, **__: State(given, case.use_8bit_adam)):
+    with mock.patch.object(run_matching, "build_optimizer", lambda given, *_, **__: build_optimizer(given, case)):
         matching = DistributionMatching(
             run, flags, OptimizationFlags(), fake_score, schedule, guided, teacher, dtype=weights
         )

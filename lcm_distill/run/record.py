@@ -229,10 +229,9 @@ def _loaded_by_earlier_versions(folder: Path, record: Mapping[str, Any]) -> Iter
         yield matching / "fake_score.safetensors"
         yield matching / "training.pt"
     if (folder / "adapter").exists():
-        averaged = record["architecture"].get("--ema_decay above 0")
-        yield from (
-            folder / name / "adapter_model.safetensors" for name in ["adapter", *["adapter_target"] * bool(averaged)]
-        )
+        averaged = record["architecture"].get("--ema_decay above 0") or (folder / "adapter_target").exists()
+        names = ["adapter", "adapter_target"] if averaged else ["adapter"]
+        yield from (folder / name / "adapter_model.safetensors" for name in names)
         return
     for name in ("unet", "unet_target"):
         weights = sorted((folder / name).glob("*.safetensors"))
