@@ -3,10 +3,12 @@
 import importlib
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lcm_distill.errors import UsageError
+from lcm_distill.run import run as run_module
 
 pytestmark = pytest.mark.hostile("folders")
 
@@ -99,11 +101,15 @@ def files(folder: Path) -> list[str]:
     {"train_shards_path_or_url": "nowhere.tar"}, {"report_to": "tensorboard"}, {"caption_column": "nothing"},
     {"mixed_precision": "fp16"}, {"init_student": "nowhere.safetensors"}, {"resume_from_checkpoint": "checkpoint-9"},
 ])  # fmt: skip
-def test_a_refused_run_leaves_no_folder(more, command, run, tmp_path, without_weights):
-    before = files(tmp_path)
+def test_a_refused_run_leaves_no_folder(more, command, run, tmp_path, without_weights, monkeypatch):
+    """Once its process has ended: until then it has the folder's lock."""
+    before, at_exit = files(tmp_path), []
+    monkeypatch.setattr(run_module, "atexit", SimpleNamespace(register=at_exit.append))
     argv = command("new/out", pretrained_teacher_model=str(without_weights), **more)
     with pytest.raises(UsageError):
         run("train_lcm_distill_sd_wds", argv)
+    for function in at_exit:
+        function()
     assert files(tmp_path) == before
 
 
