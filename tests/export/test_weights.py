@@ -9,10 +9,9 @@ import torch
 
 from lcm_distill.errors import DivergenceError
 
-HOSTILE = pytest.mark.hostile("checkpoints")
+pytestmark = pytest.mark.hostile("checkpoints")
 
 
-@HOSTILE
 @pytest.mark.parametrize("value", [math.inf, math.nan, -1e5], ids=str)
 @pytest.mark.parametrize("kind", ["full_student", "lora_student"])
 def test_weights_that_are_not_finite_or_too_large_for_float16_are_not_exported(
