@@ -65,7 +65,9 @@ def main(argv: list[str] | None = None) -> None:
     preparation = Preparation.from_flags(args.preparation)
     teacher = Teacher.from_flags(args.teacher)
     configs = read_configs(teacher, family=family.NAME, resolution=resolution, num_ddim_timesteps=steps)
-    sampler = build_lcm_scheduler(configs.scheduler, steps, distillation.timestep_scaling_factor)
+    sampler = build_lcm_scheduler(
+        configs.scheduler, steps, distillation.timestep_scaling_factor, distillation.top_timestep
+    )
     ddim = build_teacher_sampler(configs.scheduler)
     prompts = check_validation(args.validation, sampler, ddim)
     shape = AdapterShape.from_flags(args.student, configs.unet)
@@ -102,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     # The data, and the objective.
     loader = open_loader(run.streaming, shards, preparation, run.seed, accelerator)
     schedule = NoiseSchedule.from_config(configs.scheduler).to(device)
-    solver = DDIMSolver(schedule, steps)
+    solver = DDIMSolver(schedule, steps, distillation.top_timestep)
     consistency = lcd.ConsistencyFunction(schedule, distillation.timestep_scaling_factor)
     guided = partial(lcd.guided_prediction, unet, schedule, dtype=base_dtype, batch_size=args.speed.teacher_batch_size)
     matching = DistributionMatching(
@@ -142,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
             start, end = solver.timesteps[index], solver.previous_timesteps[index]
 
             # 3 z_{n+k}
-            noisy = schedule.add_noise(latents, noise, start)
+            noisy = solver.add_noise(latents, noise, index)
 
             # 4 teacher with guidance, one solver step: ẑ_n
             with torch.no_grad(), autocast_over(accelerator, base_dtype), lora.off():
