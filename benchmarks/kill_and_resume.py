@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import random
@@ -351,30 +352,19 @@ def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     for program in args.programs:  # once, for all the processes to come
         importlib.import_module(f"train_lcm_distill_{program}_wds")
-    results = []
-    for program in args.programs:
-        for workers in args.workers:
-            for phase in args.phases:
-                with tempfile.TemporaryDirectory() as temporary:
-                    make_shards(Path(temporary) / "shards", shards=3 * args.ranks, samples_per_shard=16, seed=1)
-                    results.append(
-                        challenge(
-                            program,
-                            workers,
-                            phase,
-                            args.kills,
-                            args.steps,
-                            Path(temporary),
-                            args.seed,
-                            args.matching,
-                            args.ranks,
-                        )
-                    )
-                print(json.dumps(results[-1]), flush=True)
-    if args.output:
-        launch = provenance("benchmarks.kill_and_resume", sys.argv[1:])
-        before = json.loads(args.output.read_text())["launches"] if args.output.exists() else []
-        write(args.output, json.dumps({"launches": [*before, launch | {"runs": results}]}, indent=2) + "\n")
+    results: list[dict[str, Any]] = []
+    launches = json.loads(args.output.read_text())["launches"] if args.output and args.output.exists() else []
+    launch = provenance("benchmarks.kill_and_resume", sys.argv[1:])
+    for program, workers, phase in itertools.product(args.programs, args.workers, args.phases):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            make_shards(folder / "shards", shards=3 * args.ranks, samples_per_shard=16, seed=1)
+            results.append(
+                challenge(program, workers, phase, args.kills, args.steps, folder, args.seed, args.matching, args.ranks)
+            )
+        print(json.dumps(results[-1]), flush=True)
+        if args.output:  # after each: what ends this process does not end what was found
+            write(args.output, json.dumps({"launches": [*launches, launch | {"runs": results}]}, indent=2) + "\n")
     good = all(run["bitwise_equal"] and run["killed"] == args.kills and not run["left"] for run in results)
     sys.exit(0 if good else 1)
 
