@@ -70,7 +70,9 @@ def main(argv: list[str] | None = None) -> None:
     prompts = check_validation(args.validation, sampler, ddim)
     shape = AdapterShape.from_flags(args.student, configs.unet)
     architecture = unets.architecture(configs.unet) | shape.architecture()
-    run = Run(PROGRAM, args.launch, args.streaming, architecture, args.flat(), argv=argv)
+    not_given = args.student.not_given
+    run = Run(PROGRAM, args.launch, args.streaming, architecture, args.flat(), argv=argv, not_given=not_given)
+    shape = shape.resumed(run.architecture)
     accelerator, device = run.accelerator, run.accelerator.device
     initial = InitialStudent.find(None if run.resumed else args.student, args.teacher, family, configs.unet)
     preflight = run.inspect(shards, preparation, partial(family.count_tokens, teacher))
