@@ -69,9 +69,10 @@ def build_model_card(
 ) -> ModelCard:
     """A card for a model that was distilled from `base_model`, which is linked when it is a Hub id.
 
-    `relation` is the Hub's word for the model's relation to it: "finetune", "adapter". `usage` is Python code, `note`
-    the text below it, `elsewhere` how to use it in other programs, `picture` a file beside the card, `measured` numbers by a description, `settings` the run's
-    flags. `licence` is the base model's, with the keys of a card's metadata; without one the card names no licence.
+    `relation` is the Hub's word for the model's relation to it: "finetune", "adapter", "merge". `usage` is Python code,
+    `note` the text below it, `elsewhere` how to use it in other programs, `picture` a file beside the card, `measured`
+    numbers by a description, `settings` the run's flags. `licence` is the base model's, with the keys of a card's
+    metadata; without one the card names no licence.
     """
     base = parse_hub_id(base_model)
     known: dict[str, Any] = dict(licence or {}) | ({"base_model_relation": relation} if base else {})

@@ -168,6 +168,24 @@ def _node(kind: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": kind, "inputs": inputs, "_meta": {"title": kind}}
 
 
+def place_workflow(model: Path, workflow: Mapping[str, Any]) -> Path:
+    """Writes the workflow of a `model` file beside it, and returns where.
+
+    That is comfyui_workflow.json, or, where this is another model's, a name that begins with the model's own.
+    """
+    path = model.with_name(WORKFLOW)
+    try:
+        taken = json.loads(path.read_text(encoding="utf-8"))["1"]["inputs"]["ckpt_name"] != model.name
+    except FileNotFoundError:
+        taken = False
+    except (OSError, ValueError, LookupError, TypeError):
+        taken = True
+    if taken:
+        path = model.with_name(f"{model.stem}_{WORKFLOW}")
+    write_workflow(path, workflow)
+    return path
+
+
 def write_workflow(path: Path, workflow: Mapping[str, Any]) -> None:
     """Writes a workflow, under a temporary name until it is complete."""
     partial = path.with_name(f".{path.name}.partial")
