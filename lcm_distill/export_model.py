@@ -241,7 +241,8 @@ def check_output(single_file: str | None, output_dir: str | None, student: Stude
 def _is_ours(path: Path) -> bool:
     """Whether this command has written a file."""
     with contextlib.suppress(OSError, UsageError):
-        return read_metadata(path).get("ss_training_comment", "").startswith(_OURS) and path.is_file()
+        found = read_metadata(path)
+        return found.get("ss_training_comment", "").startswith(_OURS) and "modelspec.merged_from" in found
     return False
 
 
