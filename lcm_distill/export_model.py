@@ -275,7 +275,7 @@ def write_single_file(path: Path, pipeline: Any, dtype: torch.dtype, metadata: M
 def write_pipeline(folder: Path, pipeline: Any, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
     """Writes the folder of a Diffusers pipeline; its networks are then in `dtype`."""
     networks: dict[str, Any] = {n: part for n, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    for name, network in networks.items():
+    for network in networks.values():
         torch.nn.Module.to(network, dtype=dtype)  # Diffusers' own cast warns about modules that are missing
         if hasattr(network, "register_to_config"):
             network.register_to_config(_name_or_path="")  # else the config has a path on this machine

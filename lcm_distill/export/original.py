@@ -213,7 +213,7 @@ def pipeline_tensors(pipeline: Any, dtype: torch.dtype) -> Tensors:
         if scheduler.rescale_betas_zero_snr:
             found["ztsnr"] = torch.zeros(0)
     return {
-        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in found.items()
     }
 

@@ -5,6 +5,7 @@ Imports nothing heavy: the report has it, too.
 
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from lcm_distill.models.code import LoadingCode
 
 WORKFLOW = "comfyui_workflow.json"
+KOHYA_FILE = "kohya_lora_weights.safetensors"
 # What ComfyUI's node and the LCM samplers of A1111 and Forge have built in, by the names of LCMScheduler's config.
 HARD_WIRED = {
     "original_inference_steps": 50,
@@ -84,7 +86,8 @@ def _code(imports: set[str] | frozenset[str], lines: list[str], guidance_scale: 
 
 def export_command(folder: str, file: str, guidance_scale: float) -> str:
     """The command that makes a single file of a full student in `folder`."""
-    return f"python -m lcm_distill.export_model {folder} --single_file {file} --guidance_scale {guidance_scale:g}"
+    words = ["python", "-m", "lcm_distill.export_model", folder, "--single_file", file]
+    return shlex.join([*words, "--guidance_scale", f"{guidance_scale:g}"])
 
 
 def lora_recipe(file: str) -> str:

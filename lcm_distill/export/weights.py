@@ -30,7 +30,6 @@ from lcm_distill.models.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
-KOHYA_FILE = "kohya_lora_weights.safetensors"
 _CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
 # What is uploaded: only what users load (no checkpoints, optimizer states, logs or reports), besides the card and the
 # one picture that it shows.
@@ -100,7 +99,7 @@ def export_full_student(
             name, teacher.code(family.PIPELINE, "unet=unet", **usage.CODE_OPTIONS), guidance_scale
         ),
         note="`guidance_scale` is w + 1, with w the guidance of the LCM paper (arXiv 2310.04378).",
-        elsewhere=lambda title: usage.full_recipe(title, f"{title}.safetensors", guidance_scale),
+        elsewhere=lambda name, title: usage.full_recipe(name, f"{title}.safetensors", guidance_scale),
         hint=usage.usage_hint("full", guidance_scale),
         relation="finetune",
         settings=settings,
@@ -153,8 +152,8 @@ def export_lora_student(
         code=lambda name, teacher: usage.lora_code(name, teacher.code(family.PIPELINE, **usage.CODE_OPTIONS)),
         note="The guidance of the training is in the weights, so use a `guidance_scale` of 1 to 2; above 1, "
         "negative prompts have an effect. It can be combined with a style LoRA by `pipe.set_adapters`, and works on "
-        f"fine-tunes of its teacher. `{KOHYA_FILE}` is the same LoRA for other programs.",
-        elsewhere=lambda title: usage.lora_recipe(KOHYA_FILE),
+        f"fine-tunes of its teacher. `{usage.KOHYA_FILE}` is the same LoRA for other programs.",
+        elsewhere=lambda name, title: usage.lora_recipe(usage.KOHYA_FILE),
         hint=usage.usage_hint("lora"),
         lora=lora,
         relation="adapter",
@@ -208,7 +207,7 @@ def _finish(
     scheduler: LCMScheduler,
     unet_config: Mapping[str, Any],
     code: Callable[[str, Teacher], str],
-    elsewhere: Callable[[str], str],
+    elsewhere: Callable[[str, str], str],
     hint: str,
     settings: Mapping[str, Any],
     lora: Lora | None = None,
@@ -216,8 +215,8 @@ def _finish(
 ) -> None:
     """Writes metadata, workflow and card, and stages the upload.
 
-    `code` makes the card's from the model's name and its teacher, `elsewhere` the text about other programs from its
-    title; `hint` is that of the files' metadata.
+    `code` makes the card's from the model's name and its teacher, `elsewhere` the text about other programs from that
+    name and its title; `hint` is that of the files' metadata.
     """
     if warning := usage.unlike_other_programs(scheduler.config):
         logger.warning("%s.", warning)
@@ -249,7 +248,7 @@ def _finish(
         checkpoint = Path(public_name(teacher.model)).name if lora else title
         workflow = usage.build_workflow(
             f"{checkpoint.removesuffix('.safetensors')}.safetensors",
-            lora=KOHYA_FILE if lora else None,
+            lora=usage.KOHYA_FILE if lora else None,
             resolution=resolution,
             zsnr=bool(scheduler.config.rescale_betas_zero_snr),
             prefix=title,
@@ -259,7 +258,7 @@ def _finish(
             title,
             base_model=teacher.model,
             usage=code(name, shown),
-            elsewhere=elsewhere(title),
+            elsewhere=elsewhere(name, title),
             settings={**settings, "max_train_steps": global_step},
             picture=picture if has_picture else None,
             licence=licence,
@@ -288,7 +287,7 @@ def _describe(folder: Path, description: Description, lora: Lora | None) -> None
     else:
         original = "original" if description.base.startswith("sdxl") else "diffusers"
         for path in (file for part in (".", "target") for file in (folder / part).glob("*lora_weights.safetensors")):
-            layout = original if path.name == KOHYA_FILE else "diffusers"
+            layout = original if path.name == usage.KOHYA_FILE else "diffusers"
             files[path] = description.metadata(layout=layout, lora_rank=lora.config.r)
         for path in (folder / "adapter").glob("*.safetensors"):
             alpha = lora.config.lora_alpha
@@ -340,7 +339,7 @@ def save_lora(folder: Path, lora: Lora, adapter: str, *, family: Family) -> None
     known |= {"ss_network_dim": str(lora.config.r), "ss_network_alpha": str(float(lora.config.r))}
     save_file(
         kohya_weights(weights, lora.unet.config, family),
-        folder / KOHYA_FILE,
+        folder / usage.KOHYA_FILE,
         metadata={"format": "pt", "ss_network_module": "networks.lora", **known},
     )
     respect_umask(*folder.glob("*.safetensors"))
