@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lcm_distill.errors import UsageError
+from lcm_distill.export.original import original_name, unet_modules
 from lcm_distill.export.weights import export_lora_student, save_lora
 from lcm_distill.models import sd
 from lcm_distill.models.families import FAMILIES
@@ -379,6 +380,53 @@ def test_the_kohya_file_generates_the_same(exported, teachers):
         pipeline.load_lora_weights(folder, weight_name=file)
         generated.append(latents(pipeline))
     torch.testing.assert_close(*generated, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("alpha", [64, 1])
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_every_reader_finds_the_strength_that_was_trained(kind, alpha, teachers, tmp_path):
+    """Rank 16 with alpha 64: readers that see tensors alone, and Diffusers before 0.34, took a quarter of it."""
+    unet = load_unet(teachers, kind)
+    lora = Lora(unet, rank=16, alpha=alpha)
+    perturb(lora)
+    save_lora(tmp_path, lora, STUDENT, family=FAMILIES[kind])
+    lora.part().save(tmp_path / "adapter")
+    trained = {}
+    for path, layer in unet.named_modules():
+        if hasattr(layer, "lora_A"):
+            down, up = layer.lora_A[STUDENT].weight.flatten(1), layer.lora_B[STUDENT].weight.flatten(1)
+            trained[path] = (up @ down * alpha / 16).detach()
+    largest = max(float(change.abs().max()) for change in trained.values())
+
+    def agrees(found: dict[str, torch.Tensor]) -> None:
+        assert found.keys() == trained.keys()
+        for path, change in found.items():
+            torch.testing.assert_close(change, trained[path], rtol=5e-3, atol=2e-3 * largest)
+
+    def product(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        return up.float().flatten(1) @ down.float().flatten(1)
+
+    file = load_file(tmp_path / "pytorch_lora_weights.safetensors")  # by tensors alone: B A
+    agrees({p: product(file[f"unet.{p}.lora_B.weight"], file[f"unet.{p}.lora_A.weight"]) for p in trained})
+    kohya = load_file(tmp_path / "kohya_lora_weights.safetensors")
+    assert {float(tensor) for name, tensor in kohya.items() if name.endswith(".alpha")} == {16.0}
+    names = unet_modules(unet.config) if kind == "sdxl" else {}
+    keys = {p: f"lora_unet_{(original_name(p, names) if names else p).replace('.', '_')}" for p in trained}
+    agrees({p: product(kohya[f"{key}.lora_up.weight"], kohya[f"{key}.lora_down.weight"]) for p, key in keys.items()})
+
+    def fused(network: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+        before = load_unet(teachers, kind).state_dict()
+        state = network.state_dict()
+        return {p: (state[f"{p}.weight"] - before[f"{p}.weight"]).flatten(1) for p in trained}
+
+    for name in ("pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors"):  # by Diffusers
+        pipeline = pipeline_of(teachers, kind)
+        pipeline.load_lora_weights(tmp_path, weight_name=name)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+        agrees(fused(pipeline.unet))
+    peft = PeftModel.from_pretrained(load_unet(teachers, kind), tmp_path / "adapter").merge_and_unload()
+    agrees(fused(peft))
 
 
 def test_the_lora_with_a_style_lora_fused_and_unloaded(exported, teachers, tmp_path):
