@@ -11,7 +11,7 @@ By computation this takes 17 GB of a GPU; with --gradient_checkpointing, slower,
 
 The method is that of arXiv 2311.05556. The result generates in 1 to 8 steps, on the teacher and its fine-tunes:
 
-    pipe = DiffusionPipeline.from_pretrained(TEACHER, torch_dtype=torch.float16).to("cuda")
+    pipe = DiffusionPipeline.from_pretrained(TEACHER, dtype=torch.float16).to("cuda")
     pipe.scheduler = LCMScheduler.from_pretrained("lcm-lora-sd15")
     pipe.load_lora_weights("lcm-lora-sd15")
     picture = pipe("a castle at dusk", num_inference_steps=4, guidance_scale=1.0).images[0]

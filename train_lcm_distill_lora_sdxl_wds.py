@@ -13,7 +13,7 @@ accumulation, which is slower, 20 GB.
 
 The method is that of arXiv 2311.05556. The result generates in 1 to 8 steps, on the teacher and its fine-tunes:
 
-    pipe = DiffusionPipeline.from_pretrained(TEACHER, torch_dtype=torch.float16).to("cuda")
+    pipe = DiffusionPipeline.from_pretrained(TEACHER, dtype=torch.float16).to("cuda")
     pipe.scheduler = LCMScheduler.from_pretrained("lcm-lora-sdxl")
     pipe.load_lora_weights("lcm-lora-sdxl")
     picture = pipe("a castle at dusk", num_inference_steps=4, guidance_scale=1.0).images[0]
