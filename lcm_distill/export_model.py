@@ -49,8 +49,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.single_file and not args.output_dir:
         parser.error("pass --single_file FILE.safetensors, --output_dir FOLDER, or both")
-    if args.single_file and not args.single_file.endswith(".safetensors"):
-        parser.error(f"argument --single_file: {args.single_file} does not end in .safetensors")
     return args
 
 
@@ -297,6 +295,8 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
 
     # Mistakes in the flags are reported here, before any weights are loaded.
+    if args.single_file and not args.single_file.endswith(".safetensors"):
+        raise UsageError(f"--single_file {args.single_file} has to end in .safetensors, by which programs know it.")
     student = find_student(args.student, args.cache_dir, flag="STUDENT")
     origin = Origin.find(student.source)
     if student.kind == "lora" and not args.fuse_lora:
