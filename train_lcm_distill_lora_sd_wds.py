@@ -11,7 +11,7 @@ By computation this takes 17 GB of a GPU; with --gradient_checkpointing, slower,
 
 The method is that of arXiv 2311.05556. The result generates in 1 to 8 steps, on the teacher and its fine-tunes:
 
-    pipe = DiffusionPipeline.from_pretrained(TEACHER, torch_dtype=torch.float16).to("cuda")
+    pipe = DiffusionPipeline.from_pretrained(TEACHER, dtype=torch.float16).to("cuda")
     pipe.scheduler = LCMScheduler.from_pretrained("lcm-lora-sd15")
     pipe.load_lora_weights("lcm-lora-sd15")
     picture = pipe("a castle at dusk", num_inference_steps=4, guidance_scale=1.0).images[0]
@@ -72,7 +72,9 @@ def main(argv: list[str] | None = None) -> None:
     prompts = check_validation(args.validation, sampler, ddim)
     shape = AdapterShape.from_flags(args.student, configs.unet)
     architecture = unets.architecture(configs.unet) | shape.architecture()
-    run = Run(PROGRAM, args.launch, args.streaming, architecture, args.flat(), argv=argv)
+    not_given = args.student.not_given
+    run = Run(PROGRAM, args.launch, args.streaming, architecture, args.flat(), argv=argv, not_given=not_given)
+    shape = shape.resumed(run.architecture)
     accelerator, device = run.accelerator, run.accelerator.device
     initial = InitialStudent.find(None if run.resumed else args.student, args.teacher, family, configs.unet)
     preflight = run.inspect(shards, preparation, partial(family.count_tokens, teacher))

@@ -11,8 +11,8 @@ By computation this takes 36 GB of a GPU; with --gradient_checkpointing --use_8b
 
 The method is Algorithm 1 of arXiv 2310.04378. The result generates in 1 to 8 steps:
 
-    unet = UNet2DConditionModel.from_pretrained("lcm-sd15", torch_dtype=torch.float16, variant="fp16")
-    pipe = DiffusionPipeline.from_pretrained(TEACHER, unet=unet, torch_dtype=torch.float16).to("cuda")
+    unet = UNet2DConditionModel.from_pretrained("lcm-sd15", dtype=torch.float16, variant="fp16")
+    pipe = DiffusionPipeline.from_pretrained(TEACHER, unet=unet, dtype=torch.float16).to("cuda")
     pipe.scheduler = LCMScheduler.from_pretrained("lcm-sd15")
     picture = pipe("a castle at dusk", num_inference_steps=4, guidance_scale=8.0).images[0]
 """

@@ -13,8 +13,8 @@ accumulation, which is slower, 47 GB.
 
 The method is Algorithm 1 of arXiv 2310.04378. The result generates in 1 to 8 steps:
 
-    unet = UNet2DConditionModel.from_pretrained("lcm-sdxl", torch_dtype=torch.float16, variant="fp16")
-    pipe = DiffusionPipeline.from_pretrained(TEACHER, unet=unet, torch_dtype=torch.float16).to("cuda")
+    unet = UNet2DConditionModel.from_pretrained("lcm-sdxl", dtype=torch.float16, variant="fp16")
+    pipe = DiffusionPipeline.from_pretrained(TEACHER, unet=unet, dtype=torch.float16).to("cuda")
     pipe.scheduler = LCMScheduler.from_pretrained("lcm-sdxl")
     picture = pipe("a castle at dusk", num_inference_steps=4, guidance_scale=8.0).images[0]
 """

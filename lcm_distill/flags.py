@@ -437,7 +437,12 @@ class LoraFlags(StudentFlags):
     """student and target"""
 
     lora_rank: int = flag(64, "rank of the adapter", type=positive_int)
-    lora_alpha: int = flag(64, "the adapter's change is scaled by this / --lora_rank", type=positive_int)
+    lora_alpha: int | None = flag(
+        None,
+        "the adapter's change is scaled by this / --lora_rank (default: as in the checkpoint that is resumed, else "
+        "--lora_rank, a scale of 1)",
+        type=positive_int,
+    )
     lora_dropout: float = flag(0.0, "dropout in front of the adapter, in the student's pass", type=below_one)
     lora_target_modules: str | None = flag(
         None,
@@ -449,6 +454,12 @@ class LoraFlags(StudentFlags):
         "decay μ of a target adapter, θ⁻ ← μ·θ⁻ + (1−μ)·θ; 0: the target is the student itself, as LCM-LoRA's",
         type=fraction,
     )
+    not_given: frozenset[str] = dataclasses.field(default=frozenset(), init=False)  # what a checkpoint decides
+
+    def __post_init__(self) -> None:
+        if self.lora_alpha is None:
+            object.__setattr__(self, "lora_alpha", self.lora_rank)
+            object.__setattr__(self, "not_given", frozenset({"lora_alpha"}))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -175,7 +175,7 @@ def test_no_function_but_parse_args_and_main_stands_in_two_programs():
 
 def test_args_never_cross_into_the_package():
     """A part of the package takes the group of flags that belongs to it, never all of them."""
-    commands = {"pack_shards", "encode_shards", "sample", "evaluate", "bench_inference", "report"}
+    commands = {"pack_shards", "encode_shards", "sample", "evaluate", "bench_inference", "export_model", "report"}
     for path in (ROOT / "lcm_distill").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
