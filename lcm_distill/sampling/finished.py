@@ -14,6 +14,7 @@ from diffusers import LCMScheduler, UNet2DConditionModel
 from huggingface_hub import file_exists, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from lcm_distill.environment import refused_lora
 from lcm_distill.errors import UsageError, brief
 from lcm_distill.models.families import family_of
 from lcm_distill.models.teacher import Teacher, read_configs
@@ -27,15 +28,20 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def load_teacher(
-    teacher: Teacher, *, device: torch.device | str, dtype: torch.dtype, resolution: int | None = None
+    teacher: Teacher,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    resolution: int | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> Any:
     """The teacher's pipeline on `device`, with DDIM; networks in `dtype` (SDXL's VAE in float32 unless half is safe).
 
-    `UsageError` for a teacher that cannot be loaded, or a `resolution` (pixels; None: not checked) that it cannot
-    generate.
+    `UsageError` for a teacher that cannot be loaded, or a `resolution` (pixels; None: not checked), or one of the
+    `sizes` by their flags, that it cannot generate.
     """
     family = family_of(teacher.read_config(UNet2DConditionModel, "unet"))
-    configs = read_configs(teacher, family=family.NAME, resolution=resolution or 0, num_ddim_timesteps=1)
+    configs = read_configs(teacher, family=family.NAME, resolution=resolution or 0, num_ddim_timesteps=1, sizes=sizes)
     frozen = family.load_frozen(teacher, device=device, dtype=dtype, unet_dtype=dtype)
     return family.build_pipeline(frozen, frozen.unet, build_teacher_sampler(configs.scheduler))
 
@@ -64,7 +70,7 @@ class WeightedLora:
         if path.is_file():
             source, where = str(path.parent), {"weight_name": path.name}
         try:
-            with warnings.catch_warnings():
+            with refused_lora(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # PEFT's warning about a second adapter
                 # use_safetensors: by default Diffusers also loads pickled files, which can run any code.
                 pipeline.load_lora_weights(

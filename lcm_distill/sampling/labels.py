@@ -1,8 +1,8 @@
 """Text of any script in a picture: the fonts that have its characters, lines of a given width, directions.
 
-Pillow's own font has ASCII, DejaVu Sans in `fonts/` the scripts of Europe, Arabic and Hebrew. Other characters come from
-the fonts of the system, found by fontconfig or in the usual folders; if none has them, one warning names the script, and
-they are drawn as boxes. Arabic letters are joined, and lines read from right to left, where Pillow has Raqm.
+Pillow's own font has ASCII, DejaVu Sans in `fonts/` the scripts of Europe, Arabic and Hebrew. Other characters come
+from the fonts of the system, found by fontconfig or in the usual folders; if none has them, one warning names the
+script, and they are drawn as boxes. Where Pillow has Raqm, Arabic letters are joined and lines read from right to left.
 """
 
 import functools
@@ -39,7 +39,7 @@ class _Face(NamedTuple):
     """A font at any size: a file, and its number in a collection; Pillow's own font without a file."""
 
     path: str | None = None
-    index: int = 0
+    number: int = 0
 
 
 _PILLOW = _Face()
@@ -128,15 +128,17 @@ def _clusters(text: str) -> list[str]:
 @functools.cache
 def _font(face: _Face, size: int) -> Any:
     """`OSError` for a file that is no font, or has pictures of other sizes in place of outlines (coloured emoji)."""
-    return ImageFont.load_default(size) if face.path is None else ImageFont.truetype(face.path, size, face.index)
+    return ImageFont.load_default(size) if face.path is None else ImageFont.truetype(face.path, size, face.number)
 
 
 @functools.cache
 def _glyph(face: _Face, char: str) -> tuple[Any, bytes] | None:
     """How a font draws a character alone; None if it cannot be loaded."""
     try:
-        font = ImageFont.truetype(face.path, 32, face.index, layout_engine=ImageFont.Layout.BASIC) if face.path else None
-        mask = (font or ImageFont.load_default(32)).getmask(char)
+        font = ImageFont.load_default(32)
+        if face.path is not None:
+            font = ImageFont.truetype(face.path, 32, face.number, layout_engine=ImageFont.Layout.BASIC)
+        mask = font.getmask(char)
     except (OSError, ValueError):
         return None
     return mask.size, bytes(mask)

@@ -34,7 +34,8 @@ def test_a_smaller_picture_is_smoothed_and_a_larger_one_keeps_its_pixels():
 
 def test_pictures_that_are_not_square_keep_their_shape():
     wide = Image.new("RGB", (96, 48), "red")
-    assert resize_to_cell(wide, 32).size == (32, 16) and resize_to_cell(wide.rotate(90, expand=True), 32).size == (16, 32)
+    assert resize_to_cell(wide, 32).size == (32, 16)
+    assert resize_to_cell(wide.rotate(90, expand=True), 32).size == (16, 32)
     grid = labelled_grid([("a", [wide, wide]), ("b", [wide, wide])], size=64)
     red = [(x, y) for y in range(grid.height) for x in range(grid.width) if grid.getpixel((x, y)) == (255, 0, 0)]
     assert len(red) == 4 * 64 * 32

@@ -112,7 +112,7 @@ def test_a_text_of_two_scripts_may_need_two_fonts(monkeypatch):
 
 @pytest.mark.parametrize(
     "text, expected",
-    [(ARABIC, True), (HEBREW, True), ("2024 " + HEBREW, True), (GERMAN, False), ("狐狸 " + ARABIC, False), ("12", False)],
+    [(ARABIC, True), (HEBREW, True), (f"2024 {HEBREW}", True), (GERMAN, False), (f"狐 {ARABIC}", False), ("12", False)],
 )  # fmt: skip
 def test_the_first_letter_gives_the_direction(text, expected):
     assert is_right_to_left(text) is expected
