@@ -5,7 +5,7 @@
               often, then distribution matching, begun from the first stage's student
     long      the first stage of few alone, for about as long as both take: what matching is compared with
 
-The flags are for batches of 32 pictures of 64 pixels; README has the same recipes for real teachers.
+The flags are for batches of 32 pictures of 64 pixels; docs/reference.md has the same recipes for real teachers.
 """
 
 from dataclasses import dataclass

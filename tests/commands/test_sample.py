@@ -319,7 +319,8 @@ def test_mistakes_in_flags_are_reported_in_one_line(more, words, capsys):
      (["--dtype", "fp16", "--device", "cpu"], "--dtype fp16 needs a GPU"),
      (["--pretrained_teacher_model", "./none"], "--pretrained_teacher_model ./none"),
      (["--resolution", "63"], "--resolution 63"), (["--width", "100"], "--width 100 is not .* 96 and 104"),
-     (["--height", "4", "--width", "64"], "--height 4 is not .* 8 and 8"), (["--teacher_steps", "1001"], "--teacher_steps 1001"),
+     (["--height", "4", "--width", "64"], "--height 4 is not .* 8 and 8"),
+     (["--teacher_steps", "1001"], "--teacher_steps 1001"),
      (["--output_dir", __file__], "--output_dir .* cannot be written"), (["--lora", "./none=2"], "--lora ./none")],
 )  # fmt: skip
 def test_mistakes_are_reported_with_their_flag_before_anything_is_generated(
