@@ -44,7 +44,7 @@ STEPS_OF_README = dict(steps())
 
 def test_the_first_run_is_six_numbered_commands():
     assert [name for name, _ in steps()] == [
-        *("1. Captions", "2. Pack", "3. Dry run", "4. Train", "5. Generate", "6. Export"),
+        *("1. Captions", "2. Pack", "3. Dry run", "4. Train", "5. Generate", "6. Export")
     ]
     assert [len(commands) for _, commands in steps()] == [1] * 6
     (dry,), (train,) = STEPS_OF_README["3. Dry run"], STEPS_OF_README["4. Train"]
