@@ -1,6 +1,6 @@
 """How much GPU memory does a training step take? Computed from the shapes, on any machine: nothing is allocated.
 
-    python -m benchmarks.memory                       # the table of the README: up to half an hour
+    python -m benchmarks.memory                       # the tables of docs/reference.md: up to half an hour
     python -m benchmarks.memory --program lora_sdxl --teacher sdxl --gradient_checkpointing --train_batch_size 2
     python -m benchmarks.memory --flops               # the arithmetic of a step on one picture
     python -m benchmarks.memory --check               # the method against a real step's resident memory, here

@@ -85,6 +85,7 @@ if __name__ == "__main__":
     parse_args()  # --help and mistakes are answered here, before the seconds that the imports below take
 
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -100,6 +101,7 @@ from typing import Any
 
 import torch
 
+from lcm_distill.bars import progress_bar
 from lcm_distill.distributed.compiling import compile_networks
 from lcm_distill.environment import check_writable, choose_device, device_name, memory_errors, quiet_libraries
 from lcm_distill.models.teacher import Teacher
@@ -183,11 +185,13 @@ def measure(
     peaks: dict[tuple[int, int], int] = {}
     for contender in contenders:
         contender.unet.to("cpu")
-    for number in range(warmup + repeats):
-        for turn, contender in enumerate(contenders):
+    rounds = warmup + repeats
+    with progress_bar("timing", unit="batch", total=rounds * len(contenders) * len(batch_sizes), leave=False) as bar:
+        for number, (turn, contender) in itertools.product(range(rounds), enumerate(contenders)):
             pipeline.unet, pipeline.scheduler = contender.unet.to(device), contender.scheduler
             for batch_size in batch_sizes:
                 taken, peak = _time(pipeline, contender, [prompt] * batch_size, resolution)
+                bar.update()
                 if number >= warmup:
                     seconds.setdefault((batch_size, turn), []).append(taken / batch_size)
                     peaks[batch_size, turn] = max(peak, peaks.get((batch_size, turn), 0))

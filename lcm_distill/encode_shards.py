@@ -81,8 +81,8 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from tqdm.auto import tqdm
 
+from lcm_distill.bars import Bar, progress_bar
 from lcm_distill.data.captions import read_captions, read_json
 from lcm_distill.data.encoded import Encoding, read_encoding
 from lcm_distill.data.preflight import inspect_shards
@@ -98,7 +98,7 @@ from lcm_distill.data.raw import (
     list_counts,
     printable,
 )
-from lcm_distill.data.shards import expand_shards, read_shard
+from lcm_distill.data.shards import count_samples, expand_shards, read_shard
 from lcm_distill.data.sources import local_path
 from lcm_distill.data.tar import RESUME_HINT, TarWriter, atomic_tar, new_folder, remove_partials
 from lcm_distill.environment import choose_device, quiet_libraries
@@ -229,7 +229,8 @@ def encode_shards(
                 shapes = {name: array.shape for name, array in first.items()}
                 encoding = replace(encoding, embeddings=shapes, empty_caption=first)
             encoder = Encoder(encoding, preparation, frozen, family, batch_size, num_workers)
-            with tqdm(desc="encoding", unit=" pictures", dynamic_ncols=True, position=rank) as bar:
+            estimate = _Estimate([shard for shard, _ in todo], preparation.caption_column)
+            with progress_bar("encoding", unit="picture", total=estimate.total, position=rank) as bar:
                 for shard, path in todo:
                     if living := remove_partials(out, f"{glob.escape(path.name)}.*"):
                         raise UsageError(
@@ -238,6 +239,7 @@ def encode_shards(
                         )
                     with atomic_tar(path) as tar:
                         samples, dropped = _encode_shard(shard, path.name, encoder, tar, bar, result.not_compared)
+                    bar.total = estimate.after_shard(bar.n)
                     result.shards += 1
                     result.samples += samples
                     result.bytes += tar.size
@@ -245,6 +247,26 @@ def encode_shards(
     except OSError as error:
         raise UsageError(f"OUT {out}: {error.strerror or error}. {RESUME_HINT} once that is fixed") from None
     return result
+
+
+class _Estimate:
+    """How many samples the shards have: exactly for one on a disk, of several by the share that is done.
+
+    Shards count by their sizes, or, where these are not known, as equal: to count all samples, all would be read.
+    """
+
+    def __init__(self, shards: list[str], caption_column: str | None):
+        paths = [local_path(shard) for shard in shards]
+        sizes = [os.path.getsize(path) if path and os.path.isfile(path) else 0 for path in paths]
+        self._weights = sizes if all(sizes) else [1] * len(shards)
+        self._done = 0
+        first = count_samples(shards[:1], caption_column=caption_column) if sizes[0] else None
+        self.total = round(first * sum(self._weights) / self._weights[0]) if first else None
+
+    def after_shard(self, samples: int) -> int:
+        """The total after another shard, with which `samples` have been encoded."""
+        self._done += 1
+        return round(samples * sum(self._weights) / sum(self._weights[: self._done]))
 
 
 def _public_name(model: str) -> str:
@@ -279,7 +301,7 @@ def _find_encoded(out: Path, encoding: Encoding) -> set[str]:
 
 
 def _encode_shard(
-    shard: str, name: str, encoder: Encoder, tar: TarWriter, bar: tqdm, not_compared: Counter
+    shard: str, name: str, encoder: Encoder, tar: TarWriter, bar: Bar, not_compared: Counter
 ) -> tuple[int, dict[str, list[str]]]:
     """Fills `tar` from a shard; returns (the number of its samples, the names of those left out by reason).
 

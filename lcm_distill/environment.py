@@ -116,6 +116,22 @@ def quiet_libraries() -> None:
         logging.getLogger(f"diffusers.{name}").addFilter(_is_relevant)
 
 
+@contextlib.contextmanager
+def refused_lora() -> Iterator[None]:
+    """Inside, Diffusers does not log the tensors of a LoRA that do not fit, hundreds of lines: it also raises them."""
+    library = logging.getLogger("diffusers.loaders.peft")
+    library.addFilter(_is_no_refusal)
+    try:
+        yield
+    finally:
+        library.removeFilter(_is_no_refusal)
+
+
+def _is_no_refusal(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not (message.startswith("Loading ") and "was unsuccessful" in message)
+
+
 def _is_relevant(record: logging.LogRecord) -> bool:
     """False for two intended cases: a sampler made from another's config, a LoRA without a text-encoder part."""
     return not record.getMessage().startswith(("The config attributes", "No LoRA keys associated to CLIPTextModel"))

@@ -51,8 +51,11 @@ class WorkerError(_Message, RuntimeError):
 
 
 def brief(error: BaseException) -> str:
-    """A library's error in one line: its class and the first line of its message."""
-    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:300]}"
+    """A library's error in one line: its class and the first line of its message, or two if that only introduces."""
+    first, *others = (str(error).strip() or "-").splitlines()
+    if first.endswith(":") and others:  # "Error(s) in loading state_dict for UNet2DConditionModel:"
+        first = f"{first} {others[0].strip()}"
+    return f"{type(error).__name__}: {first[:300]}"
 
 
 def run_program(

@@ -113,6 +113,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lcm_distill.bars import progress_bar, say
 from lcm_distill.environment import check_writable, choose_device, device_name, memory_errors, quiet_libraries, versions
 from lcm_distill.models.teacher import Teacher
 from lcm_distill.objective.schedule import build_lcm_scheduler
@@ -121,6 +122,7 @@ from lcm_distill.sampling.finished import Student, find_students, load_teacher, 
 from lcm_distill.sampling.generate import (
     build_teacher_sampler,
     check_steps,
+    count_steps,
     generate_latents,
     read_prompts,
     warn_of_long_prompts,
@@ -164,11 +166,13 @@ def evaluate(
     batch_size: int = 16,
     seed: int = 0,
     shown: int = 8,
+    on_step: Callable[[], object] | None = None,
 ) -> Iterator[EvaluatedRow]:
     """Generates and evaluates row by row: the reference, then the `samplers`, the control, the `students`.
 
     A row has one picture for each of `prompts`; picture i starts from the noise of seed + i. `pipeline` is the
-    teacher's, from `load_teacher`; `make_metrics` receives the reference. `UsageError`, before anything is generated,
+    teacher's, from `load_teacher`; `make_metrics` receives the reference; `on_step` is called after each step of each
+    batch. `UsageError`, before anything is generated,
     for more steps than a sampler can take, and for a student that does not fit the teacher.
     """
     scheduler_config = dict(pipeline.scheduler.config)
@@ -193,6 +197,7 @@ def evaluate(
             guidance_scale=scale,
             resolution=resolution,
             batch_size=batch_size,
+            on_step=on_step,
         ).cpu()
         return GeneratedRow(prompts, latents, count, pipeline.vae), (time.perf_counter() - start) / len(prompts)
 
@@ -320,7 +325,13 @@ def main(argv: list[str] | None = None) -> None:
     titles: dict[str, str] = {}
     rows: list[EvaluatedRow] = []
     steps = list(dict.fromkeys(args.steps))
-    total = 1 + len(steps) * (len(args.samplers) + 1 + len(students))
+    numbers = [args.reference_steps, *steps * (len(args.samplers) + 1 + len(students))]
+    bar = progress_bar(
+        "generating",
+        unit="step",
+        total=sum(count_steps(count, args.batch_size, number) for number in numbers),
+        leave=False,
+    )
     evaluated = evaluate(
         pipeline,
         students,
@@ -335,6 +346,7 @@ def main(argv: list[str] | None = None) -> None:
         batch_size=args.batch_size,
         seed=args.seed,
         shown=args.shown,
+        on_step=bar.update,
     )
     settings = {
         "teacher": args.pretrained_teacher_model,
@@ -349,11 +361,11 @@ def main(argv: list[str] | None = None) -> None:
         "reference": "real pictures" if real else f"DDIM, {args.reference_steps} steps",
     }
     try:
-        with memory_errors("use a smaller --batch_size or --resolution."):
+        with bar, memory_errors("use a smaller --batch_size or --resolution."):
             for row in evaluated:
                 rows.append(row)
                 metrics = "  ".join(f"{name} {format_number(value)}" for name, value in row.values.items())
-                print(f"{len(rows):3d} of {total}  {row.label:32s} {metrics}", flush=True)
+                say(f"{len(rows):3d} of {len(numbers)}  {row.label:32s} {metrics}")
     finally:  # rows are also written when the evaluation is interrupted
         if rows:
             write_results(rows, titles, steps, settings, Path(args.output_dir), prompts[: args.shown])

@@ -5,6 +5,7 @@
     python -m lcm_distill.sample … --student lcm-lora-sd15 --prompts prompts.txt --sweep
     python -m lcm_distill.sample … --student lcm-lora-sd15 --lora a-style-lora=0.8 --lcm_lora_scale 1.0
     python -m lcm_distill.sample … --student lcm-sd15 --init_image photo.jpg --strength 0.5
+    python -m lcm_distill.sample … --student lcm-sd15 --width 768 --height 512
 
 A student is a full LCM (the output folder of a distillation, a checkpoint of one, a U-Net, a pipeline's folder) or an
 LCM-LoRA (a folder, a checkpoint, a .safetensors file), local or on the Hub. The grid has a row for each model, number
@@ -89,12 +90,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=None,
         help="side of the pictures in pixels (default: what the teacher's U-Net was trained for)",
     )
+    for side in ("width", "height"):
+        group.add_argument(
+            f"--{side}",
+            type=flags.positive_int,
+            default=None,
+            help=f"{side} of the pictures in pixels, a multiple of 8 (default: --resolution)",
+        )
     group.add_argument(
         "--init_image",
         type=flags.path,
         default=None,
         metavar="PICTURE",
-        help="a picture to start from (img2img), cropped to a square of --resolution",
+        help="a picture to start from (img2img), cropped to --width and --height",
     )
     group.add_argument(
         "--strength",
@@ -150,6 +158,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.strength is not None and args.init_image is None:
         parser.error("argument --strength: it needs --init_image, the picture to start from")
+    if args.width and args.height and args.resolution:
+        parser.error("argument --resolution: it is the side that --width or --height leaves open; both are given")
     if args.steps is None:
         args.steps = SWEEP_STUDENT_STEPS if args.sweep else STUDENT_STEPS
     if args.teacher_steps is None:
@@ -169,13 +179,14 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from lcm_distill.bars import progress_bar, say
 from lcm_distill.data.decode import decode_picture
 from lcm_distill.data.raw import BadSample
 from lcm_distill.environment import check_writable, choose_device, memory_errors, quiet_libraries
@@ -184,6 +195,7 @@ from lcm_distill.models.vae import decode_latents
 from lcm_distill.sampling.finished import (
     Student,
     WeightedLora,
+    check_same_teacher,
     find_students,
     load_teacher,
     native_resolution,
@@ -192,6 +204,7 @@ from lcm_distill.sampling.finished import (
 from lcm_distill.sampling.generate import (
     build_teacher_sampler,
     check_steps,
+    count_steps,
     generate_from_picture,
     generate_latents,
     read_prompts,
@@ -334,9 +347,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     check_writable(args.output_dir)
     teacher = Teacher.from_flags(flags.take(flags.TeacherFlags, args))
-    pipeline = load_teacher(teacher, device=device, dtype=dtype, resolution=args.resolution)
+    sides = {f"--{side}": value for side, value in (("width", args.width), ("height", args.height)) if value}
+    pipeline = load_teacher(teacher, device=device, dtype=dtype, resolution=args.resolution, sizes=sides)
     pipeline.scheduler = build_teacher_sampler(pipeline.scheduler.config, args.teacher_sampler)
-    resolution = args.resolution or native_resolution(pipeline)
+    resolution = args.resolution or (0 if len(sides) == 2 else native_resolution(pipeline))
+    size = (args.width or resolution, args.height or resolution)
     for row in rows:
         sampler = row.student.sampler(pipeline.scheduler.config) if row.student else pipeline.scheduler
         check_steps("--steps" if row.student else "--teacher_steps", row.steps, sampler, strength)
@@ -344,15 +359,21 @@ def main(argv: list[str] | None = None) -> None:
         guided = {row.model for row in rows if row.negative_prompt is not None}
         for model in dict.fromkeys(row.model for row in rows if row.model not in guided):
             print(f"{model} ignores --negative_prompt, which needs a second pass, at a guidance scale above 1")
+    check_students(pipeline, dict.fromkeys(row.student for row in rows if row.student), loras)
 
     # Each row has a picture for each prompt and seed.
-    common: dict[str, Any] = {"resolution": resolution, "loras": {lora.source: lora.weight for lora in loras}}
+    common: dict[str, Any] = {"width": size[0], "height": size[1]}
+    if size[0] == size[1]:
+        common["resolution"] = size[0]
+    common["loras"] = {lora.source: lora.weight for lora in loras}
     if init_image is not None:
-        init_image = ImageOps.fit(init_image, (resolution, resolution), Image.Resampling.LANCZOS)
+        init_image = ImageOps.fit(init_image, size, Image.Resampling.LANCZOS)
         common |= {"init_image": args.init_image, "strength": strength}
     warn_of_long_prompts(pipeline, prompts)
     columns = [(number, prompt, seed) for number, prompt in enumerate(prompts, 1) for seed in seeds]
     folder, grid = PictureFolder(Path(args.output_dir)), list[tuple[str, list[Image.Image]]]()
+    steps = sum(count_steps(len(columns), args.batch_size, row.steps) for row in rows)
+    bar = progress_bar("generating", unit="step", total=steps, leave=False)
     generated = generate_rows(
         pipeline,
         rows,
@@ -360,15 +381,16 @@ def main(argv: list[str] | None = None) -> None:
         [seed for _, _, seed in columns],
         init_image=init_image,
         strength=strength,
-        resolution=resolution,
+        size=size,
         batch_size=args.batch_size,
         lcm_lora_scale=args.lcm_lora_scale,
         loras=loras,
+        on_step=bar.update,
     )
-    with memory_errors("use a smaller --batch_size or --resolution."):
+    with bar, memory_errors("use a smaller --batch_size or --resolution."):
         for label, (row, pictures, seconds) in zip(row_labels(rows, args.teacher_sampler), generated, strict=True):
-            print(f"{label}: {len(columns)} in {seconds:.1f} s", flush=True)
-            grid.append((label, [resize_to_cell(picture, min(MAX_CELL, resolution)) for picture in pictures]))
+            say(f"{label}: {len(columns)} in {seconds:.1f} s")
+            grid.append((label, [resize_to_cell(picture, min(MAX_CELL, max(size))) for picture in pictures]))
             settings: dict[str, Any] = {
                 "model": row.model,
                 "source": row.student.source if row.student else args.pretrained_teacher_model,
@@ -391,6 +413,21 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{out / 'grid.png'}, and {len(folder.listed)} pictures in {out / 'pictures'}")
 
 
+def check_students(pipeline: Any, students: Iterable[Student], loras: Sequence[WeightedLora]) -> None:
+    """`UsageError` for a student or one of the `loras` that does not fit the teacher in `pipeline`.
+
+    Before anything is generated: the teacher's rows, which are the first, may take minutes.
+    """
+    for student in students:
+        if student.kind == "full":
+            check_same_teacher(student.load_config(), pipeline.unet.config, f"{student.flag} {student.source}")
+        else:
+            with student.installed_in(pipeline):
+                pass
+    with with_loras(pipeline, loras):
+        pass
+
+
 def generate_rows(
     pipeline: Any,
     rows: Sequence[GridRow],
@@ -399,14 +436,16 @@ def generate_rows(
     *,
     init_image: Image.Image | None = None,
     strength: float = 1.0,
-    resolution: int,
+    size: tuple[int, int],
     batch_size: int,
     lcm_lora_scale: float = 1.0,
     loras: Sequence[WeightedLora] = (),
+    on_step: Callable[[], object] | None = None,
 ) -> Iterator[tuple[GridRow, list[Image.Image], float]]:
     """Yields each row with its pictures, one for each prompt and its seed, and the seconds that they took.
 
-    `pipeline` is the teacher's, with the teacher's sampler. With `init_image`, of the size to generate, it is img2img.
+    `pipeline` is the teacher's, with the teacher's sampler; `size` is (width, height). With `init_image`, of that size,
+    it is img2img. `on_step` is called after each step of each batch.
     """
     for student, student_rows in itertools.groupby(rows, lambda row: row.student):
         with contextlib.ExitStack() as stack:
@@ -421,9 +460,10 @@ def generate_rows(
                     guidance_scale=row.guidance_scale,
                     negative_prompt=row.negative_prompt,
                     batch_size=batch_size,
+                    on_step=on_step,
                 )
                 if init_image is None:
-                    latents = generate_latents(pipeline, prompts, seeds, resolution=resolution, **options)
+                    latents = generate_latents(pipeline, prompts, seeds, resolution=size, **options)
                 else:
                     latents = generate_from_picture(pipeline, init_image, prompts, seeds, strength=strength, **options)
                 pictures = decode_latents(pipeline.vae, latents, batch_size=1)  # one takes gigabytes at 1024 pixels

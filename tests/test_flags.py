@@ -138,8 +138,9 @@ def test_the_documented_commands_parse_and_recompute_nothing_needlessly(program)
     """They passed --gradient_checkpointing on every card: the student's pass was computed twice for nothing."""
     script = f"{PROGRAMS[program].PROGRAM}.py"
     documented = commands_in(PROGRAMS[program].__doc__)
-    documented += [argv for argv in commands_in((ROOT / "README.md").read_text()) if argv[0] == script]
-    assert len(documented) == (2 if program == "sd" else 1)
+    pages = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/reference.md")]
+    documented += [argv for page in pages for argv in commands_in(page) if argv[0] == script]
+    assert len(documented) == {"sd": 2, "lora_sd": 3}.get(program, 1)  # LoRA: a dry run, too
     for name, *argv in documented:
         args = PROGRAMS[program].parse_args(argv)
         assert name == script and args.launch.mixed_precision == "bf16"

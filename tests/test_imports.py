@@ -15,7 +15,7 @@ COMMANDS = ("pack_shards", "encode_shards", "sample", "evaluate", "bench_inferen
 ORDER = (
     ("redaction", "launcher"),
     ("errors",),
-    ("flags", "locks"),
+    ("flags", "locks", "bars"),
     ("environment",),
     ("objective", "distributed", "data"),
     ("models",),

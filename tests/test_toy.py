@@ -3,17 +3,21 @@
 import io
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import webdataset
+from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 from lcm_distill.errors import UsageError
 from toy import make_shards as shards_module
 from toy import score
 from toy.make_shards import make_shards
+from toy.train_teacher import save_teacher
 from toy.world import ALL_SCENES, BACKGROUNDS, COLOURS, Scene, draw
 
 
@@ -346,3 +350,33 @@ def test_mistakes_in_a_folder_are_reported(tmp_path, capsys):
     assert "1.png has no caption" in message(folder)
     (folder / "0.jpg").write_bytes(b"no picture")
     assert "0.jpg cannot be read" in message(folder)
+
+
+# ----------------------------------------------------------------------------------------- the teachers
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_teacher_generates_in_a_plain_pipeline_on_a_cpu(family, teachers):
+    """Its text encoders' configs said float16, in which Transformers loaded them, beside a U-Net in float32."""
+    pipeline = DiffusionPipeline.from_pretrained(teachers[family])
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 1, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+    plain = pipeline("a large red circle on a black background", **options).images
+    assert plain.dtype == torch.float32 and plain.isfinite().all()
+    asked = DiffusionPipeline.from_pretrained(teachers[family], torch_dtype=torch.float32)
+    for name in ("unet", "vae", "text_encoder", *["text_encoder_2"] * (family == "sdxl")):
+        own, other = (getattr(one, name).state_dict() for one in (pipeline, asked))
+        assert own.keys() == other.keys() and all(torch.equal(own[key], other[key]) for key in own), name
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_teacher_is_saved_in_half_precision_as_the_committed_ones_are(family, teachers, tmp_path):
+    save_teacher(DiffusionPipeline.from_pretrained(teachers[family], torch_dtype=torch.float32), tmp_path)
+    for committed in sorted(Path(teachers[family]).glob("*/*")):
+        saved = tmp_path / committed.relative_to(teachers[family])
+        if committed.suffix == ".safetensors":
+            ours, theirs = load_file(saved), load_file(committed)
+            assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+            assert {tensor.dtype for tensor in ours.values()} == {torch.float16}
+        elif committed.parent.name.startswith("text_encoder"):
+            assert json.loads(saved.read_text())["dtype"] == json.loads(committed.read_text())["dtype"] == "float32"

@@ -5,7 +5,8 @@
 
 A student is the output folder of a distillation of a toy teacher: a U-Net, or a LoRA. This is
 `lcm_distill.evaluate` for both toy teachers at once, with captions of the toy world and their metrics, caption accuracy
-and Fréchet distance (`toy.score`). A LoRA generates at guidance_scale 1, since its guidance is in its weights.
+and Fréchet distance (`toy.score`). A LoRA generates at guidance_scale 1, since its guidance is in its weights. The
+README's table and picture are `wide_table.md` and `evaluation.jpg` in the output folder.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from safetensors import safe_open
 
 from lcm_distill import evaluate, flags
@@ -95,6 +97,31 @@ def compare(
     return rows
 
 
+def wide_table(rows: Sequence[EvaluatedRow]) -> str:
+    """The README's table, in Markdown: a line for each model, its accuracies at all steps, then its distances."""
+    accuracy, distance = "caption_accuracy", "frechet_distance"
+    lines = ["| model | " + " | ".join(map(str, STEPS)) + f" | Fréchet at {' | '.join(map(str, STEPS))} |"]
+    lines += ["|---" * (1 + 2 * len(STEPS)) + "|"]
+    found = {(row.model, row.steps): row.values for row in rows if not row.is_reference}
+    references = {row.model: row for row in rows if row.is_reference}
+    for model in dict.fromkeys(model for model, _ in found):
+        teacher, _, name = model.partition(" ")
+        label = f"{teacher} teacher, {name}" if name in SAMPLERS else model if name == CONTROL else f"**{model}**"
+        if model in references:
+            values = references[model].values
+            steps = references[model].steps
+            label += f" ({_share(values[accuracy])} and {values[distance]:.0f} at {steps} steps)"
+        cells = [_share(found[model, steps][accuracy]) for steps in STEPS]
+        cells += [f"{found[model, steps][distance]:.0f}" for steps in STEPS]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _share(value: float) -> str:
+    """A number from 0 to 1 with two digits, as .93."""
+    return f"{value:.2f}".removeprefix("0")
+
+
 def verdict(rows: Sequence[EvaluatedRow]) -> list[str]:
     """Lines that compare each student's caption error at 2 and 4 steps with the control's and the teacher's."""
     error = {(row.model, row.steps): 1 - row.values["caption_accuracy"] for row in rows}
@@ -124,7 +151,10 @@ def main(argv: list[str] | None = None) -> list[EvaluatedRow]:
     rows = compare(args.student, count=args.count, guidance_scale=args.guidance_scale, seed=args.seed)
     settings = {"pictures": args.count, "guidance_scale": args.guidance_scale, "seed": args.seed}
     evaluate.write_results(rows, TITLES, STEPS, settings, args.output_dir, real_pictures(10, args.seed)[1])
+    (args.output_dir / "wide_table.md").write_text(wide_table(rows) + "\n", encoding="utf-8")
     picture = args.output_dir / "evaluation.png"
+    with Image.open(picture) as grid:
+        grid.save(picture.with_suffix(".jpg"), quality=85)
     print("", evaluate.format_tables(rows, TITLES, STEPS), "", *verdict(rows), f"\npicture: {picture}", sep="\n")
     return rows
 

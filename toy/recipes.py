@@ -6,7 +6,7 @@
     lower     the first stage of few alone, for about as long as both take: what matching is compared with
     long      the same from the last timestep: what consistency distillation reaches without --top_timestep
 
-The flags are for batches of 32 pictures of 64 pixels; README has the same recipes for real teachers.
+The flags are for batches of 32 pictures of 64 pixels; docs/reference.md has the same recipes for real teachers.
 """
 
 from dataclasses import dataclass

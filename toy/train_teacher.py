@@ -331,6 +331,18 @@ def build_pipeline(family: str, vae, unet, conditioner: Conditioner, tokenizer: 
     )
 
 
+def save_teacher(pipeline, folder: Path) -> None:
+    """Saves a teacher in half precision, to be loaded in float32 unless another dtype is asked for.
+
+    Transformers writes the precision of a text encoder's file into its config, and `from_pretrained` without a dtype
+    then loads it in that, Diffusers' networks in float32: such a pipeline fails at its first matrix product.
+    """
+    pipeline.to(torch.float16).save_pretrained(folder)
+    for path in sorted(folder.glob("text_encoder*/config.json")):
+        config = json.loads(path.read_text()) | {"dtype": "float32"}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def teacher_accuracy(pipeline, count: int, steps: int = 50, guidance_scale: float = 3.0, seed: int = 0) -> float:
     """Caption accuracy of `count` pictures that the teacher draws with DDIM, in [0, 1]."""
     from toy.score import Scorer, caption_accuracy
@@ -393,8 +405,7 @@ def main(argv: list[str] | None = None) -> None:
         pictures=args.pictures,
         seed=args.seed,
     )
-    pipeline = build_pipeline(args.family, vae, unet, conditioner, tokenizer).to(torch.float16)
-    pipeline.save_pretrained(output_dir)
+    save_teacher(build_pipeline(args.family, vae, unet, conditioner, tokenizer), output_dir)
     print(f"{output_dir}: trained in {(time.perf_counter() - started) / 60:.0f} minutes")
 
     accuracy = teacher_accuracy(kind.from_pretrained(output_dir, torch_dtype=torch.float32), 256)

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from PIL import Image
-from tqdm.auto import tqdm
 
+from lcm_distill.bars import progress_bar
 from lcm_distill.data.budget import BUDGET
 from lcm_distill.data.captions import CAPTION_EXTENSIONS, CAPTION_KEYS, clean_text
 from lcm_distill.data.colour import to_srgb
@@ -146,7 +146,7 @@ def find_pictures(images: str, out: str, caption_column: str | None = None) -> t
     other_files: Counter = Counter()
     skipped: Skipped = defaultdict(list)
     out = os.path.realpath(out)
-    bar = tqdm(desc="searching", unit=" pictures", leave=False, delay=1, dynamic_ncols=True)
+    bar = progress_bar("searching", unit="picture", leave=False, delay=1)
     for folder, folders, names in _walk(images):
         prefix = os.path.relpath(os.path.join(folder, "x"), images)[:-1]
         visible = [name for name in folders if not name.startswith(".")]
@@ -628,7 +628,7 @@ def _write_shards(
     with processes as pool:
         try:
             pending = {pool.submit(_write_shard, task) for task in tasks}
-            with tqdm(desc="packing", unit=" pictures", total=pictures, initial=earlier, dynamic_ncols=True) as bar:
+            with progress_bar("packing", unit="picture", total=pictures, initial=earlier) as bar:
                 while pending:
                     finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
                     bar.update(earlier + num_done.value - bar.n)

@@ -403,14 +403,16 @@ def _from_folder(kind: Any, model: str, dtype: torch.dtype, **where: Any) -> tor
     return part
 
 
-def read_configs(teacher: Teacher, *, family: str, resolution: int, num_ddim_timesteps: int) -> TeacherConfigs:
+def read_configs(
+    teacher: Teacher, *, family: str, resolution: int, num_ddim_timesteps: int, sizes: Mapping[str, int] | None = None
+) -> TeacherConfigs:
     """Reads the configs of `teacher` and checks that the programs of `family`, "sd" or "sdxl", can use them.
 
     Tokenizers, too; no weights. `UsageError` if there is no such model, it is not one that `support` knows, it is of
     the other family or already an LCM, a part of it does not fit another, its scheduler is not of a discrete schedule
-    of betas or its prediction type does not fit that, `resolution` (pixels) is not a multiple of the VAE's factor, or
-    the solver's grid is finer than the training timesteps. A separate VAE that scales latents unlike the teacher's own
-    is logged.
+    of betas or its prediction type does not fit that, `resolution` or one of the `sizes`, by their flags, is not a
+    multiple of the VAE's factor (in pixels), or the solver's grid is finer than the training timesteps. A separate VAE
+    that scales latents unlike the teacher's own is logged.
     """
     name = str(teacher)
     _check_pipeline(teacher)
@@ -442,11 +444,12 @@ def read_configs(teacher: Teacher, *, family: str, resolution: int, num_ddim_tim
         _compare_vaes(teacher, vae)
 
     factor = math.lcm(8, vae_factor(vae))  # the pipelines need a multiple of 8 whatever the VAE
-    if resolution % factor:
-        raise UsageError(
-            f"--resolution {resolution} is not a multiple of {factor}, which the VAE and the pipelines need; "
-            f"the nearest are {resolution // factor * factor or factor} and {-(-resolution // factor) * factor}."
-        )
+    for flag, pixels in {"--resolution": resolution, **(sizes or {})}.items():
+        if pixels % factor:
+            raise UsageError(
+                f"{flag} {pixels} is not a multiple of {factor}, which the VAE and the pipelines need; "
+                f"the nearest are {pixels // factor * factor or factor} and {-(-pixels // factor) * factor}."
+            )
     train_timesteps = scheduler.get("num_train_timesteps", 1000)
     if num_ddim_timesteps > train_timesteps:
         raise UsageError(

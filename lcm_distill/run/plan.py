@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from lcm_distill.errors import UsageError
 from lcm_distill.export.usage import unlike_other_programs
-from lcm_distill.flags import LengthFlags, OptimizationFlags
+from lcm_distill.flags import DistillationFlags, LengthFlags, OptimizationFlags
 from lcm_distill.run.checkpoint import changed_flags
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,23 @@ def plan_training(
     )
 
 
+def warn_of_public_defaults(flags: Mapping[str, Any]) -> None:
+    """Logs a warning if a full student is to be trained at the default learning rate; `flags` are all, by name.
+
+    The defaults are those of the public programs, whose own example commands give a full U-Net others.
+    """
+    if "lora_rank" in flags or flags.get("learning_rate") != OptimizationFlags.learning_rate:
+        return
+    left, better = f"--learning_rate {flags['learning_rate']:g}", "--learning_rate 1e-6"
+    if flags.get("loss_type") == DistillationFlags.loss_type:
+        left, better = f"{left} and --loss_type {flags['loss_type']}", f"{better} --loss_type huber"
+    logger.warning(
+        "%s: the default, as in the public programs, where it suits a LoRA; recommended for a full U-Net: %s",
+        left,
+        better,
+    )
+
+
 def log_plan(
     plan: TrainingPlan,
     accelerator: Accelerator,
@@ -79,6 +96,8 @@ def log_plan(
 ) -> None:
     """Logs the plan, and which flags have changed since the checkpoint that is resumed."""
     first = resumed.get("global_step", 0)
+    if not checkpoint:
+        warn_of_public_defaults(run["flags"])
     if checkpoint:
         logger.info("resumed from %s at step %d", checkpoint, first)
         for change in changed_flags(resumed, run["flags"]):

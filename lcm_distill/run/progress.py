@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 
+from lcm_distill.bars import progress_bar
 from lcm_distill.data.loader import ShardLoader
 from lcm_distill.data.stream import DropCounter
 from lcm_distill.distributed.fsdp import gather
@@ -41,13 +41,8 @@ class Progress:
         self._journal = journal
         self._output_dir = output_dir
         self._total, self._initial = total, initial
-        self._bar = tqdm(
-            total=total,
-            initial=initial,
-            desc="steps",
-            unit="step",
-            dynamic_ncols=True,
-            disable=not accelerator.is_main_process,
+        self._bar = progress_bar(
+            "steps", unit="step", total=total, initial=initial, disable=not accelerator.is_main_process
         )
         self._dropped = DropCounter()
         self._warned_at = 0

@@ -12,12 +12,13 @@ import torch
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 
+from lcm_distill.bars import progress_bar
 from lcm_distill.distributed.fsdp import free_gathered, is_split
 from lcm_distill.errors import DivergenceError
 from lcm_distill.flags import DistillationFlags, ValidationFlags
 from lcm_distill.models.vae import decode_latents
 from lcm_distill.run.trackers import log_pictures
-from lcm_distill.sampling.generate import check_steps, generate_latents, read_prompts, warn_of_long_prompts
+from lcm_distill.sampling.generate import check_steps, count_steps, generate_latents, read_prompts, warn_of_long_prompts
 from lcm_distill.sampling.grid import labelled_grid
 from lcm_distill.sampling.metrics import relative_distance
 
@@ -115,7 +116,9 @@ class Validation:
             return distances
         if self._accelerator.is_main_process or is_split(self._accelerator):
             with self._all_loaded():
-                fresh = self._generate(distances, problems)
+                main = self._accelerator.is_main_process
+                with progress_bar("validating", unit="step", total=self._count(), leave=False, disable=not main) as bar:
+                    fresh = self._generate(distances, problems, bar.update)
             if self._output_dir is not None and self._accelerator.is_main_process:
                 self._write(self._teacher_row | fresh, global_step)
                 log_pictures(self._accelerator, fresh, global_step)
@@ -138,12 +141,24 @@ class Validation:
             logger.error("%s The run continues.", message)
         return distances
 
-    def _generate(self, distances: dict[str, float], problems: list[str]) -> dict[str, list[Image.Image]]:
+    def _student_steps(self) -> list[int]:
+        """The numbers of steps in which each student generates: those of its pictures, and that of the distance."""
+        return list(dict.fromkeys([*self._inference_steps, *[1] * bool(self._teacher_steps)]))
+
+    def _count(self) -> int:
+        """How many steps `_generate` takes, of all networks and batches."""
+        steps = [] if self._teacher_row else [self._teacher_steps]
+        steps += self._student_steps() * len(self._pipelines)
+        return sum(count_steps(len(self._prompts), self._batch_size, number) for number in steps)
+
+    def _generate(
+        self, distances: dict[str, float], problems: list[str], on_step: Callable[[], object]
+    ) -> dict[str, list[Image.Image]]:
         """The rows generated now; fills `distances`, and `problems` with what is not finite."""
         fresh: dict[str, list[Image.Image]] = {}
         if self._teacher_steps and not self._teacher_row:
             pipeline = self._teacher()
-            self._ends = self._latents("teacher", pipeline, self._teacher_steps, self._teacher_guidance_scale)
+            self._ends = self._latents("teacher", pipeline, self._teacher_steps, self._teacher_guidance_scale, on_step)
             row = f"teacher, {_steps_in_words(self._teacher_steps)}"
             fresh[row] = self._decode(pipeline, self._ends, row, problems)
             self._teacher_row = dict(fresh)
@@ -153,8 +168,8 @@ class Validation:
             if self._check_length:
                 warn_of_long_prompts(pipeline, self._prompts)
                 self._check_length = False
-            for steps in dict.fromkeys([*self._inference_steps, *measured]):
-                latents = self._latents(label, pipeline, steps, self._guidance_scale)
+            for steps in self._student_steps():
+                latents = self._latents(label, pipeline, steps, self._guidance_scale, on_step)
                 if steps in self._inference_steps:
                     row = f"{label}, {_steps_in_words(steps)}"
                     fresh[row] = self._decode(pipeline, latents, row, problems)
@@ -164,7 +179,9 @@ class Validation:
                         problems.append(f"{label}: the distance to the teacher is {distance}")
         return fresh
 
-    def _latents(self, label: str, pipeline: Any, steps: int, guidance_scale: float) -> torch.Tensor:
+    def _latents(
+        self, label: str, pipeline: Any, steps: int, guidance_scale: float, on_step: Callable[[], object]
+    ) -> torch.Tensor:
         # Compiled networks run uncompiled here: another batch size and resolution would be compiled anew.
         eager = torch.compiler.set_stance("force_eager")
         with eager, self._accelerator.autocast(), self._contexts.get(label, contextlib.nullcontext)():
@@ -176,6 +193,7 @@ class Validation:
                 guidance_scale=guidance_scale,
                 resolution=self._resolution,
                 batch_size=self._batch_size,
+                on_step=on_step,
             )
         free_gathered(pipeline.unet)
         return latents.cpu()

@@ -15,6 +15,7 @@ from huggingface_hub import file_exists, snapshot_download, try_to_load_from_cac
 from huggingface_hub.errors import HFValidationError
 from safetensors.torch import load_file
 
+from lcm_distill.environment import refused_lora
 from lcm_distill.errors import UsageError, brief
 from lcm_distill.models.families import family_of
 from lcm_distill.models.files import parse_object
@@ -33,15 +34,20 @@ PARTS = ("unet", "unet_target", "target", "adapter", "adapter_target")
 
 
 def load_teacher(
-    teacher: Teacher, *, device: torch.device | str, dtype: torch.dtype, resolution: int | None = None
+    teacher: Teacher,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    resolution: int | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> Any:
     """The teacher's pipeline on `device`, with DDIM; networks in `dtype` (SDXL's VAE in float32 unless half is safe).
 
-    `UsageError` for a teacher that cannot be loaded, or a `resolution` (pixels; None: not checked) that it cannot
-    generate.
+    `UsageError` for a teacher that cannot be loaded, or a `resolution` (pixels; None: not checked), or one of the
+    `sizes` by their flags, that it cannot generate.
     """
     family = family_of(teacher.read_config(UNet2DConditionModel, "unet"))
-    configs = read_configs(teacher, family=family.NAME, resolution=resolution or 0, num_ddim_timesteps=1)
+    configs = read_configs(teacher, family=family.NAME, resolution=resolution or 0, num_ddim_timesteps=1, sizes=sizes)
     frozen = family.load_frozen(teacher, device=device, dtype=dtype, unet_dtype=dtype)
     return family.build_pipeline(frozen, frozen.unet, build_teacher_sampler(configs.scheduler))
 
@@ -95,7 +101,7 @@ class WeightedLora:
         """Loads it into `pipeline` as `adapter`; `UsageError` if it cannot be loaded or does not fit."""
         try:
             source, where = lora_source(self.source)
-            with warnings.catch_warnings():
+            with refused_lora(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # PEFT's warning about a second adapter
                 # use_safetensors: by default Diffusers also loads pickled files, which can run any code.
                 pipeline.load_lora_weights(

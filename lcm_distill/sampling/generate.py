@@ -62,27 +62,30 @@ def generate_latents(
     *,
     inference_steps: int,
     guidance_scale: float,
-    resolution: int,
+    resolution: int | tuple[int, int],
     batch_size: int,
     negative_prompt: str | None = None,
+    on_step: Callable[[], object] | None = None,
 ) -> torch.Tensor:
     """Latents `[N, C, h, w]`, one for each prompt and its seed, from a pipeline of either family; not yet decoded.
 
+    `resolution` is the side of the pictures in pixels, or their (width, height).
     All randomness comes from each picture's seed, on the CPU: the initial noise in float32, then what the sampler
     draws. So a picture depends neither on the device nor on the batch or the other pictures, and different samplers and
     networks start from the same noise. Under autocast, sampling is in float32 and only the U-Net's products are not;
     without it, everything is in the U-Net's dtype. The U-Net is in eval mode for the call, and then in its previous
     mode; PyTorch's global random state is not used. The `negative_prompt` has an effect if the pipeline guides with a
-    second pass.
+    second pass. `on_step` is called after each step of each batch.
     """
     unet = pipeline.unet
     dtype = torch.float32 if torch.is_autocast_enabled(unet.device.type) else unet.dtype
-    side = resolution // pipeline.vae_scale_factor
-    shape = (1, unet.config.in_channels, side, side)
+    width, height = (resolution, resolution) if isinstance(resolution, int) else resolution
+    factor = pipeline.vae_scale_factor
+    shape = (1, unet.config.in_channels, height // factor, width // factor)
 
     def start(generators: list[torch.Generator]) -> dict[str, Any]:
         noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
-        return {"latents": noise.to(dtype), "height": resolution, "width": resolution}
+        return {"latents": noise.to(dtype), "height": height, "width": width}
 
     return _run_in_batches(
         pipeline,
@@ -91,6 +94,7 @@ def generate_latents(
         start,
         batch_size=batch_size,
         negative_prompt=negative_prompt,
+        on_step=on_step,
         num_inference_steps=inference_steps,
         guidance_scale=guidance_scale,
     )
@@ -108,6 +112,7 @@ def generate_from_picture(
     guidance_scale: float,
     batch_size: int,
     negative_prompt: str | None = None,
+    on_step: Callable[[], object] | None = None,
 ) -> torch.Tensor:
     """What `generate_latents` returns, by img2img: from `picture` (RGB, of the size to generate), noised by `strength`.
 
@@ -135,10 +140,16 @@ def generate_from_picture(
         start,
         batch_size=batch_size,
         negative_prompt=negative_prompt,
+        on_step=on_step,
         num_inference_steps=steps_before_strength(inference_steps, strength),
         strength=strength,
         guidance_scale=guidance_scale,
     )
+
+
+def count_steps(pictures: int, batch_size: int, inference_steps: int) -> int:
+    """How often `on_step` is called while that many pictures are generated."""
+    return -(-pictures // batch_size) * inference_steps
 
 
 def steps_before_strength(steps: int, strength: float) -> int:
@@ -157,11 +168,20 @@ def _run_in_batches(
     *,
     batch_size: int,
     negative_prompt: str | None,
+    on_step: Callable[[], object] | None,
     **options: Any,
 ) -> torch.Tensor:
     """Calls `pipeline` batch by batch; `start` makes a batch's initial inputs from its pictures' generators."""
     unet = pipeline.unet
     was_training = unet.training
+    hook = None
+    if on_step is not None:
+        step = on_step
+
+        def count(*_: Any) -> None:
+            step()
+
+        hook = unet.register_forward_hook(count)  # the samplers call it once for each step, guided or not
     unet.eval()
     latents = []
     try:
@@ -175,6 +195,8 @@ def _run_in_batches(
                 latents += pipeline(chosen, generator=generators, output_type="latent", **options).images
     finally:
         unet.train(was_training)
+        if hook is not None:
+            hook.remove()
     return torch.stack(latents)
 
 

@@ -2,7 +2,11 @@
 
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from lcm_distill.sampling.labels import Letters, is_right_to_left
+
+_MOST_LINES = 6  # of a column's label
 
 
 def labelled_grid(
@@ -10,45 +14,51 @@ def labelled_grid(
 ) -> Image.Image:
     """One picture of rows of pictures, with each row's label on its left and the columns' labels above.
 
-    `rows` holds (label, pictures), with the same number of pictures in each row. Each picture is `size` pixels wide and
-    high (default: the first one's width). Long column labels are wrapped.
+    `rows` holds (label, pictures), with the same number of pictures in each row, all of the first one's shape. `size`
+    is the longer side of a picture in the grid, in pixels (default: the first one's). Labels may be in any script
+    (`labels`); long ones are wrapped, and what is more than six lines, or a picture's height, is left out.
     """
-    size = size or rows[0][1][0].width
-    height = max(11, min(18, size // 6))
-    font = ImageFont.load_default(size=height)
-    line = height + 4
+    first = rows[0][1][0]
+    width, height = cell_size(first, size or max(first.size))
+    pixels = max(11, min(18, min(width, height) // 6))
+    line = pixels + 4
     margin, gap = 6, 4
-    left = margin + max(int(font.getlength(label)) for label, _ in rows) + 10
-    headings = [_wrap(text, font, size) for text in columns or []]
+    letters = Letters([*(label for label, _ in rows), *(columns or [])], pixels)
+    names = [letters.wrap(label, max(2 * width, 18 * pixels), max(1, height // line)) for label, _ in rows]
+    left = margin + max((int(letters.measure(text)) for lines in names for text in lines), default=0) + 10
+    headings = [letters.wrap(text, width - gap, _MOST_LINES) for text in columns or []]
     top = margin + line * max((len(lines) for lines in headings), default=0) + (gap if headings else 0)
-    width = left + len(rows[0][1]) * (size + gap) + margin
-    canvas = Image.new("RGB", (width, top + len(rows) * (size + gap) + margin), "white")
+    whole = (left + len(rows[0][1]) * (width + gap) + margin, top + len(rows) * (height + gap) + margin)
+    canvas = Image.new("RGB", whole, "white")
     pen = ImageDraw.Draw(canvas)
     for column, lines in enumerate(headings):
         for number, text in enumerate(lines):
-            pen.text((left + column * (size + gap), margin + number * line), text, fill="black", font=font)
-    for row, (label, pictures) in enumerate(rows):
-        y = top + row * (size + gap)
-        pen.text((margin, y + (size - line) // 2), label, fill="black", font=font)
+            x: float = left + column * (width + gap)
+            if is_right_to_left(" ".join(lines)):
+                x += width - gap - letters.measure(text)
+            letters.draw(pen, (x, margin + number * line), text)
+    for row, (lines, (_, pictures)) in enumerate(zip(names, rows, strict=True)):
+        y = top + row * (height + gap)
+        for number, text in enumerate(lines):
+            letters.draw(pen, (margin, y + (height - line * len(lines)) // 2 + number * line), text)
         for column, picture in enumerate(pictures):
-            canvas.paste(resize_to_cell(picture, size), (left + column * (size + gap), y))
+            canvas.paste(_resize(picture, (width, height)), (left + column * (width + gap), y))
     return canvas
 
 
+def cell_size(picture: Image.Image, size: int) -> tuple[int, int]:
+    """(width, height) of `picture` where its longer side has `size` pixels."""
+    longer = max(picture.size)
+    return max(1, round(picture.width * size / longer)), max(1, round(picture.height * size / longer))
+
+
 def resize_to_cell(picture: Image.Image, size: int) -> Image.Image:
-    """`picture` at `size` × `size` pixels: smoothed if that is smaller, with hard pixels if it is larger."""
-    if picture.size == (size, size):
+    """`picture` with `size` pixels in its longer side: smoothed if that is smaller, with hard pixels if larger."""
+    return _resize(picture, cell_size(picture, size))
+
+
+def _resize(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    if picture.size == size:
         return picture
-    smaller = size < max(picture.size)
-    return picture.resize((size, size), Image.Resampling.LANCZOS if smaller else Image.Resampling.NEAREST)
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, max_lines: int = 6) -> list[str]:
-    """`text` in at most `max_lines` lines, each at most `width` pixels wide unless a single word is wider."""
-    lines: list[str] = []
-    for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return lines if len(lines) <= max_lines else [*lines[: max_lines - 1], lines[max_lines - 1] + " …"]
+    smaller = max(size) < max(picture.size)
+    return picture.resize(size, Image.Resampling.LANCZOS if smaller else Image.Resampling.NEAREST)

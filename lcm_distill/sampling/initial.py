@@ -18,6 +18,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from peft.tuners.lora import LoraLayer
 
 from lcm_distill.distributed.finite import find_not_finite
+from lcm_distill.environment import refused_lora
 from lcm_distill.errors import UsageError, brief
 from lcm_distill.flags import FullStudentFlags, StudentFlags, TeacherFlags
 from lcm_distill.models.families import Family
@@ -120,14 +121,15 @@ class InitialStudent:
             )
             foreign = sorted({key.partition(".")[0] for key in state} - {"unet"})
             if not foreign:
-                self.family.PIPELINE.load_lora_into_unet(
-                    state,
-                    network_alphas=alphas,
-                    unet=unet,
-                    adapter_name=_ADAPTER,
-                    low_cpu_mem_usage=True,
-                    metadata=metadata,
-                )
+                with refused_lora():
+                    self.family.PIPELINE.load_lora_into_unet(
+                        state,
+                        network_alphas=alphas,
+                        unet=unet,
+                        adapter_name=_ADAPTER,
+                        low_cpu_mem_usage=True,
+                        metadata=metadata,
+                    )
         except Exception as error:  # no such file, other shapes, another model's names: each raises another class
             raise UsageError(
                 f"{FLAG} {source}: this LoRA cannot be loaded into the teacher ({brief(error)}). Pass a .safetensors "

@@ -372,7 +372,8 @@ def run_sample(world: World) -> dict[str, Run]:
         "pretrained_teacher_model": "org/teacher",
         "student": [world.full],
         "prompts": [PROMPTS[0]],
-        "resolution": 32,
+        "width": 48,
+        "height": 40,
         "seeds": [23, 19],
         "sweep": True,
         "init_image": str(picture),
@@ -659,6 +660,12 @@ def listed(run: Run, name: str, **chosen: Any) -> list[Any]:
     return list(dict.fromkeys(found))
 
 
+def size_written(run: Run, side: int) -> tuple[int, set[int], list[int]]:
+    """A side (0: the width) of what the VAE encoded, of the pictures, and as it is written down."""
+    written = {Image.open(path).size[side] for path in (run.out / "pictures").iterdir()}
+    return run.pixels[0].shape[3 - side], written, listed(run, ("width", "height")[side])
+
+
 SAMPLE = teacher_checks(
     pretrained_teacher_model=lambda run, runs: (
         (run.teacher.model, listed(run, "source", model="teacher")),
@@ -688,8 +695,10 @@ SAMPLE = teacher_checks(
     ),
     init_image=lambda run, runs: (
         [(tuple(batch.shape), batch.mean((0, 2, 3)).round().tolist()) for batch in runs["sweep"].pixels],
-        [((1, 3, 32, 32), [-1, -1, 1])] * len(runs["sweep"].calls),
+        [((1, 3, 40, 48), [-1, -1, 1])] * len(runs["sweep"].calls),
     ),
+    width=lambda run, runs: (size_written(runs["sweep"], 0), (48, {48}, [48])),
+    height=lambda run, runs: (size_written(runs["sweep"], 1), (40, {40}, [40])),
     strength=lambda run, runs: (runs["sweep"].values("strength"), [runs["sweep"].typed["strength"]]),
     steps=lambda run, runs: ([run.values("steps", model) for model in ("full", "lora")], [[7, 2], [7, 2]]),
     teacher_steps=lambda run, runs: (run.values("steps", "teacher"), run.typed["teacher_steps"]),

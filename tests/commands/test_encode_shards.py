@@ -40,7 +40,7 @@ from lcm_distill.data.raw import (
 )
 from lcm_distill.data.shards import count_samples, expand_shards, read_shard
 from lcm_distill.data.stream import ShardStream, StreamIterator
-from lcm_distill.encode_shards import DROPPED, encode_shards, main, output_names
+from lcm_distill.encode_shards import DROPPED, _Estimate, encode_shards, main, output_names
 from lcm_distill.errors import UsageError
 from lcm_distill.models import sd, sdxl
 from lcm_distill.models.frozen import batch_latents, check_encoding
@@ -341,6 +341,21 @@ def test_names_of_encoded_shards():
         "pipe:cat x",
     ]
     assert output_names([*shards, "/a/x.tarball"]) == ["000.tar", "001.tar", "002.tar", "00003.tar", "00004.tar"]
+
+
+def test_the_total_is_exact_for_a_shard_and_by_what_is_done_for_several(tmp_path):
+    """Nobody could see how long the encoding would take; to count all samples, all shards would be read twice."""
+    shards = []
+    for number, count in enumerate((4, 4, 8)):
+        files = [file for i in range(count) for file in ((f"{i}.png", noise_picture(i)), (f"{i}.txt", "x"))]
+        shards.append(write_tar(tmp_path / f"{number}.tar", files))
+    assert _Estimate(shards[:1], None).total == 4
+    estimate = _Estimate(shards, None)
+    assert estimate.total == pytest.approx(16, abs=2)
+    assert estimate.after_shard(4) == estimate.total and estimate.after_shard(8) == estimate.total
+    assert estimate.after_shard(15) == 15  # one was bad
+    remote = _Estimate(["pipe:cat 0.tar", "https://host/1.tar", "https://host/2.tar"], None)
+    assert remote.total is None and remote.after_shard(4) == 12 and remote.after_shard(9) == 14
 
 
 @pytest.mark.hostile("shards")

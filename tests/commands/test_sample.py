@@ -166,6 +166,38 @@ def test_img2img_starts_from_the_picture(teachers, finished, tmp_path):
         run(teachers, tmp_path / "out", *more, "--strength", 0.1, "--steps", 4)  # the student's grid has 20
 
 
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_pictures_need_not_be_square(family, teachers, finished, tmp_path):
+    """And they are those of the pipelines, which put the size into SDXL's conditioning."""
+    more = ("--student", finished("full", family), "--steps", 1, "--teacher_steps", 0, "--guidance_scale", 4)
+    (one,) = run(teachers, tmp_path, *more, "--width", 96, "--height", 40, "--seed", 5, family=family)
+    assert (one["width"], one["height"]) == (96, 40) and "resolution" not in one
+    pipeline = DiffusionPipeline.from_pretrained(teachers[family], torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.unet = UNet2DConditionModel.from_pretrained(finished("full", family))
+    pipeline.scheduler = LCMScheduler.from_pretrained(finished("full", family))
+    generator = torch.Generator().manual_seed(5)
+    options = {"width": 96, "height": 40, "num_inference_steps": 1, "guidance_scale": 4, "generator": generator}
+    expected = pipeline(PROMPTS[0], **options).images[0]
+    generated = Image.open(tmp_path / one["file"])
+    assert generated.size == (96, 40) and np.abs(pixels(generated) - pixels(expected)).max() <= 1
+    grid = pixels(Image.open(tmp_path / "grid.png"))[-50:-10, -106:-10]
+    assert np.array_equal(grid, pixels(generated))
+
+
+def test_one_side_may_be_given_and_a_picture_is_cropped_to_both(teachers, tmp_path):
+    canvas = Image.new("RGB", (160, 160), (255, 0, 0))
+    canvas.paste((0, 0, 255), (0, 40, 160, 120))  # what a crop of half the height keeps
+    canvas.save(tmp_path / "picture.png")
+    more = ("--teacher_steps", 2, "--guidance_scale", 1, "--height", 32)
+    (one,) = run(teachers, tmp_path / "out", *more, "--init_image", tmp_path / "picture.png", "--strength", 0.1)
+    assert (one["width"], one["height"]) == (64, 32)  # the teacher's own resolution is 64
+    red, _, blue = pixels(Image.open(tmp_path / "out" / one["file"])).mean((0, 1))
+    assert blue > 150 and red < 60
+    (one,) = run(teachers, tmp_path / "out", *more, "--resolution", 48)
+    assert Image.open(tmp_path / "out" / one["file"]).size == (48, 32)
+
+
 def test_a_prompt_file_and_another_sampler(teachers, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     more = ("--teacher_steps", 2, "--teacher_sampler", "DPM-Solver++")
@@ -268,7 +300,8 @@ def test_file_names_are_unique_and_valid_on_every_file_system(tmp_path):
     [(["--steps", "0"], "argument --steps"), (["--strength", "0.5"], "argument --strength"),
      (["--teacher_steps", "0"], "argument --teacher_steps"), (["--seeds", "-1"], "argument --seeds"),
      (["--guidance_scale", "x"], "argument --guidance_scale"), (["--teacher_sampler", "Euler"], "--teacher_sampler"),
-     (["--dtype", "fp8"], "--dtype")],
+     (["--dtype", "fp8"], "--dtype"), (["--width", "0"], "argument --width"),
+     (["--width", "64", "--height", "32", "--resolution", "64"], "argument --resolution")],
 )  # fmt: skip
 def test_mistakes_in_flags_are_reported_in_one_line(more, words, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -285,7 +318,9 @@ def test_mistakes_in_flags_are_reported_in_one_line(more, words, capsys):
      (["--init_image", __file__], "--init_image .*holds no picture"),
      (["--dtype", "fp16", "--device", "cpu"], "--dtype fp16 needs a GPU"),
      (["--pretrained_teacher_model", "./none"], "--pretrained_teacher_model ./none"),
-     (["--resolution", "63"], "--resolution 63"), (["--teacher_steps", "1001"], "--teacher_steps 1001"),
+     (["--resolution", "63"], "--resolution 63"), (["--width", "100"], "--width 100 is not .* 96 and 104"),
+     (["--height", "4", "--width", "64"], "--height 4 is not .* 8 and 8"),
+     (["--teacher_steps", "1001"], "--teacher_steps 1001"),
      (["--output_dir", __file__], "--output_dir .* cannot be written"), (["--lora", "./none=2"], "--lora ./none")],
 )  # fmt: skip
 def test_mistakes_are_reported_with_their_flag_before_anything_is_generated(
@@ -295,6 +330,20 @@ def test_mistakes_are_reported_with_their_flag_before_anything_is_generated(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=words):
         sample.main(["--pretrained_teacher_model", teachers["sd"], "--prompts", "y", *more])
+
+
+@pytest.mark.parametrize("kind, flag", [("full", "--student"), ("lora", "--student"), ("style", "--lora")])
+def test_a_student_that_does_not_fit_is_refused_in_one_line_before_the_teacher_generates(
+    kind, flag, teachers, finished, tmp_path, monkeypatch, capfd, caplog
+):
+    """The teacher's 25 steps came first, and then 40 lines of tensors that have other shapes."""
+    monkeypatch.setattr(sample, "generate_latents", lambda *_, **__: pytest.fail("generated"))
+    with pytest.raises(UsageError) as refused:
+        run(teachers, tmp_path, flag, finished(kind, "sdxl"), family="sd")
+    message = str(refused.value)
+    assert message.startswith(f"{flag} {finished(kind, 'sdxl')}") and "\n" not in message
+    assert ("differ in" if kind == "full" else "size mismatch for ") in message
+    assert not caplog.records and capfd.readouterr() == ("", "")
 
 
 def test_a_gpu_without_memory_is_reported(teachers, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lcm_distill import flags
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import LengthFlags, OptimizationFlags
 from lcm_distill.run.plan import log_plan, plan_training
@@ -48,3 +49,28 @@ def test_a_finished_run_and_changed_flags_are_logged(caplog):
         )  # fmt: skip
     assert "finished" in caplog.text and "--lr: 1 → 2" in caplog.text
     assert "data workers 3" in caplog.text
+
+
+NEEDED = ["--pretrained_teacher_model", "x"]
+
+
+@pytest.mark.parametrize(
+    "student, argv, words",
+    [(flags.FullStudentFlags, [], ["--learning_rate 0.0001 and --loss_type l2", "1e-6 --loss_type huber"]),
+     (flags.FullStudentFlags, ["--loss_type", "huber"], ["--learning_rate 0.0001:", "--learning_rate 1e-6"]),
+     (flags.FullStudentFlags, ["--learning_rate", "1e-6"], []),
+     (flags.FullStudentFlags, ["--learning_rate", "8e-6", "--loss_type", "huber"], []),
+     (flags.LoraFlags, [], [])],
+)  # fmt: skip
+@pytest.mark.parametrize("family", [flags.SD, flags.SDXL])
+def test_a_full_student_at_the_public_defaults_is_warned_of_once(family, student, argv, words, caplog):
+    """They are the flags' defaults, since the public command lines run unchanged; a full U-Net wants others."""
+    parsed = flags.parse(None, [*NEEDED, *argv], defaults=family, student=student)
+    accelerator = SimpleNamespace(mixed_precision="no", device="cpu")
+    run = {"seed": 1, "flags": parsed.flat()}
+    log_plan(plan(), accelerator, torch.nn.Linear(2, 2), run, checkpoint=None, resumed={})
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == bool(words) and all(word in warnings[0] for word in words)
+    caplog.clear()
+    log_plan(plan(), accelerator, torch.nn.Linear(2, 2), run, checkpoint="c", resumed={"global_step": 1, "flags": {}})
+    assert not [record for record in caplog.records if record.levelno == logging.WARNING]

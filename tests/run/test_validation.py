@@ -279,6 +279,37 @@ def make_of(builders, teacher, output_dir, *, accelerator=None, **options):
     return Validation(run, flags, builders, teacher, **chosen)
 
 
+def test_a_bar_counts_all_steps_of_a_validation(tmp_path, monkeypatch):
+    """A validation with the teacher's 50 steps takes minutes, in which nothing was to be seen."""
+
+    class Stepping(FakePipeline):
+        def __call__(self, prompts, **options):
+            for _ in range(options["num_inference_steps"]):
+                self.unet(torch.ones(1))
+            return super().__call__(prompts, **options)
+
+    bars = []
+
+    class Bar:
+        def __init__(self, desc, *, total, disable, **options):
+            self.total, self.disable, self.done = total, disable, 0
+            bars.append(self)
+
+        def update(self):
+            self.done += 1
+
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda self, *error: None  # noqa: E731
+
+    monkeypatch.setattr(validation, "progress_bar", Bar)
+    monkeypatch.setattr(validation, "labelled_grid", lambda rows, **options: Image.new("RGB", (1, 1)))
+    validate = make({"student": Stepping(), "target": Stepping()}, Stepping(), tmp_path)
+    validate(1)
+    validate(2)
+    assert [bar.total for bar in bars] == [2 * (9 + 2 * (4 + 1)), 2 * 2 * (4 + 1)]  # the teacher's row is made once
+    assert all(bar.done == bar.total and not bar.disable for bar in bars)
+
+
 def test_each_pipeline_has_a_row_for_each_number_of_steps(tmp_path, monkeypatch, caplog):
     trackers = [FakeTracker(name) for name in ("tensorboard", "wandb", "mlflow")]
     grids = []

@@ -22,6 +22,7 @@ from lcm_distill.sampling.finished import load_teacher
 from lcm_distill.sampling.generate import (
     build_teacher_sampler,
     check_steps,
+    count_steps,
     generate_from_picture,
     generate_latents,
     steps_before_strength,
@@ -155,6 +156,20 @@ def test_latents_are_those_of_the_pipeline_called_one_by_one(pipeline):
     torch.testing.assert_close(generated, expected, rtol=1e-4, atol=1e-4)
     without = generate_latents(pipeline, PROMPTS, SEEDS, resolution=64, **SETTINGS)
     assert (without - generated).abs().amax((1, 2, 3)).min() > 0.01  # the negative prompt changes each picture
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_each_step_of_each_batch_is_counted(guidance_scale, pipeline):
+    """Guided or not: two passes of the guided teacher are one of twice the batch."""
+    counted, options = [], SETTINGS | {"resolution": 64, "guidance_scale": guidance_scale, "batch_size": 2}
+    latents = generate_latents(pipeline, PROMPTS, SEEDS, on_step=lambda: counted.append(1), **options)
+    assert len(counted) == count_steps(len(PROMPTS), 2, SETTINGS["inference_steps"]) == 4
+    assert torch.equal(latents, generate_latents(pipeline, PROMPTS, SEEDS, **options)) and len(counted) == 4
+
+
+def test_pictures_of_another_shape_have_latents_of_that_shape(pipeline):
+    latents = generate_latents(pipeline, PROMPTS[:1], SEEDS[:1], resolution=(96, 32), **SETTINGS)
+    assert latents.shape[2:] == (32 // pipeline.vae_scale_factor, 96 // pipeline.vae_scale_factor)
 
 
 def test_the_batch_does_not_matter_with_a_sampler_that_draws(pipeline):

@@ -3,6 +3,7 @@
 from PIL import Image, ImageColor
 
 from lcm_distill.sampling.grid import labelled_grid, resize_to_cell
+from lcm_distill.sampling.labels import Letters
 
 
 def test_the_grid_has_every_picture_in_its_place():
@@ -29,3 +30,29 @@ def test_a_smaller_picture_is_smoothed_and_a_larger_one_keeps_its_pixels():
     large = resize_to_cell(stripes, 256)
     assert {value for _, value in large.getcolors()} == {0, 255} and large.size == (256, 256)
     assert resize_to_cell(stripes, 64) is stripes
+
+
+def test_pictures_that_are_not_square_keep_their_shape():
+    wide = Image.new("RGB", (96, 48), "red")
+    assert resize_to_cell(wide, 32).size == (32, 16)
+    assert resize_to_cell(wide.rotate(90, expand=True), 32).size == (16, 32)
+    grid = labelled_grid([("a", [wide, wide]), ("b", [wide, wide])], size=64)
+    red = [(x, y) for y in range(grid.height) for x in range(grid.width) if grid.getpixel((x, y)) == (255, 0, 0)]
+    assert len(red) == 4 * 64 * 32
+    assert max(x for x, _ in red) - min(x for x, _ in red) == 2 * 64 + 4 - 1
+    assert max(y for _, y in red) - min(y for _, y in red) == 2 * 32 + 4 - 1
+
+
+def test_no_label_runs_over_a_picture_or_another_label():
+    """The label of a row was as wide as its model's name; a long word of a caption went on over its neighbour's."""
+    picture = Image.new("RGB", (64, 64), "red")
+    word = "Donaudampfschifffahrtsgesellschaft" * 3
+    grid = labelled_grid([(f"{word}, 4 steps", [picture] * 3)], columns=[word, "", "雪地里的狐狸" * 9])
+    letters = Letters([word], 11)
+    left = next(x for x in range(grid.width) if grid.getpixel((x, grid.height - 20)) == (255, 0, 0))
+    assert left <= 18 * 11 + 16 < letters.measure(word)
+    top = next(y for y in range(grid.height) if grid.getpixel((left, y)) == (255, 0, 0))
+    assert set(grid.crop((left + 64, 0, left + 64 + 4 + 64 + 4, top)).getdata()) == {(255, 255, 255)}
+    assert len(grid.crop((left, 0, left + 64, top)).getcolors()) > 1
+    beside = grid.crop((left, top, grid.width, top + 64)).getcolors()
+    assert {colour: count for count, colour in beside}[(255, 0, 0)] == 3 * 64 * 64 and len(beside) == 2
