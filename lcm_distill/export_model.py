@@ -79,6 +79,7 @@ from lcm_distill.export.original import pipeline_tensors
 from lcm_distill.models.families import Family, family_of
 from lcm_distill.models.teacher import Teacher, TeacherConfigs, read_configs
 from lcm_distill.models.unets import bake_guidance
+from lcm_distill.objective.schedule import sampling_sigmas
 from lcm_distill.run import journal
 from lcm_distill.run.record import DamageError, read_record
 from lcm_distill.sampling.finished import PARTS, RECORD, Student, WeightedLora, check_same_teacher, find_student
@@ -347,7 +348,11 @@ def main(argv: list[str] | None = None) -> None:
         metadata = dataclasses.replace(description, title=path.stem).metadata(layout="original", merged_from=merged)
         write_single_file(path, pipeline, dtype, metadata)
         workflow = usage.build_workflow(
-            path.name, resolution=resolution, zsnr=bool(scheduler.rescale_betas_zero_snr), prefix=path.stem
+            path.name,
+            resolution=resolution,
+            zsnr=bool(scheduler.rescale_betas_zero_snr),
+            prefix=path.stem,
+            sigmas=sampling_sigmas(pipeline.scheduler, 4) if usage.starts_lower(scheduler) else None,
         )
         beside = usage.place_workflow(path, workflow)
         print(f"{path}: {path.stat().st_size / 1e9:.2f} GB, for ComfyUI ({beside}), A1111, Forge; CFG 1, sampler lcm")

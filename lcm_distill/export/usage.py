@@ -6,7 +6,7 @@ Imports nothing heavy: the report has it, too.
 import json
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ WORKFLOW = "comfyui_workflow.json"
 KOHYA_FILE = "kohya_lora_weights.safetensors"
 # What ComfyUI's node and the LCM samplers of A1111 and Forge have built in, by the names of LCMScheduler's config.
 HARD_WIRED = {
+    "num_train_timesteps": 1000,
     "original_inference_steps": 50,
     "timestep_scaling": 10.0,
     "prediction_type": "epsilon",
@@ -23,7 +24,12 @@ HARD_WIRED = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
 }
-_WORDS = {"original_inference_steps": "a grid of {}", "timestep_scaling": "a timestep scaling of {:g}"}
+_WORDS = {
+    "num_train_timesteps": "a schedule of {} timesteps",
+    "original_inference_steps": "a grid of {}",
+    "timestep_scaling": "a timestep scaling of {:g}",
+}
+_STARTS_LOWER = f"; the sigmas in {WORKFLOW} start ComfyUI where it was trained"
 # The code chooses these itself, so that it runs on a machine without a GPU, too.
 _DEVICE = 'device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)'
 CODE_OPTIONS = {"dtype": "dtype", "device": "device"}  # for `loading_code`
@@ -45,10 +51,16 @@ def unlike_other_programs(scheduler_config: Mapping[str, Any]) -> str | None:
         words = [_WORDS.get(name, f"{name} {{}}").format(values[place]) for name, values in different.items()]
         return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
+    remedy = _STARTS_LOWER if starts_lower(scheduler_config) else ""
     return (
         f"this student samples with {described(0)}; ComfyUI, A1111 and Forge have {described(1)} built in for LCMs, so "
-        "that its pictures are worse there than in Diffusers"
+        f"that its pictures are worse there than in Diffusers{remedy}"
     )
+
+
+def starts_lower(scheduler_config: Mapping[str, Any]) -> bool:
+    """Whether a student's sampling starts below the last timestep of Stable Diffusion's schedule."""
+    return scheduler_config.get("num_train_timesteps", 1000) < 1000
 
 
 def full_code(model: str, teacher: LoadingCode, guidance_scale: float) -> str:
@@ -131,12 +143,19 @@ def usage_hint(kind: str, guidance_scale: float = 1.0) -> str:
 
 
 def build_workflow(
-    checkpoint: str, *, lora: str | None = None, resolution: int = 512, zsnr: bool = False, prefix: str = "lcm"
+    checkpoint: str,
+    *,
+    lora: str | None = None,
+    resolution: int = 512,
+    zsnr: bool = False,
+    prefix: str = "lcm",
+    sigmas: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """A ComfyUI workflow, as its "Export (API)" writes it and its window opens it: node numbers to classes and inputs.
 
     `checkpoint` and `lora` are the names of files in ComfyUI's folders, `resolution` is the side of the picture in
-    pixels, and `zsnr` says that the schedule ends at zero SNR.
+    pixels, and `zsnr` says that the schedule ends at zero SNR. `sigmas` are those of a student that starts below the
+    last timestep: KSampler cannot.
     """
     model: list[Any] = ["1", 0]
     nodes: dict[str, Any] = {"1": _node("CheckpointLoaderSimple", ckpt_name=checkpoint)}
@@ -148,23 +167,20 @@ def build_workflow(
         "4": _node("CLIPTextEncode", clip=["1", 1], text="a castle at dusk"),
         "5": _node("CLIPTextEncode", clip=["1", 1], text=""),
         "6": _node("EmptyLatentImage", width=resolution, height=resolution, batch_size=1),
-        "7": _node(
-            "KSampler",
-            model=["3", 0],
-            positive=["4", 0],
-            negative=["5", 0],
-            latent_image=["6", 0],
-            seed=0,
-            steps=4,
-            cfg=1.0,
-            sampler_name="lcm",
-            scheduler="sgm_uniform",
-            denoise=1.0,
-        ),
+        "7": _sampling(sigmas, model=["3", 0], positive=["4", 0], negative=["5", 0], latent_image=["6", 0], cfg=1.0),
         "8": _node("VAEDecode", samples=["7", 0], vae=["1", 2]),
         "9": _node("SaveImage", images=["8", 0], filename_prefix=prefix),
     }
+    if sigmas:
+        nodes["10"] = _node("KSamplerSelect", sampler_name="lcm")
+        nodes["11"] = _node("ManualSigmas", sigmas=", ".join(f"{sigma:.4f}" for sigma in sigmas))
     return nodes
+
+
+def _sampling(sigmas: Sequence[float] | None, **inputs: Any) -> dict[str, Any]:
+    if sigmas:
+        return _node("SamplerCustom", add_noise=True, noise_seed=0, sampler=["10", 0], sigmas=["11", 0], **inputs)
+    return _node("KSampler", seed=0, steps=4, sampler_name="lcm", scheduler="sgm_uniform", denoise=1.0, **inputs)
 
 
 def _node(kind: str, **inputs: Any) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from lcm_distill.export.original import original_name, unet_modules
 from lcm_distill.models.families import Family
 from lcm_distill.models.lora import STUDENT, TARGET, Lora
 from lcm_distill.models.teacher import Teacher
+from lcm_distill.objective.schedule import sampling_sigmas
 
 logger = logging.getLogger(__name__)
 
@@ -252,6 +253,7 @@ def _finish(
             resolution=resolution,
             zsnr=bool(scheduler.config.rescale_betas_zero_snr),
             prefix=title,
+            sigmas=sampling_sigmas(scheduler, 4) if usage.starts_lower(scheduler.config) else None,
         )
         usage.write_workflow(folder / usage.WORKFLOW, workflow)
         build_model_card(

@@ -278,6 +278,14 @@ def build_lcm_scheduler(
     )
 
 
+def sampling_sigmas(scheduler: LCMScheduler, steps: int) -> list[float]:
+    """sigma_t / alpha_t at the timesteps of `steps` steps, and 0 at the end: what programs with sigmas sample at."""
+    own = LCMScheduler.from_config(scheduler.config)  # the timesteps of `scheduler` stay as they are
+    own.set_timesteps(steps)
+    alphas_cumprod = own.alphas_cumprod[own.timesteps].double()
+    return [*((1 - alphas_cumprod) / alphas_cumprod).sqrt().tolist(), 0.0]
+
+
 def _first_timesteps(chosen: dict[str, Any], top_timestep: int, num_ddim_timesteps: int) -> dict[str, Any]:
     """The entries of a schedule that ends at `top_timestep`, before which it is that of the entries `chosen`."""
     total, length = chosen["num_train_timesteps"], top_timestep + 1

@@ -123,12 +123,14 @@ def log_plan(
         run["flags"]["dataloader_num_workers"],
     )
     flags = run["flags"]
+    top_timestep = flags.get("top_timestep")
     sampler = {
+        "num_train_timesteps": 1000 if top_timestep is None else top_timestep + 1,
         "original_inference_steps": flags.get("num_ddim_timesteps", 50),
         "timestep_scaling": flags.get("timestep_scaling_factor", 10.0),
     }
     if warning := unlike_other_programs(sampler):
-        logger.warning("--num_ddim_timesteps, --timestep_scaling_factor: %s.", warning)
+        logger.warning("--num_ddim_timesteps, --timestep_scaling_factor, --top_timestep: %s.", warning)
     if first >= plan.steps:
         logger.info(
             "this run is finished: it is at step %d, its length is %d; raise --max_train_steps (or --num_train_epochs)",

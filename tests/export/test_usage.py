@@ -9,7 +9,7 @@ from diffusers import LCMScheduler
 from safetensors import safe_open
 
 from lcm_distill.export import usage
-from lcm_distill.objective.schedule import build_lcm_scheduler
+from lcm_distill.objective.schedule import NoiseSchedule, build_lcm_scheduler, sampling_sigmas
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -70,6 +70,7 @@ def test_every_weight_file_of_a_run_describes_itself(kind, finished):
         (build_lcm_scheduler(SD, 25).config, "a grid of 25; .* have a grid of 50"),
         (build_lcm_scheduler(SD, 50, 4.0).config, "a timestep scaling of 4; .* a timestep scaling of 10"),
         (build_lcm_scheduler(SD | {"prediction_type": "v_prediction"}).config, "prediction_type v_prediction"),
+        (build_lcm_scheduler(SD, 50, 10.0, 699).config, "of 700 timesteps; .* of 1000 timesteps .*; the sigmas in"),
         (build_lcm_scheduler({}).config, "beta_schedule linear, beta_start 0.0001 and beta_end 0.02"),
     ],
 )
@@ -79,6 +80,24 @@ def test_what_other_programs_have_built_in_is_compared(config, words):
         assert found is None
     else:
         assert re.search(words, found), found
+
+
+def test_a_workflow_starts_where_sampling_starts():
+    """KSampler starts at the last timestep of the schedule that ComfyUI has built in."""
+    scheduler = build_lcm_scheduler(SD, 50, 10.0, 699)
+    sigmas = sampling_sigmas(scheduler, 2)
+    levels = NoiseSchedule.from_config(SD)
+    expected = [float(levels.sigmas[t] / levels.alphas[t]) for t in (699, 349)]
+    assert sigmas == pytest.approx([*expected, 0]) and len(scheduler.timesteps) == 700  # as before
+    workflow = usage.build_workflow("a.safetensors", sigmas=sigmas)
+    nodes = {node["class_type"]: node["inputs"] for node in workflow.values()}
+    assert "KSampler" not in nodes and nodes["KSamplerSelect"] == {"sampler_name": "lcm"}
+    assert [float(sigma) for sigma in nodes["ManualSigmas"]["sigmas"].split(", ")] == pytest.approx(sigmas, rel=1e-3)
+    sampling = nodes["SamplerCustom"]
+    assert workflow[sampling["sigmas"][0]]["class_type"] == "ManualSigmas"
+    assert workflow[sampling["sampler"][0]]["class_type"] == "KSamplerSelect"
+    assert (sampling["add_noise"], sampling["cfg"], sampling["model"]) == (True, 1.0, ["3", 0])
+    assert nodes["VAEDecode"]["samples"] == [next(n for n, node in workflow.items() if node["inputs"] == sampling), 0]
 
 
 def test_a_workflow_of_another_model_is_not_replaced(tmp_path):
