@@ -13,7 +13,7 @@ accumulation, which is slower, 20 GB.
 
 The method is that of arXiv 2311.05556. The result generates in 1 to 8 steps, on the teacher and its fine-tunes:
 
-    pipe = DiffusionPipeline.from_pretrained(TEACHER, torch_dtype=torch.float16).to("cuda")
+    pipe = DiffusionPipeline.from_pretrained(TEACHER, dtype=torch.float16).to("cuda")
     pipe.scheduler = LCMScheduler.from_pretrained("lcm-lora-sdxl")
     pipe.load_lora_weights("lcm-lora-sdxl")
     picture = pipe("a castle at dusk", num_inference_steps=4, guidance_scale=1.0).images[0]
@@ -67,12 +67,16 @@ def main(argv: list[str] | None = None) -> None:
     preparation = Preparation.from_flags(args.preparation)
     teacher = Teacher.from_flags(args.teacher)
     configs = read_configs(teacher, family=family.NAME, resolution=resolution, num_ddim_timesteps=steps)
-    sampler = build_lcm_scheduler(configs.scheduler, steps, distillation.timestep_scaling_factor)
+    sampler = build_lcm_scheduler(
+        configs.scheduler, steps, distillation.timestep_scaling_factor, distillation.top_timestep
+    )
     ddim = build_teacher_sampler(configs.scheduler)
     prompts = check_validation(args.validation, sampler, ddim)
     shape = AdapterShape.from_flags(args.student, configs.unet)
     architecture = unets.architecture(configs.unet) | shape.architecture()
-    run = Run(PROGRAM, args.launch, args.streaming, architecture, args.flat(), argv=argv)
+    not_given = args.student.not_given
+    run = Run(PROGRAM, args.launch, args.streaming, architecture, args.flat(), argv=argv, not_given=not_given)
+    shape = shape.resumed(run.architecture)
     accelerator, device = run.accelerator, run.accelerator.device
     initial = InitialStudent.find(None if run.resumed else args.student, args.teacher, family, configs.unet)
     preflight = run.inspect(shards, preparation, partial(family.count_tokens, teacher))
@@ -104,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     # The data, and the objective.
     loader = open_loader(run.streaming, shards, preparation, run.seed, accelerator)
     schedule = NoiseSchedule.from_config(configs.scheduler).to(device)
-    solver = DDIMSolver(schedule, steps)
+    solver = DDIMSolver(schedule, steps, distillation.top_timestep)
     consistency = lcd.ConsistencyFunction(schedule, distillation.timestep_scaling_factor)
     guided = partial(lcd.guided_prediction, unet, schedule, dtype=base_dtype, batch_size=args.speed.teacher_batch_size)
     matching = DistributionMatching(
@@ -144,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
             start, end = solver.timesteps[index], solver.previous_timesteps[index]
 
             # 3 z_{n+k}
-            noisy = schedule.add_noise(latents, noise, start)
+            noisy = solver.add_noise(latents, noise, index)
 
             # 4 teacher with guidance, one solver step: ẑ_n
             with torch.no_grad(), autocast_over(accelerator, base_dtype), lora.off():

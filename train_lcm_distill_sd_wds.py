@@ -11,8 +11,8 @@ By computation this takes 36 GB of a GPU; with --gradient_checkpointing --use_8b
 
 The method is Algorithm 1 of arXiv 2310.04378. The result generates in 1 to 8 steps:
 
-    unet = UNet2DConditionModel.from_pretrained("lcm-sd15", torch_dtype=torch.float16, variant="fp16")
-    pipe = DiffusionPipeline.from_pretrained(TEACHER, unet=unet, torch_dtype=torch.float16).to("cuda")
+    unet = UNet2DConditionModel.from_pretrained("lcm-sd15", dtype=torch.float16, variant="fp16")
+    pipe = DiffusionPipeline.from_pretrained(TEACHER, unet=unet, dtype=torch.float16).to("cuda")
     pipe.scheduler = LCMScheduler.from_pretrained("lcm-sd15")
     picture = pipe("a castle at dusk", num_inference_steps=4, guidance_scale=8.0).images[0]
 """
@@ -65,7 +65,9 @@ def main(argv: list[str] | None = None) -> None:
     preparation = Preparation.from_flags(args.preparation)
     teacher = Teacher.from_flags(args.teacher)
     configs = read_configs(teacher, family=family.NAME, resolution=resolution, num_ddim_timesteps=steps)
-    sampler = build_lcm_scheduler(configs.scheduler, steps, distillation.timestep_scaling_factor)
+    sampler = build_lcm_scheduler(
+        configs.scheduler, steps, distillation.timestep_scaling_factor, distillation.top_timestep
+    )
     ddim = build_teacher_sampler(configs.scheduler)
     prompts = check_validation(args.validation, sampler, ddim)
     architecture = unets.full_student_architecture(configs.unet, args.student)
@@ -105,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     # The data, and the objective.
     loader = open_loader(run.streaming, shards, preparation, run.seed, accelerator)
     schedule = NoiseSchedule.from_config(configs.scheduler).to(device)
-    solver = DDIMSolver(schedule, steps)
+    solver = DDIMSolver(schedule, steps, distillation.top_timestep)
     consistency = lcd.ConsistencyFunction(schedule, distillation.timestep_scaling_factor)
     guided = partial(
         lcd.guided_prediction, frozen.unet, schedule, dtype=teacher_dtype, batch_size=args.speed.teacher_batch_size
@@ -146,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
             start, end = solver.timesteps[index], solver.previous_timesteps[index]
 
             # 3 z_{n+k}
-            noisy = schedule.add_noise(latents, noise, start)
+            noisy = solver.add_noise(latents, noise, index)
 
             # 4 teacher with guidance, one solver step: ẑ_n
             with torch.no_grad(), autocast_over(accelerator, teacher_dtype):

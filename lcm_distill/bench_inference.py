@@ -34,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         required=True,
         type=flags.path,
         metavar="STUDENT",
-        help="full LCMs and LCM-LoRAs: folders, Hub ids, LoRAs' .safetensors files",
+        help="full LCMs and LCM-LoRAs: folders, checkpoints of runs, Hub ids, LoRAs' .safetensors files",
     )
     group.add_argument("--steps", type=flags.positive_int, default=4, help="steps of the students")
     group.add_argument("--teacher_steps", type=flags.positive_int, default=25, help="DDIM steps of the teacher")

@@ -1,9 +1,11 @@
 """The environment of a program: devices, package versions, writable folders, the libraries' messages."""
 
 import contextlib
+import itertools
 import logging
 import os
 import platform
+import stat
 import tempfile
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -40,6 +42,37 @@ def check_writable(output_dir: str) -> None:
             pass
     except OSError as error:
         raise UsageError(f"--output_dir {output_dir} cannot be written to ({error}); give another folder.") from None
+
+
+def respect_umask(*paths: Path) -> None:
+    """Gives files, and those in folders, the permissions that new files have: those that the umask leaves.
+
+    safetensors makes files that only their owner may read, whatever the umask. Whoever writes some calls this, with
+    what they wrote, itself or through Diffusers or PEFT. Other files keep theirs, and links are not followed.
+    """
+    for path in paths:
+        files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+        files = [file for file in files if file.is_file() and not file.is_symlink()]
+        if files:
+            mode = _mode_of_new_files(files[0].parent)
+            for file in files:
+                file.chmod(mode)
+
+
+def _mode_of_new_files(folder: Path) -> int:
+    """That of a file which is made there and removed: the umask itself cannot be read without setting it."""
+    for number in itertools.count():
+        probe = folder / f".permissions-{os.getpid()}-{number}"
+        try:
+            descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except FileExistsError:
+            continue
+        try:
+            return stat.S_IMODE(os.fstat(descriptor).st_mode)
+        finally:
+            os.close(descriptor)
+            probe.unlink()
+    raise AssertionError
 
 
 def choose_device(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:

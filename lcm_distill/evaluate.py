@@ -45,7 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=flags.path,
         nargs="*",
         default=[],
-        help="output folders of distillations, Hub ids, or LoRA files",
+        help="output folders of distillations, checkpoints of runs, Hub ids, or LoRA files",
     )
     add("--prompts", nargs="+", metavar="PROMPT", help="prompts, or .txt files with a prompt on each line")
     add("--real", metavar="SHARDS", help="shards of real pictures, for cmmd and fid; their captions, unless --prompts")

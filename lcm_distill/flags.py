@@ -370,9 +370,15 @@ class DistillationFlags:
         "scales the timestep in the boundary scalings c_skip and c_out; goes into the saved scheduler",
         type=positive,
     )
+    top_timestep: int | None = flag(
+        None,
+        "timestep where the student's sampling starts, from noise alone, and where the solver's grid ends; 599 is much "
+        "better in one and two steps (default: the teacher's last)",
+        type=positive_int,
+    )
     top_timestep_probability: float = flag(
         0.0,
-        "with this probability a picture's n is that of the last timestep, where sampling starts, instead of uniform",
+        "with this probability a picture's n is that of the top timestep, where sampling starts, instead of uniform",
         type=fraction,
     )
 
@@ -431,7 +437,12 @@ class LoraFlags(StudentFlags):
     """student and target"""
 
     lora_rank: int = flag(64, "rank of the adapter", type=positive_int)
-    lora_alpha: int = flag(64, "the adapter's change is scaled by this / --lora_rank", type=positive_int)
+    lora_alpha: int | None = flag(
+        None,
+        "the adapter's change is scaled by this / --lora_rank (default: as in the checkpoint that is resumed, else "
+        "--lora_rank, a scale of 1)",
+        type=positive_int,
+    )
     lora_dropout: float = flag(0.0, "dropout in front of the adapter, in the student's pass", type=below_one)
     lora_target_modules: str | None = flag(
         None,
@@ -443,6 +454,12 @@ class LoraFlags(StudentFlags):
         "decay μ of a target adapter, θ⁻ ← μ·θ⁻ + (1−μ)·θ; 0: the target is the student itself, as LCM-LoRA's",
         type=fraction,
     )
+    not_given: frozenset[str] = dataclasses.field(default=frozenset(), init=False)  # what a checkpoint decides
+
+    def __post_init__(self) -> None:
+        if self.lora_alpha is None:
+            object.__setattr__(self, "lora_alpha", self.lora_rank)
+            object.__setattr__(self, "not_given", frozenset({"lora_alpha"}))
 
 
 @dataclass(frozen=True, kw_only=True)

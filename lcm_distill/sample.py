@@ -7,10 +7,10 @@
     python -m lcm_distill.sample … --student lcm-sd15 --init_image photo.jpg --strength 0.5
     python -m lcm_distill.sample … --student lcm-sd15 --width 768 --height 512
 
-A student is a full LCM (the output folder of a distillation, a U-Net, a pipeline's folder) or an LCM-LoRA (a folder, a
-.safetensors file), local or on the Hub. The grid has a row for each model, number of steps and guidance scale, and a
-column for each prompt and seed; all rows start from the same noise. --sweep is the step sweep of the LCM-LoRA
-announcement: students at 1 to 8 steps, the teacher at 1, 4, 8, 15, 20, 25, 30 and 50.
+A student is a full LCM (the output folder of a distillation, a checkpoint of one, a U-Net, a pipeline's folder) or an
+LCM-LoRA (a folder, a checkpoint, a .safetensors file), local or on the Hub. The grid has a row for each model, number
+of steps and guidance scale, and a column for each prompt and seed; all rows start from the same noise. --sweep is the
+step sweep of the LCM-LoRA announcement: students at 1 to 8 steps, the teacher at 1, 4, 8, 15, 20, 25, 30 and 50.
 
 Guidance: the teacher and full LCMs generate at --guidance_scale. An LCM-LoRA has its guidance in its weights, and
 generates at --lora_guidance_scale, 1. A negative prompt has an effect where a model is guided with a second pass: in
@@ -44,7 +44,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=flags.path,
         default=None,
         metavar="STUDENT",
-        help="full LCMs and LCM-LoRAs: folders, Hub ids, LoRAs' .safetensors files (default: none)",
+        help="full LCMs and LCM-LoRAs: folders, checkpoints of runs, Hub ids, LoRAs' .safetensors files "
+        "(default: none)",
     )
     group.add_argument(
         "--lcm_lora_scale", type=flags.number(float), default=1.0, help="weight of the students that are LoRAs"

@@ -1,11 +1,14 @@
 """Folders, devices and memory."""
 
 import logging
+import os
+import stat
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from lcm_distill.environment import check_writable, choose_device, memory_errors
+from lcm_distill.environment import check_writable, choose_device, memory_errors, respect_umask
 from lcm_distill.errors import UsageError
 
 
@@ -75,3 +78,24 @@ def test_deepspeed_does_not_say_which_accelerator_it_found(message, shown):
     """Accelerate imports it wherever it is installed, and on a CPU each run began with that warning."""
     record = logging.LogRecord("DeepSpeed", logging.WARNING, "", 0, message, (), None)
     assert bool(logging.getLogger("DeepSpeed").filter(record)) is shown
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_weights_have_the_permissions_that_the_umask_leaves(umask, mode, tmp_path):
+    """safetensors 0.8 gives them to their owner alone, whatever the umask."""
+    others = tmp_path / "others.safetensors"
+    others.touch()
+    others.chmod(0o400)
+    (tmp_path / "in" / "it").mkdir(parents=True)
+    files = [tmp_path / "a.safetensors", tmp_path / "in" / "it" / "b.safetensors"]
+    before = os.umask(umask)
+    try:
+        for file in files:
+            save_file({"x": torch.zeros(2)}, file)
+        (tmp_path / "in" / "link.safetensors").symlink_to(others)
+        respect_umask(files[0], tmp_path / "in")
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(file.stat().st_mode) for file in files] == [mode, mode]
+    assert stat.S_IMODE(others.stat().st_mode) == 0o400
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "in", "others.safetensors"]

@@ -153,7 +153,8 @@ def test_the_documented_commands_parse_and_recompute_nothing_needlessly(program)
     ["--w_min 9 --w_max 5", "--resolution 0", "--train_batch_size -1", "--learning_rate x", "--ema_decay 1.5",
      "--proportion_empty_prompts 2", "--max_train_steps 0", "--loss_type l1", "--seed -1", "--learning_rate nan",
      "--huber_c 0", "--num_ddim_timesteps 0", "--lr_scheduler never", "--gradient_accumulation_steps 0",
-     "--top_timestep_probability 1.1", "--dm_weight -1", "--dm_consistency_weight -0.5", "--dm_start_step -1",
+     "--top_timestep_probability 1.1", "--top_timestep 0", "--dm_weight -1", "--dm_consistency_weight -0.5",
+     "--dm_start_step -1",
      "--dm_steps 0", "--dm_learning_rate -1e-4", "--dm_rank 0", "--dm_guidance_w -2", "--dm_timesteps 0.5",
      "--dm_timesteps 0.6 0.4", "--dm_timesteps 0.5 0.5", "--dm_timesteps 20 980"],
 )  # fmt: skip
@@ -175,7 +176,7 @@ def test_no_function_but_parse_args_and_main_stands_in_two_programs():
 
 def test_args_never_cross_into_the_package():
     """A part of the package takes the group of flags that belongs to it, never all of them."""
-    commands = {"pack_shards", "encode_shards", "sample", "evaluate", "bench_inference", "report"}
+    commands = {"pack_shards", "encode_shards", "sample", "evaluate", "bench_inference", "export_model", "report"}
     for path in (ROOT / "lcm_distill").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lcm_distill"
-COMMANDS = ("pack_shards", "encode_shards", "sample", "evaluate", "bench_inference", "report")
+COMMANDS = ("pack_shards", "encode_shards", "sample", "evaluate", "bench_inference", "export_model", "report")
 
 # Lowest first; what stands on one line may import each other's line only downwards too (its own folder aside).
 ORDER = (
@@ -102,6 +102,8 @@ PROGRAMS = sorted(path.stem for path in ROOT.glob("train_lcm_distill_*_wds.py"))
         "pack_shards",
         "run.report",
         "run.journal",
+        "export.usage",
+        "models.code",
         "data.packing",
         "data.shards",
     ],

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import LCMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from test_encoded_runs import encoded  # noqa: F401 - a fixture
 from test_programs import FULL_PROGRAMS, LORA_PROGRAMS, ONE_OF_EACH, PROGRAMS, family, result, same
@@ -239,6 +239,26 @@ def test_a_step_is_that_of_dmd2(program, guided, command, run, monkeypatch, teac
     assert logged[2]["fake_score_loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
     for call, error in zip(trained, errors, strict=True):
         assert relative_error(call.gradient, 2 * error / error.numel()) < 1e-3
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_at_a_lower_top_timestep_all_networks_start_from_noise_alone(program, command, run, monkeypatch, tmp_path):
+    """As the exported sampler does, whose schedule ends there; below it, the teacher continues from where it is."""
+    calls = spied_calls(monkeypatch)
+    run(program, command(
+        steps=1, train_batch_size=3, num_ddim_timesteps=12, top_timestep=599, top_timestep_probability=1,
+        **options_of(program, dm_weight=0),
+    ))  # fmt: skip
+    teacher, target, student, *_ = calls
+    assert torch.equal(teacher.sample, student.sample.repeat(2, 1, 1, 1))
+    assert set(student.timesteps.tolist()) == set(teacher.timesteps.tolist()) == {599}
+    assert set(target.timesteps.tolist()) == {549}
+    numbers = student.sample.numel()
+    assert abs(float(student.sample.mean())) < 3 / numbers**0.5 > abs(float(student.sample.std()) - 1) * 2**0.5
+    sampler = LCMScheduler.from_pretrained(tmp_path / "out")
+    sampler.set_timesteps(2)
+    assert sampler.timesteps.tolist() == [599, 299]
+    assert relative_error(target.sample, student.sample) > 0.02  # a step was taken
 
 
 # ------------------------------------------------------------------------------------------------------ resuming

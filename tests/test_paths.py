@@ -20,6 +20,7 @@ COMMANDS = {
     "sample": ((*COMMON, "student", "lora", "init_image", "output_dir"), ["--prompts", "x"]),
     "evaluate": ((*COMMON, "student", "clip_model", "cmmd_model", "output_dir"), ["--prompts", "x"]),
     "bench_inference": ((*COMMON, "student", "output_dir"), []),
+    "export_model": ((*COMMON, "single_file", "output_dir"), ["STUDENT"]),
     "encode_shards": (COMMON, ["IN", "OUT", "--resolution", "64"]),
 }
 

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tarfile
@@ -35,6 +36,7 @@ from lcm_distill.objective import consistency as lcd
 from lcm_distill.objective.consistency import ConsistencyFunction, guidance_embedding
 from lcm_distill.objective.schedule import DDIMSolver, NoiseSchedule
 from lcm_distill.run.journal import read_journal
+from lcm_distill.run.record import write_record
 from toy.make_shards import make_shards
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -322,6 +324,48 @@ def test_lora_options_run(program, options, command, run, tmp_path, monkeypatch)
     if "lora_target_modules" in options:
         assert {name.split(".")[-3] for name in adapter} == {"to_q", "to_v"}
     assert (tmp_path / "out" / "target").exists() == ("ema_decay" in options)
+
+
+def test_alpha_follows_the_rank_and_a_resumed_run_keeps_its_own(command, run, tmp_path, caplog):
+    """`--lora_rank 8` alone meant a scale of 8, since alpha stayed 64."""
+    program = "train_lcm_distill_lora_sd_wds"
+
+    def alpha(folder: str) -> tuple[int, int]:
+        path = tmp_path / folder
+        saved = json.loads((path / "adapter" / "adapter_config.json").read_text())
+        launch = read_journal(path / "training.jsonl")[0][-1]
+        assert launch["flags"]["lora_alpha"] == saved["lora_alpha"]
+        return saved["r"], saved["lora_alpha"]
+
+    run(program, command("follows", steps=1, lora_rank=2))
+    assert alpha("follows") == (2, 2)
+    run(program, command("own", steps=1, lora_rank=2, lora_alpha=8))  # as a run of before, with its own alpha
+    run(program, command("own", steps=2, lora_rank=2, resume_from_checkpoint="latest"))
+    assert alpha("own") == (2, 8)
+    assert "--lora_alpha" not in caplog.text  # nothing has changed
+    with pytest.raises(UsageError, match="--lora_alpha: 8 in the checkpoint, 4 now"):
+        run(program, command("own", steps=3, lora_rank=2, lora_alpha=4, resume_from_checkpoint="latest"))
+    for wrong in (0, -1, "8", None, True, 2.5):
+        file = tmp_path / "own" / "checkpoint-2" / "run.json"
+        record = json.loads(file.read_text())
+        record["architecture"]["--lora_alpha"] = wrong
+        write_record(file.parent, {k: v for k, v in record.items() if k not in ("files", "sha256")}, record["files"])
+        with pytest.raises(UsageError, match="--lora_alpha"):
+            run(program, command("own", steps=3, lora_rank=2, resume_from_checkpoint=str(file.parent)))
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+@pytest.mark.parametrize("program", ["train_lcm_distill_sd_wds", "train_lcm_distill_lora_sd_wds"])
+def test_who_may_read_what_a_run_writes_is_the_umask_s_choice(program, umask, mode, command, run, tmp_path):
+    """Nobody but its owner could read the result, nor the checkpoints."""
+    before = os.umask(umask)
+    try:
+        run(program, command(steps=1, dm_weight=1, **({"lora_rank": 2} if "lora" in program else {})))
+    finally:
+        os.umask(before)
+    weights = list((tmp_path / "out").rglob("*.safetensors"))
+    assert {stat.S_IMODE(path.stat().st_mode) for path in weights} == {mode}
+    assert {"fake_score.safetensors"} < {path.name for path in weights}
 
 
 @pytest.mark.parametrize("program", LORA_PROGRAMS)

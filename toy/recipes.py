@@ -1,9 +1,10 @@
 """How the toy teachers are distilled: recipes of one stage or two, each stage a run of a program with these flags.
 
     plain     what the demo runs: a latent consistency model for 4 to 8 steps
-    few       two stages for 1 to 2 steps: consistency distillation on a coarser grid with the top timestep drawn more
-              often, then distribution matching, begun from the first stage's student
-    long      the first stage of few alone, for about as long as both take: what matching is compared with
+    few       two stages for 1 to 2 steps, both with sampling from a lower timestep: consistency distillation on a
+              coarser grid with that timestep drawn more often, then distribution matching, begun from its student
+    lower     the first stage of few alone, for about as long as both take: what matching is compared with
+    long      the same from the last timestep: what consistency distillation reaches without --top_timestep
 
 The flags are for batches of 32 pictures of 64 pixels; docs/reference.md has the same recipes for real teachers.
 """
@@ -42,13 +43,17 @@ class Stage:
 
 
 _COARSE = ("--num_ddim_timesteps", "20", "--top_timestep_probability", "0.3")
+_LOWER = ("--top_timestep", "699", "--num_ddim_timesteps", "14")
+_LOWER_COARSE = (*_LOWER, "--top_timestep_probability", "0.4")
 _MATCHING = (
-    *("--num_ddim_timesteps", "20", "--top_timestep_probability", "0.7", "--ema_decay", "0.98"),
+    *_LOWER,
+    *("--top_timestep_probability", "0.7", "--ema_decay", "0.98"),
     *("--dm_weight", "1", "--dm_consistency_weight", "0.3", "--dm_guidance_w", "5"),
     *("--dm_rank", "64", "--dm_learning_rate", "1e-3"),
 )
 RECIPES: dict[str, list[Stage]] = {
     "plain": [Stage(300, 5e-4, 1e-3)],
-    "few": [Stage(400, 5e-4, 1e-3, _COARSE), Stage(360, 1e-4, 2e-4, _MATCHING)],
-    "long": [Stage(1400, 5e-4, 1e-3, _COARSE)],
+    "few": [Stage(400, 5e-4, 1e-3, _LOWER_COARSE), Stage(240, 1e-4, 2e-4, _MATCHING)],
+    "lower": [Stage(1000, 5e-4, 1e-3, _LOWER_COARSE)],
+    "long": [Stage(1000, 5e-4, 1e-3, _COARSE)],
 }

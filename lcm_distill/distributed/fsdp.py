@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from lcm_distill.distributed.compiling import BLOCKS
 from lcm_distill.distributed.finite import check_finite, tensors_in
 from lcm_distill.distributed.zero import ZeroAccelerator, ZeroOptimizer, check_zero, prepare_zero
+from lcm_distill.environment import respect_umask
 from lcm_distill.errors import UsageError
 
 
@@ -165,6 +166,7 @@ def save_network(network: UNet2DConditionModel, *folders: Path) -> None:
     if is_main:
         for folder in folders:
             network.save_pretrained(folder)
+            respect_umask(*folder.glob("*.safetensors"))
 
 
 def load_network(network: UNet2DConditionModel, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,9 +17,13 @@ from safetensors.torch import save_file
 
 from lcm_distill.distributed.finite import HALF, check_finite
 from lcm_distill.distributed.fsdp import check_network, save_network
-from lcm_distill.errors import DivergenceError, SaveError
-from lcm_distill.export.card import build_model_card, parse_hub_id, strip_folders
+from lcm_distill.environment import respect_umask
+from lcm_distill.errors import DivergenceError, SaveError, UsageError
+from lcm_distill.export import usage
+from lcm_distill.export.card import build_model_card, parse_hub_id, read_licence, strip_folders
 from lcm_distill.export.hub import HubUpload
+from lcm_distill.export.metadata import Description, last_picture, public_name, write_metadata
+from lcm_distill.export.original import original_name, unet_modules
 from lcm_distill.models.families import Family
 from lcm_distill.models.lora import STUDENT, TARGET, Lora
 from lcm_distill.models.teacher import Teacher
@@ -37,6 +42,7 @@ UPLOADED = (
     "pytorch_lora_weights.safetensors",
     "kohya_lora_weights.safetensors",
     "adapter/*",
+    usage.WORKFLOW,
 )
 
 
@@ -79,16 +85,22 @@ def export_full_student(
         half = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float16)
         half.register_to_config(_name_or_path="")
         half.save_pretrained(folder, variant="fp16")
+        respect_umask(*folder.glob("*.safetensors"))
         scheduler.save_pretrained(folder)
     _finish(
         folder,
         hub,
         global_step,
         teacher=teacher,
-        usage=lambda name, teacher: _FULL_USAGE.format(
-            model=name, load=teacher.loading_code(family.PIPELINE, "unet=unet"), guidance_scale=guidance_scale
+        family=family,
+        scheduler=scheduler,
+        unet_config=student.config,
+        code=lambda name, teacher: usage.full_code(
+            name, teacher.code(family.PIPELINE, "unet=unet", **usage.CODE_OPTIONS), guidance_scale
         ),
         note="`guidance_scale` is w + 1, with w the guidance of the LCM paper (arXiv 2310.04378).",
+        elsewhere=lambda name, title: usage.full_recipe(name, f"{title}.safetensors", guidance_scale),
+        hint=usage.usage_hint("full", guidance_scale),
         relation="finetune",
         settings=settings,
         tags=family.TAGS,
@@ -110,18 +122,19 @@ def export_lora_student(
 ) -> None:
     """Writes the student's LoRA for Diffusers and for ComfyUI and A1111, its PEFT adapter, scheduler and card.
 
-    `pytorch_lora_weights.safetensors` is what `pipe.load_lora_weights(output_dir)` loads, with its alpha;
-    `kohya_lora_weights.safetensors` holds the same weights under kohya's names. Both are float16, as shared LoRAs
-    are; `adapter/` is the float32 adapter. The LoRA of an averaged target is in `target/`. `family`, card, `hub`
-    and errors are as for a full student. Every rank may call it; only the main process writes.
+    `pytorch_lora_weights.safetensors` is what `pipe.load_lora_weights(output_dir)` loads;
+    `kohya_lora_weights.safetensors` holds the same weights under kohya's names. Both are float16, as shared LoRAs are,
+    with the scale alpha / rank in the weights; `adapter/` is the float32 adapter, with its alpha. The LoRA of an
+    averaged target is in `target/`. `family`, card, `hub` and errors are as for a full student. Every rank may call it;
+    only the main process writes.
     """
     if not PartialState().is_main_process:
         return
     folder = Path(output_dir)
     with _refusing():
-        check_finite("the student", lora.state_dict(STUDENT).items(), largest=HALF)
+        check_finite("the student", lora_weights(lora, STUDENT).items(), largest=HALF)
         if lora.average:
-            check_finite("the target", lora.state_dict(TARGET).items(), largest=HALF)
+            check_finite("the target", lora_weights(lora, TARGET).items(), largest=HALF)
     with _writing(folder, global_step):
         lora.part(STUDENT).save(folder / "adapter")
         save_lora(folder, lora, STUDENT, family=family)
@@ -133,11 +146,16 @@ def export_lora_student(
         hub,
         global_step,
         teacher=teacher,
-        usage=lambda name, teacher: _LORA_USAGE.format(model=name, load=teacher.loading_code(family.PIPELINE)),
+        family=family,
+        scheduler=scheduler,
+        unet_config=lora.unet.config,
+        code=lambda name, teacher: usage.lora_code(name, teacher.code(family.PIPELINE, **usage.CODE_OPTIONS)),
         note="The guidance of the training is in the weights, so use a `guidance_scale` of 1 to 2; above 1, "
         "negative prompts have an effect. It can be combined with a style LoRA by `pipe.set_adapters`, and works on "
-        "fine-tunes of its teacher. `kohya_lora_weights.safetensors` is the same LoRA for ComfyUI and A1111: "
-        "sampler LCM, 2 to 8 steps, CFG 1 to 2.",
+        f"fine-tunes of its teacher. `{usage.KOHYA_FILE}` is the same LoRA for other programs.",
+        elsewhere=lambda name, title: usage.lora_recipe(usage.KOHYA_FILE),
+        hint=usage.usage_hint("lora"),
+        lora=lora,
         relation="adapter",
         settings=settings,
         tags=["lora", *family.TAGS],
@@ -185,25 +203,62 @@ def _finish(
     global_step: int,
     *,
     teacher: Teacher,
-    usage: Callable[[str, Teacher], str],
+    family: Family,
+    scheduler: LCMScheduler,
+    unet_config: Mapping[str, Any],
+    code: Callable[[str, Teacher], str],
+    elsewhere: Callable[[str, str], str],
+    hint: str,
     settings: Mapping[str, Any],
+    lora: Lora | None = None,
     **card: Any,
 ) -> None:
-    """Writes the card and stages the upload. `usage` makes the card's code from the model's name and its teacher."""
-    licence, name, shown = {}, str(folder), teacher
+    """Writes metadata, workflow and card, and stages the upload.
+
+    `code` makes the card's from the model's name and its teacher, `elsewhere` the text about other programs from that
+    name and its title; `hint` is that of the files' metadata.
+    """
+    if warning := usage.unlike_other_programs(scheduler.config):
+        logger.warning("%s.", warning)
+    licence, name, shown = read_licence(teacher.model, teacher.cache_dir), str(folder), teacher
     if hub:
-        licence = hub.ensure_repository(parse_hub_id(teacher.model))
+        licence = hub.ensure_repository(parse_hub_id(teacher.model)) or licence
         name = hub.repo_id
         # The public must not see the folders of this machine.
         places = {field: strip_folders(getattr(teacher, field)) for field in ("model", "vae", "config")}
         shown = dataclasses.replace(teacher, **places)
+    title = Path(name).resolve().name
     picture = f"validation/step-{global_step:06d}.png"
     has_picture = (folder / picture).is_file()
+    resolution = settings.get("resolution") or _native_resolution(unet_config, family)
+    description = Description(
+        title,
+        family.base_model_version(unet_config),
+        scheduler.config.prediction_type,
+        teacher.model,
+        hint,
+        resolution=resolution,
+        steps=global_step,
+        settings=settings,
+        licence=licence,
+        picture=last_picture(folder, global_step),
+    )
+    _describe(folder, description, lora)
     with _writing(folder, global_step):
+        checkpoint = Path(public_name(teacher.model)).name if lora else title
+        workflow = usage.build_workflow(
+            f"{checkpoint.removesuffix('.safetensors')}.safetensors",
+            lora=usage.KOHYA_FILE if lora else None,
+            resolution=resolution,
+            zsnr=bool(scheduler.config.rescale_betas_zero_snr),
+            prefix=title,
+        )
+        usage.write_workflow(folder / usage.WORKFLOW, workflow)
         build_model_card(
-            Path(name).resolve().name,
+            title,
             base_model=teacher.model,
-            usage=usage(name, shown),
+            usage=code(name, shown),
+            elsewhere=elsewhere(name, title),
             settings={**settings, "max_train_steps": global_step},
             picture=picture if has_picture else None,
             licence=licence,
@@ -217,55 +272,88 @@ def _finish(
         )
 
 
+def _native_resolution(unet_config: Mapping[str, Any], family: Family) -> int:
+    """The side, in pixels, of the pictures that a U-Net was trained for, as far as its config says it."""
+    size = unet_config.get("sample_size")
+    return 8 * size if isinstance(size, int) else 1024 if family.NAME == "sdxl" else 512
+
+
+def _describe(folder: Path, description: Description, lora: Lora | None) -> None:
+    """Writes the metadata of the result's files; that these are whole does not depend on it."""
+    files: dict[Path, dict[str, str]] = {}
+    if lora is None:
+        full = description.metadata(layout="diffusers")
+        files = {path: full for part in (".", "unet", "unet_target") for path in (folder / part).glob("*.safetensors")}
+    else:
+        original = "original" if description.base.startswith("sdxl") else "diffusers"
+        for path in (file for part in (".", "target") for file in (folder / part).glob("*lora_weights.safetensors")):
+            layout = original if path.name == usage.KOHYA_FILE else "diffusers"
+            files[path] = description.metadata(layout=layout, lora_rank=lora.config.r)
+        for path in (folder / "adapter").glob("*.safetensors"):
+            alpha = lora.config.lora_alpha
+            files[path] = description.metadata(layout="diffusers", lora_rank=lora.config.r, lora_alpha=alpha)
+    for path, metadata in files.items():
+        try:
+            write_metadata(path, metadata)
+        except (OSError, UsageError) as error:
+            logger.warning("%s has no metadata, which could not be written (%s); its weights are whole", path, error)
+
+
 def _list_uploaded(folder: Path) -> list[str]:
     """The files in `folder` that match `UPLOADED`."""
     found = [path for pattern in UPLOADED for path in sorted(folder.glob(pattern)) if path.is_file()]
     return [path.relative_to(folder).as_posix() for path in found]
 
 
+def lora_weights(lora: Lora, adapter: str) -> dict[str, torch.Tensor]:
+    """One adapter's weights, float32 on the CPU, by PEFT's names, with its scale alpha / rank in them.
+
+    So a reader that sees tensors alone, and takes alpha for the rank, has what was trained. The second factor is
+    scaled; where that would make its values small for float16, the first has a part of it, a power of two.
+    """
+    scale = lora.config.lora_alpha / lora.config.r
+    first = 2.0 ** round(math.log2(scale) / 2) if scale < 1 else 1.0
+    factors = {".lora_A.weight": first, ".lora_B.weight": scale / first}
+    weights = {}
+    for name, tensor in lora.state_dict(adapter).items():
+        (factor,) = (factor for ending, factor in factors.items() if name.endswith(ending))
+        weights[name] = tensor.float().cpu() * factor
+    return weights
+
+
 def save_lora(folder: Path, lora: Lora, adapter: str, *, family: Family) -> None:
-    """One adapter as float16 LoRA files in `folder`: Diffusers' format with alpha, and kohya's."""
-    base_model_version = family.base_model_version(lora.unet.config)
+    """One adapter as float16 LoRA files in `folder`: Diffusers' format and kohya's, each with alpha = rank.
+
+    The scale of the training is in the weights (`lora_weights`). The kohya file has the names under which ComfyUI,
+    A1111 and kohya's scripts look for the modules: of SDXL the original ones, of the others Diffusers'.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.to(torch.float16).cpu() for name, tensor in lora.state_dict(adapter).items()}
+    weights = {name: tensor.half() for name, tensor in lora_weights(lora, adapter).items()}
     # Only the configuration that every version of PEFT has, so that older ones load the file. Not the dropout:
     # Diffusers would create dropout layers, in training mode.
-    known = ("r", "lora_alpha", "bias", "target_modules")
-    config = {name: value for name, value in lora.config.to_dict().items() if name in known}
-    config["target_modules"] = sorted(config["target_modules"])
+    config: dict[str, Any] = {"r": lora.config.r, "lora_alpha": lora.config.r, "bias": lora.config.bias}
+    config["target_modules"] = sorted(lora.config.target_modules or ())
     family.PIPELINE.save_lora_weights(folder, unet_lora_layers=weights, unet_lora_adapter_metadata=config)
-
-    kohya = convert_state_dict_to_kohya({f"unet.{name}": tensor for name, tensor in weights.items()})
-    alpha = torch.tensor(float(lora.config.lora_alpha), dtype=torch.float32)
-    kohya = {name: alpha.clone() if name.endswith(".alpha") else tensor for name, tensor in kohya.items()}
+    base = family.base_model_version(lora.unet.config)
+    known = {"ss_base_model_version": base, "ss_v2": str(base.startswith("sd_v2"))}
+    known |= {"ss_network_dim": str(lora.config.r), "ss_network_alpha": str(float(lora.config.r))}
     save_file(
-        {name: tensor.contiguous() for name, tensor in kohya.items()},
-        folder / "kohya_lora_weights.safetensors",
-        metadata={
-            "format": "pt",
-            "ss_base_model_version": base_model_version,
-            "ss_v2": str(base_model_version.startswith("sd_v2")),
-            "ss_network_module": "networks.lora",
-            "ss_network_dim": str(lora.config.r),
-            "ss_network_alpha": str(float(lora.config.lora_alpha)),
-        },
+        kohya_weights(weights, lora.unet.config, family),
+        folder / usage.KOHYA_FILE,
+        metadata={"format": "pt", "ss_network_module": "networks.lora", **known},
     )
+    respect_umask(*folder.glob("*.safetensors"))
 
 
-_LORA_USAGE = """\
-import torch
-from diffusers import LCMScheduler
-
-{load}
-pipe.scheduler = LCMScheduler.from_pretrained({model!r})
-pipe.load_lora_weights({model!r})
-picture = pipe("your prompt", num_inference_steps=4, guidance_scale=1.0).images[0]"""
-
-_FULL_USAGE = """\
-import torch
-from diffusers import LCMScheduler, UNet2DConditionModel
-
-unet = UNet2DConditionModel.from_pretrained({model!r}, torch_dtype=torch.float16, variant="fp16")
-{load}
-pipe.scheduler = LCMScheduler.from_pretrained({model!r})
-picture = pipe("your prompt", num_inference_steps=4, guidance_scale={guidance_scale:g}).images[0]"""
+def kohya_weights(
+    weights: Mapping[str, torch.Tensor], unet_config: Mapping[str, Any], family: Family
+) -> dict[str, torch.Tensor]:
+    """A LoRA's `weights`, by PEFT's names, with kohya's names and its alphas, which are the rank."""
+    if family.NAME == "sdxl":
+        with contextlib.suppress(UsageError):  # of other blocks than SDXL's: no other program has such a U-Net
+            modules = unet_modules(unet_config)
+            weights = {original_name(name, modules): tensor for name, tensor in weights.items()}
+    kohya = convert_state_dict_to_kohya({f"unet.{name}": tensor for name, tensor in weights.items()})
+    ranks = {name.removesuffix(".lora_down.weight"): len(t) for name, t in kohya.items() if ".lora_down." in name}
+    alphas = {f"{name}.alpha": torch.tensor(float(rank)) for name, rank in ranks.items()}
+    return {name: tensor.contiguous() for name, tensor in {**kohya, **alphas}.items()}

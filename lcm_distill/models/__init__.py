@@ -2,6 +2,7 @@
 
     teacher         where a teacher's weights and configs come from: folder, Hub, single file
     files           a model's files, and the JSON in them
+    code            the Python code that loads a teacher, for cards and reports; imports nothing heavy
     single_file     what the header of a single file says
     support         which models can be teachers, by their configs (docs/teachers.md)
     tokenizer       CLIP's tokenizers, checked to fit their text encoders

@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from lcm_distill.distributed.finite import check_finite
+from lcm_distill.environment import respect_umask
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import MatchingFlags
 from lcm_distill.models.lora import TARGET_MODULES, add_adapter
@@ -126,6 +127,7 @@ class FakeScore:
         check_finite(folder.name, weights.items())
         folder.mkdir(parents=True, exist_ok=True)
         save_file(weights, folder / self._FILE)
+        respect_umask(folder / self._FILE)
 
     def load(self, folder: Path) -> None:
         """Loads what `save` saved; `UsageError` if that has another rank, other modules or another guidance input."""

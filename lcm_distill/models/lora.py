@@ -23,6 +23,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from lcm_distill.distributed.finite import check_finite
+from lcm_distill.environment import respect_umask
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import LoraFlags
 from lcm_distill.models.low_rank import LAYERS
@@ -72,6 +73,7 @@ class AdapterShape:
     @classmethod
     def from_flags(cls, flags: LoraFlags, unet_config: Mapping[str, Any]) -> "AdapterShape":
         """The shape that the flags describe; `UsageError` if a U-Net of `unet_config` lacks --lora_target_modules."""
+        assert flags.lora_alpha is not None  # the flags set it themselves where it is not given
         return cls(
             rank=flags.lora_rank,
             alpha=flags.lora_alpha,
@@ -87,6 +89,10 @@ class AdapterShape:
             "--lora_target_modules": self.target_modules,
             "--ema_decay above 0": self.average,
         }
+
+    def resumed(self, architecture: Mapping[str, Any]) -> "AdapterShape":
+        """The shape with the alpha of a run's `architecture`, which is the checkpoint's if the flag is not given."""
+        return dataclasses.replace(self, alpha=architecture["--lora_alpha"])
 
 
 def add_adapter(unet: UNet2DConditionModel, config: LoraConfig, name: str) -> list[torch.nn.Parameter]:
@@ -251,6 +257,7 @@ class AdapterPart:
         folder.mkdir(parents=True, exist_ok=True)
         weights = {self._PREFIX + name: tensor for name, tensor in self._lora.state_dict(self._adapter).items()}
         save_file(weights, folder / self._FILE)
+        respect_umask(folder / self._FILE)
         self._lora.config.save_pretrained(str(folder))
 
     def load(self, folder: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 from lcm_distill.errors import UsageError, brief
 from lcm_distill.flags import TEACHER_FLAG, VAE_FLAG, TeacherFlags
 from lcm_distill.models import support
+from lcm_distill.models.code import LoadingCode, loading_code
 from lcm_distill.models.files import ModelFiles, check_pickles
 from lcm_distill.models.single_file import PREFIXES, SingleFile, from_original_layout
 from lcm_distill.models.tokenizer import load_tokenizer
@@ -80,26 +81,17 @@ class Teacher:
         return self.model.endswith(".safetensors")
 
     def loading_code(self, pipeline: Any, *arguments: str) -> str:
-        """Python code for a model card that builds `pipe`, this teacher in half precision on a GPU.
+        """Python code that builds `pipe`, this teacher in half precision on a GPU; it needs torch.
 
         `pipeline` is the family's pipeline class; `arguments` are added to the call.
         """
-        lines = []
-        given = [f"revision={self.revision!r}"] * bool(self.revision) + [f"variant={self.variant!r}"] * bool(
-            self.variant
-        )
-        source = "DiffusionPipeline.from_pretrained"
-        if self.is_single_file:
-            source = f"{pipeline.__name__}.from_single_file"
-            given = [f"config={self.config!r}"] * bool(self.config)
-        if self.vae:
-            own = f", revision={self.vae_revision!r}" if self.vae_revision else ""
-            lines += [f"vae = AutoencoderKL.from_pretrained({self.vae!r}{own}, torch_dtype=torch.float16)"]
-            given += ["vae=vae"]
-        given = [*given, *arguments, "torch_dtype=torch.float16"]
-        lines += [f'pipe = {source}({", ".join([repr(self.model), *given])}).to("cuda")']
-        kinds = [source.partition(".")[0]] + ["AutoencoderKL"] * bool(self.vae)
-        return "\n".join([f"from diffusers import {', '.join(sorted(kinds))}", *lines])
+        found = self.code(pipeline, *arguments)
+        return "\n".join([f"from diffusers import {', '.join(sorted(found.imports))}", *found.lines])
+
+    def code(self, pipeline: Any, *arguments: str, **options: str) -> LoadingCode:
+        """As `loading_code`, with its imports apart; `options` are those of `code.loading_code`."""
+        given = {field: getattr(self, field) for field in ("revision", "variant", "config", "vae", "vae_revision")}
+        return loading_code(self.model, pipeline.__name__, *arguments, **given, **options)
 
     @functools.cached_property
     def config_source(self) -> str:

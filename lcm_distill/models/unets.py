@@ -17,6 +17,7 @@ from lcm_distill.distributed.fsdp import load_network, save_network
 from lcm_distill.errors import brief
 from lcm_distill.flags import FullStudentFlags, SpeedFlags
 from lcm_distill.models.norms import set_norm_precision
+from lcm_distill.objective.consistency import guidance_embedding
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,25 @@ def student_from_teacher(teacher: UNet2DConditionModel, time_cond_proj_dim: int)
     weights[projection] = torch.zeros(student.get_parameter(projection).shape)
     student.load_state_dict(weights, assign=True)
     return student.train()
+
+
+@torch.no_grad()
+def bake_guidance(student: UNet2DConditionModel, guidance_w: float) -> UNet2DConditionModel:
+    """The U-Net that a full student is at one `guidance_w`, the w of the LCM paper: without a guidance embedding.
+
+    What the embedding e of w adds in front of the first layer of the time embedding, W (t + P e) + b, goes into that
+    layer's bias: b + W P e, summed in float64. All other weights are shared with `student`, which stays as it is.
+    """
+    embedding = guidance_embedding(torch.tensor([guidance_w]), student.config.time_cond_proj_dim)
+    weights = dict(student.state_dict())
+    projection = weights.pop("time_embedding.cond_proj.weight").double()
+    weight, bias = (weights[f"time_embedding.linear_1.{name}"] for name in ("weight", "bias"))
+    added = weight.double() @ (projection @ embedding[0].to(projection))
+    weights["time_embedding.linear_1.bias"] = (bias.double() + added).to(bias.dtype)
+    with init_empty_weights():
+        baked = UNet2DConditionModel.from_config({**student.config, "time_cond_proj_dim": None})
+    baked.load_state_dict(weights, assign=True)
+    return baked.requires_grad_(False).eval()
 
 
 def target_from_student(student: UNet2DConditionModel) -> UNet2DConditionModel:

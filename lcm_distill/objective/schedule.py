@@ -141,19 +141,20 @@ class DDIMSolver:
     """DDIM steps along the teacher's probability-flow ODE, from one grid point to the one before (arXiv 2010.02502).
 
     The step at solver index i starts at `timesteps[i]` and ends at `previous_timesteps[i]`, both int64
-    `[num_ddim_timesteps]`. The grid has Diffusers' "trailing" spacing: its last point is T−1, where sampling starts,
-    whether or not `num_ddim_timesteps` divides T. The step at index 0 ends at timestep 0, where the consistency
-    function is the identity.
+    `[num_ddim_timesteps]`. The grid has Diffusers' "trailing" spacing: its last point is `top_timestep`, where sampling
+    starts, whether or not `num_ddim_timesteps` divides the timesteps up to it. That is T−1 unless it is given. The step
+    at index 0 ends at timestep 0, where the consistency function is the identity.
     """
 
-    def __init__(self, schedule: NoiseSchedule, num_ddim_timesteps: int):
-        total = len(schedule)
+    def __init__(self, schedule: NoiseSchedule, num_ddim_timesteps: int, top_timestep: int | None = None):
+        total = len(schedule) if top_timestep is None else top_timestep + 1
         if not 1 <= num_ddim_timesteps <= total:
             raise UsageError(
                 f"--num_ddim_timesteps {num_ddim_timesteps}: must be between 1 and the teacher's "
                 f"{total} training timesteps; 50 is usual."
             )
         self.schedule = schedule
+        self._starts_from_noise = total < len(schedule)
         device = schedule.alphas.device
         steps = torch.arange(1, num_ddim_timesteps + 1, dtype=torch.float64)
         self.timesteps = (steps * total / num_ddim_timesteps).round().long().sub(1).to(device)
@@ -170,6 +171,17 @@ class DDIMSolver:
             return index
         top = torch.rand(batch, generator=generator, device=device) < top_probability
         return torch.where(top, len(self) - 1, index)
+
+    def add_noise(self, x0: torch.Tensor, epsilon: torch.Tensor, solver_index: torch.Tensor) -> torch.Tensor:
+        """x_t of `x0` at the grid points `solver_index` `[B]`: alpha_t · x0 + sigma_t · epsilon.
+
+        At a `top_timestep` below T−1 it is `epsilon` alone, without the rest of x0 that the schedule has there: that is
+        what sampling starts from.
+        """
+        noisy = self.schedule.add_noise(x0, epsilon, self.timesteps[solver_index])
+        if not self._starts_from_noise:
+            return noisy
+        return torch.where(per_sample(solver_index == len(self) - 1, noisy), epsilon.float(), noisy)
 
     def step(self, x0: torch.Tensor, epsilon: torch.Tensor, solver_index: torch.Tensor) -> torch.Tensor:
         """x_t at the previous grid point, from the predicted `x0` and `epsilon` `[B, …]` at `solver_index` `[B]`."""
@@ -245,21 +257,45 @@ def build_lcm_scheduler(
     scheduler_config: Mapping[str, Any],
     num_ddim_timesteps: int = 50,
     timestep_scaling: float = 10.0,
+    top_timestep: int | None = None,
     given: str = "--pretrained_teacher_model",
 ) -> LCMScheduler:
     """The student's sampler: the noise schedule of `scheduler_config` with the solver's grid and timestep scaling.
 
     Its config has all of `LCMScheduler`'s entries and no others, so no class's defaults replace what was trained.
-    It clips nothing, whatever `scheduler_config` says: latents are not bounded. `UsageError`, which names what is
-    `given`, if that is not of a discrete schedule of betas.
+    It clips nothing, whatever `scheduler_config` says: latents are not bounded. A `top_timestep` is where it starts:
+    the schedule ends there, so that pipelines start there without being asked to. `UsageError`, which names what is
+    `given`, if that is not of a discrete schedule of betas, or if the grid does not end at `top_timestep`.
     """
     chosen = complete_schedule(scheduler_config, given)
+    if top_timestep is not None:
+        chosen = _first_timesteps(chosen, top_timestep, num_ddim_timesteps)
     return LCMScheduler(
         **chosen,
         original_inference_steps=_sampler_grid(num_ddim_timesteps, chosen["num_train_timesteps"]),
         timestep_scaling=timestep_scaling,
         **SAMPLER_OPTIONS,
     )
+
+
+def _first_timesteps(chosen: dict[str, Any], top_timestep: int, num_ddim_timesteps: int) -> dict[str, Any]:
+    """The entries of a schedule that ends at `top_timestep`, before which it is that of the entries `chosen`."""
+    total, length = chosen["num_train_timesteps"], top_timestep + 1
+    if length > total:
+        raise UsageError(
+            f"--top_timestep {top_timestep}: the teacher's last timestep is {total - 1}; use that or less."
+        )
+    if length == total:
+        return chosen
+    if length % num_ddim_timesteps:
+        below = length // num_ddim_timesteps * num_ddim_timesteps
+        nearest = [each - 1 for each in (below, below + num_ddim_timesteps) if 0 < each <= total]
+        raise UsageError(
+            f"--top_timestep {top_timestep}: the {length} timesteps up to it are no multiple of --num_ddim_timesteps "
+            f"{num_ddim_timesteps}, so that samplers would start elsewhere; use {' or '.join(map(str, nearest))}."
+        )
+    betas = LCMScheduler(**chosen).betas[:length].tolist()
+    return chosen | {"num_train_timesteps": length, "trained_betas": betas, "rescale_betas_zero_snr": False}
 
 
 def _sampler_grid(num_ddim_timesteps: int, train_timesteps: int) -> int:

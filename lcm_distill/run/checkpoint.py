@@ -27,7 +27,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial as partial_function
 from pathlib import Path
@@ -475,20 +475,21 @@ def find_run(
     seed: int | None,
     flags: Mapping[str, Any] | None = None,
     dry_run: bool = False,
+    not_given: Collection[str] = (),
 ) -> tuple[Path | None, dict[str, Any]]:
     """The checkpoint that `--resume_from_checkpoint` names and its run.json; (None, {}) for a new run.
 
-    `UsageError` unless it is of this `program`, this `architecture` and this `seed` (None: any), whole, and what it
-    holds fits the `flags`, or if this run would mix its checkpoints with those of another run (a `dry_run` writes
-    none). With "latest" it is the newest that is whole: those that are newer and damaged are renamed to
-    `damaged-checkpoint-N`, except in a dry run, which is logged.
+    `UsageError` unless it is of this `program`, this `architecture` (of flags that are `not_given`, of any value) and
+    this `seed` (None: any), whole, and what it holds fits the `flags`, or if this run would mix its checkpoints with
+    those of another run (a `dry_run` writes none). With "latest" it is the newest that is whole: those that are newer
+    and damaged are renamed to `damaged-checkpoint-N`, except in a dry run, which is logged.
     """
 
     def read(path: Path) -> dict[str, Any]:
         run = read_record(path)
         if _NAME.fullmatch(path.name) and _step(path) != run["global_step"]:
             raise DamageError(f"its run.json is that of step {run['global_step']}")
-        check_resumable(path, run, program=program, architecture=architecture, seed=seed)
+        check_resumable(path, run, program=program, architecture=architecture, seed=seed, not_given=not_given)
         check_optimizers(path, run, flags or {})
         check_files(path, run)
         return run
@@ -603,15 +604,27 @@ def _has_8_bits(path: Path) -> bool | None:
 
 
 def check_resumable(
-    path: Path, run: Mapping[str, Any], *, program: str, architecture: Mapping[str, Any], seed: int | None
+    path: Path,
+    run: Mapping[str, Any],
+    *,
+    program: str,
+    architecture: Mapping[str, Any],
+    seed: int | None,
+    not_given: Collection[str] = (),
 ) -> None:
-    """`UsageError` unless the checkpoint is of this program, this architecture and this seed."""
+    """`UsageError` unless the checkpoint is of this program, this architecture and this seed.
+
+    Of flags of the architecture that are `not_given`, which are counts, the checkpoint may have any value.
+    """
     where = f"--resume_from_checkpoint {path}"
     if run.get("program") != program:
         writer = shown(run.get("program"))
         raise UsageError(f"{where} was written by {writer}, not by {program}; resume it with that program.")
     saved = run.get("architecture", {})
     expected = json.loads(json.dumps(dict(architecture), default=str))
+    for name in (f"--{flag}" for flag in not_given):
+        if type(saved.get(name)) is int and saved[name] > 0:
+            expected[name] = saved[name]
     different = [
         f"{shown(key)}: {shown(saved.get(key))} in the checkpoint, {shown(expected.get(key))} now"
         for key in sorted({*saved, *expected})

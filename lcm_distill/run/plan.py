@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from lcm_distill.errors import UsageError
+from lcm_distill.export.usage import unlike_other_programs
 from lcm_distill.flags import DistillationFlags, LengthFlags, OptimizationFlags
 from lcm_distill.run.checkpoint import changed_flags
 
@@ -121,6 +122,13 @@ def log_plan(
         accelerator.device,
         run["flags"]["dataloader_num_workers"],
     )
+    flags = run["flags"]
+    sampler = {
+        "original_inference_steps": flags.get("num_ddim_timesteps", 50),
+        "timestep_scaling": flags.get("timestep_scaling_factor", 10.0),
+    }
+    if warning := unlike_other_programs(sampler):
+        logger.warning("--num_ddim_timesteps, --timestep_scaling_factor: %s.", warning)
     if first >= plan.steps:
         logger.info(
             "this run is finished: it is at step %d, its length is %d; raise --max_train_steps (or --num_train_epochs)",

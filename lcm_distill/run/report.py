@@ -26,6 +26,8 @@ from PIL import Image
 from lcm_distill.data.decode import decode_picture
 from lcm_distill.data.raw import BadSample
 from lcm_distill.errors import UsageError
+from lcm_distill.export import usage
+from lcm_distill.models.code import loading_code
 from lcm_distill.run import journal
 
 logger = logging.getLogger(__name__)
@@ -374,6 +376,56 @@ def _command_note(launch: Mapping[str, Any]) -> str:
     return " ".join(notes)
 
 
+_TEACHER_FLAGS = {  # of `loading_code`
+    "revision": "teacher_revision",
+    "variant": "variant",
+    "config": "teacher_config",
+    "vae": "pretrained_vae_model_name_or_path",
+    "vae_revision": "revision",
+}
+
+
+def _usage(folder: Path, launch: Mapping[str, Any]) -> tuple[str, str]:
+    """How to use the result: (code for Diffusers, HTML about other programs); empty if the run's flags are unknown."""
+    flags, program = _mapping(launch, "flags"), str(launch.get("program", ""))
+    model = flags.get("pretrained_teacher_model")
+    if not isinstance(model, str) or not program:
+        return "", ""
+    is_lora = "lora" in program
+    known = {name: flags[flag] for name, flag in _TEACHER_FLAGS.items() if isinstance(flags.get(flag), str)}
+    pipeline = "StableDiffusionXLPipeline" if "sdxl" in program else "StableDiffusionPipeline"
+    arguments = [] if is_lora else ["unet=unet"]
+    teacher = loading_code(model, pipeline, *arguments, **known, **usage.CODE_OPTIONS)
+    out = str(flags.get("output_dir") or folder)
+    if is_lora:
+        return usage.lora_code(out, teacher), _markdown(usage.lora_recipe(usage.KOHYA_FILE))
+    scale = _guidance_scale(flags)
+    recipe = usage.full_recipe(out, f"{folder.resolve().name}.safetensors", scale)
+    return usage.full_code(out, teacher, scale), _markdown(recipe)
+
+
+def _guidance_scale(flags: Mapping[str, Any]) -> float:
+    """The guidance_scale of a full student's validation pictures, as its card has it."""
+    given, low, high = (flags.get(name) for name in ("validation_guidance_scale", "w_min", "w_max"))
+    if isinstance(given, (int, float)):
+        return float(given)
+    low, high = (float(w) if isinstance(w, (int, float)) else default for w, default in ((low, 0.0), (high, math.inf)))
+    return min(max(8.0, low + 1), high + 1)
+
+
+def _markdown(text: str) -> str:
+    """The Markdown of `usage` as HTML: paragraphs, a block of code, bold words and code in lines."""
+    parts = []
+    for part in text.split("\n\n"):
+        if part.startswith("```"):
+            parts.append(f'<pre tabindex="0">{_text(part.partition(chr(10))[2].rpartition(chr(10))[0])}</pre>')
+            continue
+        line = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", _text(part))
+        line = re.sub("`(.+?)`", r"<code>\1</code>", line)
+        parts.append(f"<p>{line}</p>")
+    return "\n".join(parts)
+
+
 def build_report(output_dir: str | Path) -> Path:
     """Writes `output_dir/report.html`, under a temporary name until it is complete, and returns its path.
 
@@ -405,6 +457,7 @@ def build_report(output_dir: str | Path) -> Path:
         "resumed": sorted({start for place, start in enumerate(resumed_at) if 0 < start <= min(resumed_at[place:])}),
     }
     left_out = _left_out(grids, shown, broken)
+    code, elsewhere = _usage(Path(str(output_dir)), launch)
     page = _Page(resources.files(__package__).joinpath("report_template.html").read_text(encoding="utf-8")).substitute(
         name=_text(folder.resolve().name),
         program=_text(str(launch.get("program", ""))),
@@ -423,6 +476,10 @@ def build_report(output_dir: str | Path) -> Path:
         command=_text(str(launch.get("command", ""))),
         command_note=_text(_command_note(launch)),
         folder=_text(str(launch.get("folder", ""))),
+        usage=_text(code),
+        elsewhere=elsewhere,
+        no_usage="" if code else " hidden",
+        usable="In" if state == "Finished" else "Once the run is finished, in",
         flags=_pairs({name: value for name, value in flags.items() if value is not None or name in changed}, given),
         unset=_text(", ".join(name for name, value in flags.items() if value is None and name not in changed)),
         versions=_pairs(_mapping(launch, "versions"), _mapping(before, "versions")),

@@ -23,7 +23,7 @@ import atexit
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,9 +96,11 @@ class Run:
         flags: all flags by name, to be recorded.
         argv: the arguments of the program's `main` (None: the shell's command line).
         can_split: the program can split what it trains over the ranks (FSDP, ZeRO).
+        not_given: flags of the architecture that the user left out: if a checkpoint is resumed, its values count.
 
     Attributes:
         accelerator: Accelerate's.
+        architecture: that of the run, with the checkpoint's values of what is `not_given`.
         seed: that of the checkpoint if one is resumed.
         streaming: the flags of the data, with the number of workers that --dataloader_num_workers leaves open.
         public_flags: all flags without secrets, as they may be written to files, with that number.
@@ -121,6 +123,7 @@ class Run:
         *,
         argv: Sequence[str] | None = None,
         can_split: bool = False,
+        not_given: Collection[str] = (),
     ):
         install()
         protect(tokens=[launch.hub_token])
@@ -140,16 +143,20 @@ class Run:
             seed=launch.seed,
             flags=flags,
             dry_run=launch.dry_run,
+            not_given=not_given,
         )
         self._checkpoint, self._resumed = on_main_process(self.accelerator, self._find_run)
         self.seed = choose_seed(self._resumed.get("seed", launch.seed))
         workers = choose_workers(streaming.dataloader_num_workers, self.accelerator, self._resumed)
         self.streaming = dataclasses.replace(streaming, dataloader_num_workers=workers)
-        self.public_flags = public_flags({**flags, "dataloader_num_workers": workers})
+        before = self._resumed.get("architecture", {})
+        kept = {name: before[f"--{name}"] for name in not_given if f"--{name}" in before}
+        self.architecture = {**architecture, **{f"--{name}": value for name, value in kept.items()}}
+        self.public_flags = public_flags({**flags, **kept, "dataloader_num_workers": workers})
         self.output_dir = None if launch.dry_run else launch.output_dir
         self.global_step: int = self._resumed.get("global_step", 0)
         self._batches_done: int = self._resumed.get("batches", 0)
-        self._record = dict(program=program, architecture=architecture, seed=self.seed, flags=self.public_flags)
+        self._record = dict(program=program, architecture=self.architecture, seed=self.seed, flags=self.public_flags)
         self._stop = False
         self._first_step = self.global_step
         self._is_main = self.accelerator.is_main_process

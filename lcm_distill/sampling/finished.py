@@ -13,10 +13,12 @@ import torch
 from diffusers import LCMScheduler, UNet2DConditionModel
 from huggingface_hub import file_exists, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from safetensors.torch import load_file
 
 from lcm_distill.environment import refused_lora
 from lcm_distill.errors import UsageError, brief
 from lcm_distill.models.families import family_of
+from lcm_distill.models.files import parse_object
 from lcm_distill.models.teacher import Teacher, read_configs
 from lcm_distill.models.unets import architecture
 from lcm_distill.objective.schedule import build_lcm_scheduler
@@ -25,6 +27,10 @@ from lcm_distill.sampling.generate import build_teacher_sampler
 logger = logging.getLogger(__name__)
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+RECORD = "run.json"  # what makes a folder a checkpoint
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
+# The parts of a run's output folder, and of its checkpoints.
+PARTS = ("unet", "unet_target", "target", "adapter", "adapter_target")
 
 
 def load_teacher(
@@ -54,9 +60,37 @@ def native_resolution(pipeline: Any) -> int:
     return size * pipeline.vae_scale_factor
 
 
+def lora_source(source: str) -> tuple[str | dict[str, torch.Tensor], dict[str, Any]]:
+    """What Diffusers' LoRA loaders take for `source`: a folder, Hub id, file, checkpoint, or PEFT's folder.
+
+    Their first argument and further ones. An adapter in PEFT's format, as in checkpoints, is read: float32 tensors by
+    name, with its scale in them. `ValueError` or `OSError` if it cannot be.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return str(path.parent), {"weight_name": path.name}
+    adapter = path / "adapter" if (path / RECORD).is_file() else path
+    if (adapter / ADAPTER_CONFIG).is_file():
+        return _read_adapter(adapter), {}
+    return (str(path) if path.exists() else source), {}
+
+
+def _read_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    config = parse_object(folder / ADAPTER_CONFIG, ADAPTER_CONFIG)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    special = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "megatron_config")
+    if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or any(config.get(name) for name in special):
+        raise ValueError(f"{ADAPTER_CONFIG} is not that of a plain LoRA of one rank and alpha")
+    weights = {}
+    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+        scale = alpha / rank if ".lora_B." in name else 1.0
+        weights[f"unet.{name.removeprefix('base_model.model.')}"] = tensor.float() * scale
+    return weights
+
+
 @dataclasses.dataclass(frozen=True)
 class WeightedLora:
-    """A LoRA and its weight: a folder, Hub id or `.safetensors` file, passed as `flag`."""
+    """A LoRA and its weight: a folder, Hub id, `.safetensors` file or checkpoint, passed as `flag`."""
 
     source: str
     weight: float = 1.0
@@ -65,11 +99,8 @@ class WeightedLora:
 
     def load(self, pipeline: Any, adapter: str) -> None:
         """Loads it into `pipeline` as `adapter`; `UsageError` if it cannot be loaded or does not fit."""
-        path = Path(self.source).expanduser()
-        source, where = (str(path) if path.exists() else self.source), dict[str, Any]()
-        if path.is_file():
-            source, where = str(path.parent), {"weight_name": path.name}
         try:
+            source, where = lora_source(self.source)
             with refused_lora(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # PEFT's warning about a second adapter
                 # use_safetensors: by default Diffusers also loads pickled files, which can run any code.
@@ -103,8 +134,8 @@ def with_loras(pipeline: Any, loras: Sequence[WeightedLora]) -> Iterator[Any]:
 class Student:
     """A finished student; creating one loads nothing.
 
-    `source` is a folder, a Hub id, or a `.safetensors` file (a LoRA). `kind` is "full" for a U-Net, in `subfolder`
-    unless that is None, or "lora".
+    `source` is a folder, a checkpoint of a run, a Hub id, or a `.safetensors` file (a LoRA). `kind` is "full" for a
+    U-Net, in `subfolder` unless that is None, or "lora".
     """
 
     source: str
@@ -115,8 +146,10 @@ class Student:
 
     @property
     def name(self) -> str:
-        """A short name for tables: the last part of its source."""
+        """A short name for tables: the last part of its source; of a checkpoint, its run's name and its own."""
         path = Path(self.source).resolve()
+        if (path / RECORD).is_file():
+            return f"{path.parent.name}/{path.name}"
         if self._is_file:
             return path.parent.name if path.name == LORA_FILE else path.stem
         return path.name
@@ -143,16 +176,19 @@ class Student:
     def sampler(self, scheduler_config: Mapping[str, Any]) -> LCMScheduler:
         """The scheduler saved with it, or else an `LCMScheduler` with the schedule of the teacher's `scheduler_config`.
 
-        A part of a distillation's folder, such as `unet_target/` or a LoRA's file, has the scheduler of the folder.
+        A part of a distillation's folder, such as `unet_target/` or a LoRA's file, has the scheduler of the folder. A
+        checkpoint has none: its run's flags say the grid and the scaling.
         What clips is turned off, since latents are not bounded: results of older versions may have it from a teacher.
         Of a saved scheduler of another class, such as a pipeline's, the noise schedule is taken.
         """
         folders = [self.source]
         if self._is_file:
             folders = [str(Path(self.source).parent)]
-        elif Path(self.source).resolve().name in ("unet", "unet_target", "target"):
+        elif Path(self.source).resolve().name in PARTS:
             folders.append(str(Path(self.source).resolve().parent))
         for folder in folders:
+            if (Path(folder) / RECORD).is_file():
+                return build_lcm_scheduler(scheduler_config, *self._grid_and_scaling(Path(folder)))
             for subfolder in (None, "scheduler"):
                 file = "scheduler_config.json" if subfolder is None else f"{subfolder}/scheduler_config.json"
                 if _has(folder, file, self.cache_dir):
@@ -161,6 +197,16 @@ class Student:
                         return build_lcm_scheduler(saved, given=f"{self.flag} {self.source}")
                     return LCMScheduler.from_config(saved, clip_sample=False, thresholding=False)
         return build_lcm_scheduler(scheduler_config)
+
+    def _grid_and_scaling(self, checkpoint: Path) -> tuple[int, float]:
+        """Those that the run of a checkpoint trains with; `UsageError` if its run.json does not say them."""
+        given = f"{self.flag} {self.source}: its {RECORD}"
+        found = parse_object(checkpoint / RECORD, given).get("flags")
+        found = found if isinstance(found, dict) else {}
+        grid, scaling = found.get("num_ddim_timesteps"), found.get("timestep_scaling_factor")
+        if not isinstance(grid, int) or not isinstance(scaling, (int, float)) or grid < 1 or not 0 < scaling < 1e9:
+            raise UsageError(f"{given} does not have the flags of a run; pass a checkpoint as a run has written it.")
+        return grid, float(scaling)
 
     @contextlib.contextmanager
     def installed_in(
@@ -234,12 +280,16 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
 def find_student(source: str, cache_dir: str | None = None, flag: str = "--student") -> Student:
     """The student in `source`: a folder or Hub id with a U-Net or a LoRA, or a LoRA's file; `UsageError` if none is.
 
-    A U-Net counts as a student even without a guidance embedding. Of a complete pipeline it is the `unet/`.
+    A U-Net counts as a student even without a guidance embedding. Of a complete pipeline it is the `unet/`, of a
+    checkpoint of a run what it trains: its `unet/` or `adapter/`.
     """
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".safetensors":
         return Student(str(path), "lora", cache_dir=cache_dir, flag=flag)
     source = str(path) if path.exists() else source
+    adapters = [f"adapter/{ADAPTER_CONFIG}"] * (path / RECORD).is_file() + [ADAPTER_CONFIG] * path.is_dir()
+    if any((path / adapter).is_file() for adapter in adapters):
+        return Student(source, "lora", cache_dir=cache_dir, flag=flag)
     if _has(source, LORA_FILE, cache_dir, flag):
         return Student(source, "lora", cache_dir=cache_dir, flag=flag)
     if _has(source, "config.json", cache_dir, flag):
@@ -248,7 +298,7 @@ def find_student(source: str, cache_dir: str | None = None, flag: str = "--stude
         return Student(source, "full", "unet", cache_dir, flag)
     raise UsageError(
         f"{flag} {source} contains neither a U-Net (config.json) nor a LoRA ({LORA_FILE}); pass the --output_dir of "
-        "a finished distillation, its Hub id, or a LoRA's .safetensors file."
+        "a finished distillation, a checkpoint of one, its Hub id, or a LoRA's .safetensors file."
     )
 
 

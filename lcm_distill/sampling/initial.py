@@ -9,7 +9,6 @@ What a student is, and where it is found, is that of every other command (`sampl
 import dataclasses
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from lcm_distill.environment import refused_lora
 from lcm_distill.errors import UsageError, brief
 from lcm_distill.flags import FullStudentFlags, StudentFlags, TeacherFlags
 from lcm_distill.models.families import Family
-from lcm_distill.sampling.finished import Student, check_same_teacher, find_student
+from lcm_distill.sampling.finished import Student, check_same_teacher, find_student, lora_source
 
 logger = logging.getLogger(__name__)
 
@@ -110,11 +109,10 @@ class InitialStudent:
         `UsageError` if it cannot be loaded, does not fit, or also changes text encoders.
         """
         source = self.student.source
-        path = Path(source).expanduser()
-        where = {"weight_name": path.name} if path.is_file() else {}
         try:
+            weights, where = lora_source(source)
             state, alphas, metadata = self.family.PIPELINE.lora_state_dict(
-                str(path.parent if path.is_file() else path) if path.exists() else source,
+                weights,
                 cache_dir=self.student.cache_dir,
                 use_safetensors=True,  # Diffusers also loads pickled files otherwise, which can run any code
                 unet_config=unet.config,

@@ -33,17 +33,19 @@ from diffusers import (
 from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors.numpy import load as load_arrays
+from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from lcm_distill import bench_inference, encode_shards, evaluate, pack_shards, report, sample
+from lcm_distill import bench_inference, encode_shards, evaluate, export_model, pack_shards, report, sample
 from lcm_distill.data import packing
 from lcm_distill.data.encoded import read_encoding
+from lcm_distill.export.metadata import read_metadata
 from lcm_distill.models.frozen import FrozenParts
 from lcm_distill.models.teacher import Teacher
 
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (bench_inference, encode_shards, evaluate, pack_shards, report, sample)
+    for module in (bench_inference, encode_shards, evaluate, export_model, pack_shards, report, sample)
 }
 TEACHER_VALUES = {
     "pretrained_teacher_model": "org/teacher",
@@ -457,6 +459,29 @@ def run_bench_inference(world: World) -> dict[str, Run]:
     return {"usual": world.run("bench_inference", typed, prepare)}
 
 
+def run_export_model(world: World) -> dict[str, Run]:
+    """A full student with all flags that it can have; then a LoRA that is fused."""
+    usual = world.models() | {
+        "student.": world.full,
+        "single_file": str(world.folder / "one.safetensors"),
+        "output_dir": str(world.folder / "pipeline"),
+        "dtype": "bf16",
+        "guidance_scale": 4.5,
+    }
+    fused = {
+        "student.": world.lora,
+        "fuse_lora": True,
+        "single_file": str(world.folder / "fused.safetensors"),
+        "pretrained_teacher_model": "org/teacher",
+    }
+
+    def prepare(run, patch):
+        bake = export_model.bake_guidance
+        patch.setattr(export_model, "bake_guidance", lambda unet, w: run.add("baked", w) or bake(unet, w))
+
+    return {name: world.run("export_model", typed, prepare) for name, typed in {"usual": usual, "fused": fused}.items()}
+
+
 def run_encode_shards(world: World) -> dict[str, Run]:
     """All flags; then crops at random, since with --center_crop nothing depends on --seed."""
     good = {"pwatermark": 0.39, "aesthetic": 5.51, "punsafe": 0.19}
@@ -798,6 +823,34 @@ BENCH_INFERENCE = teacher_checks(
 )  # fmt: skip
 
 
+def exported_dtypes(run: Run) -> set[torch.dtype]:
+    """Those of the floats in the single file, and in the pipeline's U-Net if there is one."""
+    files = [Path(run.typed["single_file"]), *Path(run.typed.get("output_dir", "none"), "unet").glob("*.safetensors")]
+    return {tensor.dtype for file in files for tensor in load_file(file).values() if tensor.is_floating_point()}
+
+
+EXPORT_MODEL = {name: check for name, check in teacher_checks().items() if name != "device"} | {
+    "student": lambda run, runs: (
+        {run.typed["student"] in run.sources("UNet2DConditionModel"), "LoRA" in {kind for kind, *_ in run.loads}},
+        {True, False},
+    ),
+    "single_file": lambda run, runs: (
+        [read_metadata(Path(of.typed["single_file"]))["modelspec.title"] for of in (run, runs["fused"])],
+        ["one", "fused"],
+    ),
+    "output_dir": lambda run, runs: (
+        {name for name in ("model_index.json", "README.md") if (Path(run.typed["output_dir"]) / name).is_file()},
+        {"model_index.json", "README.md"},
+    ),
+    "dtype": lambda run, runs: (
+        [exported_dtypes(of) for of in (run, runs["fused"])],
+        [{torch.bfloat16}, {torch.float16}],
+    ),
+    "guidance_scale": lambda run, runs: ((run.more["baked"], runs["fused"].more.get("baked")), ([3.5], None)),
+    "fuse_lora": lambda run, runs: (runs["fused"].sources("LoRA"), {runs["fused"].typed["student"]}),
+}
+
+
 def files_of(shard: Path) -> dict[str, bytes]:
     with tarfile.open(shard) as tar:
         return {member.name: tar.extractfile(member).read() for member in tar}
@@ -937,6 +990,7 @@ TABLES: dict[str, tuple[Callable[[World], Runs], dict[str, Check]]] = {
     "evaluate": (run_evaluate, EVALUATE),
     "bench_inference": (run_bench_inference, BENCH_INFERENCE),
     "encode_shards": (run_encode_shards, ENCODE_SHARDS),
+    "export_model": (run_export_model, EXPORT_MODEL),
     "pack_shards": (run_pack_shards, PACK_SHARDS),
     "report": (run_report, REPORT),
 }

@@ -79,7 +79,8 @@ def test_a_full_student_goes_to_the_hub_and_the_token_nowhere(hub, command, tmp_
     out, uploaded = tmp_path / "lcm-toy", hub.files["me/lcm-toy"]
     weights = "diffusion_pytorch_model.safetensors"
     assert sorted(uploaded) == [
-        "README.md", "config.json", "diffusion_pytorch_model.fp16.safetensors", weights, "scheduler_config.json",
+        "README.md", "comfyui_workflow.json", "config.json",
+        "diffusion_pytorch_model.fp16.safetensors", weights, "scheduler_config.json",
         "unet/config.json", f"unet/{weights}", "unet_target/config.json", f"unet_target/{weights}",
         "validation/step-000002.png",
     ]  # fmt: skip
@@ -112,7 +113,7 @@ def test_a_lora_goes_to_the_hub(hub, command, run, tmp_path, monkeypatch):
     assert at_the_end == [{"me/lcm-lora-toy": {}}]
     uploaded = hub.files["me/lcm-lora-toy"]
     assert sorted(uploaded) == [
-        "README.md", "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
+        "README.md", "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "comfyui_workflow.json",
         "kohya_lora_weights.safetensors", "pytorch_lora_weights.safetensors", "scheduler_config.json",
         "validation/step-000001.png",
     ]  # fmt: skip
@@ -165,7 +166,8 @@ def test_what_users_load_is_uploaded_and_nothing_else(tmp_path):
     )
     export(tmp_path, hub=hub)
     assert staged == [
-        "README.md", "config.json", "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors",
+        "README.md", "comfyui_workflow.json", "config.json",
+        "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors",
         "scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
         "unet_target/config.json", "unet_target/diffusion_pytorch_model.safetensors", "validation/step-000002.png",
     ]  # fmt: skip

@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lcm_distill.errors import UsageError
+from lcm_distill.export.original import original_name, unet_modules
 from lcm_distill.export.weights import export_lora_student, save_lora
 from lcm_distill.models import sd
 from lcm_distill.models.families import FAMILIES
@@ -292,8 +293,11 @@ def exported(request, teachers, tmp_path_factory):
     lora = Lora(unet, rank=4, alpha=12)
     perturb(lora)
     save_lora(folder, lora, STUDENT, family=FAMILIES[request.param])
-    for parameter in lora.parameters():
-        parameter.data = parameter.data.half().float()  # rounded as in the file
+    for name, parameter in unet.named_parameters():  # rounded as in the file, which has the scale in the second factor
+        if "lora_A" in name:
+            parameter.data = parameter.data.half().float()
+        elif "lora_B" in name:
+            parameter.data = (3 * parameter.data).half().float() / 3
     return request.param, folder, unet.eval()
 
 
@@ -302,13 +306,13 @@ def latents(pipeline, **options) -> torch.Tensor:
     return pipeline(PROMPT, generator=torch.Generator().manual_seed(0), **chosen).images
 
 
-def test_the_lora_loads_with_its_alpha_and_generates_what_the_student_does(exported, teachers):
+def test_the_lora_loads_at_its_strength_and_generates_what_the_student_does(exported, teachers):
     """The public programs' files had keys that no pipeline accepts, and no alpha."""
     family, folder, unet = exported
     without = latents(pipeline_of(teachers, family))
     pipeline = pipeline_of(teachers, family)
     pipeline.load_lora_weights(folder)
-    assert next(iter(pipeline.unet.peft_config.values())).lora_alpha == 12
+    assert next(iter(pipeline.unet.peft_config.values())).lora_alpha == 4  # the scale is in the weights
     generated = latents(pipeline)
     torch.testing.assert_close(generated, latents(pipeline_of(teachers, family, unet)), rtol=1e-4, atol=1e-4)
     assert (generated - without).abs().max() > 0.01
@@ -339,27 +343,32 @@ def test_the_kohya_file_converts_back_to_bitwise_the_same_weights(exported, teac
     family, folder, _ = exported
     with safe_open(folder / "kohya_lora_weights.safetensors", "pt") as file:
         names, metadata = list(file.keys()), file.metadata()
-    assert metadata["ss_base_model_version"] == VERSIONS[family] and metadata["ss_network_alpha"] == "12.0"
+    assert metadata["ss_base_model_version"] == VERSIONS[family] and metadata["ss_network_alpha"] == "4.0"
     assert all(name.startswith("lora_unet_") and name.count(".") <= 2 for name in names)
     loaded = []
     for file_name in ("pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors"):
         pipeline = pipeline_of(teachers, family)
         pipeline.load_lora_weights(folder, weight_name=file_name, adapter_name="lcm")
         scalings = {m.scaling["lcm"] for m in pipeline.unet.modules() if hasattr(m, "lora_A")}
-        assert scalings == {3.0}
+        assert scalings == {1.0}  # the 3 of the training is in the weights
         loaded.append(get_peft_model_state_dict(pipeline.unet, adapter_name="lcm"))
     assert len(names) / 3 == len(loaded[0]) / 2 and loaded[0].keys() == loaded[1].keys()
     assert all(torch.equal(loaded[0][name], loaded[1][name]) for name in loaded[0])
 
 
 def test_kohya_names_are_those_of_the_published_lcm_loras(exported):
-    """`lora_unet_` and the module's path with underscores: what ComfyUI and A1111 look up."""
-    _, folder, unet = exported
+    """`lora_unet_` and the module's path with underscores, of SDXL the original one."""
+    family, folder, unet = exported
     file = load_file(folder / "kohya_lora_weights.safetensors")
     modules = {name for name, module in unet.named_modules() if hasattr(module, "lora_A")}
     expected = {f"lora_unet_{name.replace('.', '_')}" for name in modules}
-    assert {name.split(".")[0] for name in file} == expected
-    assert "lora_unet_down_blocks_0_resnets_0_conv1" in expected
+    found = {name.split(".")[0] for name in file}
+    assert len(found) == len(expected)
+    if family == "sd":
+        assert found == expected and "lora_unet_down_blocks_0_resnets_0_conv1" in expected
+    else:
+        assert {"lora_unet_input_blocks_1_0_in_layers_2", "lora_unet_middle_block_0_emb_layers_1"} < found
+        assert not any("blocks_0_resnets" in name for name in found)
     assert {name.split(".", 1)[1] for name in file} == {"lora_down.weight", "lora_up.weight", "alpha"}
 
 
@@ -371,6 +380,53 @@ def test_the_kohya_file_generates_the_same(exported, teachers):
         pipeline.load_lora_weights(folder, weight_name=file)
         generated.append(latents(pipeline))
     torch.testing.assert_close(*generated, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("alpha", [64, 1])
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_every_reader_finds_the_strength_that_was_trained(kind, alpha, teachers, tmp_path):
+    """Rank 16 with alpha 64: readers that see tensors alone, and Diffusers before 0.34, took a quarter of it."""
+    unet = load_unet(teachers, kind)
+    lora = Lora(unet, rank=16, alpha=alpha)
+    perturb(lora)
+    save_lora(tmp_path, lora, STUDENT, family=FAMILIES[kind])
+    lora.part().save(tmp_path / "adapter")
+    trained = {}
+    for path, layer in unet.named_modules():
+        if hasattr(layer, "lora_A"):
+            down, up = layer.lora_A[STUDENT].weight.flatten(1), layer.lora_B[STUDENT].weight.flatten(1)
+            trained[path] = (up @ down * alpha / 16).detach()
+    largest = max(float(change.abs().max()) for change in trained.values())
+
+    def agrees(found: dict[str, torch.Tensor]) -> None:
+        assert found.keys() == trained.keys()
+        for path, change in found.items():
+            torch.testing.assert_close(change, trained[path], rtol=5e-3, atol=2e-3 * largest)
+
+    def product(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        return up.float().flatten(1) @ down.float().flatten(1)
+
+    file = load_file(tmp_path / "pytorch_lora_weights.safetensors")  # by tensors alone: B A
+    agrees({p: product(file[f"unet.{p}.lora_B.weight"], file[f"unet.{p}.lora_A.weight"]) for p in trained})
+    kohya = load_file(tmp_path / "kohya_lora_weights.safetensors")
+    assert {float(tensor) for name, tensor in kohya.items() if name.endswith(".alpha")} == {16.0}
+    names = unet_modules(unet.config) if kind == "sdxl" else {}
+    keys = {p: f"lora_unet_{(original_name(p, names) if names else p).replace('.', '_')}" for p in trained}
+    agrees({p: product(kohya[f"{key}.lora_up.weight"], kohya[f"{key}.lora_down.weight"]) for p, key in keys.items()})
+
+    def fused(network: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+        before = load_unet(teachers, kind).state_dict()
+        state = network.state_dict()
+        return {p: (state[f"{p}.weight"] - before[f"{p}.weight"]).flatten(1) for p in trained}
+
+    for name in ("pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors"):  # by Diffusers
+        pipeline = pipeline_of(teachers, kind)
+        pipeline.load_lora_weights(tmp_path, weight_name=name)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+        agrees(fused(pipeline.unet))
+    peft = PeftModel.from_pretrained(load_unet(teachers, kind), tmp_path / "adapter").merge_and_unload()
+    agrees(fused(peft))
 
 
 def test_the_lora_with_a_style_lora_fused_and_unloaded(exported, teachers, tmp_path):

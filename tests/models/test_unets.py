@@ -13,7 +13,13 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from lcm_distill.errors import UsageError
 from lcm_distill.models import unets
 from lcm_distill.models.support import check_unet
-from lcm_distill.models.unets import architecture, enable_xformers, student_from_teacher, target_from_student
+from lcm_distill.models.unets import (
+    architecture,
+    bake_guidance,
+    enable_xformers,
+    student_from_teacher,
+    target_from_student,
+)
 from lcm_distill.objective.consistency import guidance_embedding
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,3 +141,40 @@ def test_an_installed_xformers_says_nothing_when_diffusers_imports_it(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout == "True\n" and "no kernels" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-6)], ids=str)
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("w", [0.0, 7.0, 14.5])
+@torch.no_grad()
+def test_a_baked_student_is_the_student_at_that_guidance_to_rounding(kind, dtype, tolerance, w, teachers):
+    torch.manual_seed(0)
+    teacher = UNet2DConditionModel.from_pretrained(teachers[kind], subfolder="unet", torch_dtype=torch.float32)
+    student = student_from_teacher(teacher, 64)
+    torch.nn.init.normal_(student.time_embedding.cond_proj.weight, std=0.3)
+    student.to(dtype).eval()
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    baked = bake_guidance(student, w)
+    assert baked.config.time_cond_proj_dim is None and baked.dtype == dtype
+    assert baked.state_dict().keys() == teacher.state_dict().keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+
+    given = dict(
+        sample=torch.randn(2, 4, 8, 8, dtype=dtype),
+        timestep=torch.tensor([999, 19]),
+        encoder_hidden_states=torch.randn(2, 16, student.config.cross_attention_dim, dtype=dtype),
+    )
+    if kind == "sdxl":
+        width = student.config.projection_class_embeddings_input_dim - 6 * student.config.addition_time_embed_dim
+        ids = torch.tensor([[64, 64, 0, 0, 64, 64]] * 2, dtype=dtype)
+        given["added_cond_kwargs"] = {"text_embeds": torch.randn(2, width, dtype=dtype), "time_ids": ids}
+
+    def embedding(scale: float) -> torch.Tensor:
+        """As the pipelines make it of a guidance_scale, by Diffusers' own code."""
+        pipeline = StableDiffusionPipeline.get_guidance_scale_embedding
+        return pipeline(None, torch.tensor([scale] * 2), embedding_dim=64).to(dtype)
+
+    expected = student(**given, timestep_cond=embedding(w)).sample
+    torch.testing.assert_close(baked(**given).sample, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+    other = student(**given, timestep_cond=embedding(w + 1)).sample
+    assert (other - expected).abs().max() > 1e-3 * expected.abs().max()

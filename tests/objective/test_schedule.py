@@ -15,6 +15,7 @@ from diffusers.utils import DummyObject
 from diffusers.utils import logging as diffusers_logging
 
 from lcm_distill.errors import UsageError
+from lcm_distill.objective.consistency import ConsistencyFunction
 from lcm_distill.objective.schedule import (
     BETA_SCHEDULERS,
     DDIMSolver,
@@ -389,6 +390,64 @@ def test_sampler_starts_at_the_last_timestep_and_stays_on_the_trained_grid(steps
     assert scheduler.timesteps[0] == 999
     if 1000 % steps == 0:
         assert set(scheduler.timesteps.tolist()) <= set(DDIMSolver(schedule(), steps).timesteps.tolist())
+
+
+@pytest.mark.parametrize("options", [SD, SD | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}])
+def test_sampling_starts_at_a_lower_top_timestep_with_the_teacher_s_schedule(options, tmp_path):
+    """By default, in any pipeline, and in any scheduler that a user makes of the saved one."""
+    build_lcm_scheduler(options, 12, 7.0, 599).save_pretrained(tmp_path)
+    sampler = LCMScheduler.from_pretrained(tmp_path)
+    expected = LCMScheduler(**complete_schedule(options)).alphas_cumprod[:600]
+    solver = DDIMSolver(NoiseSchedule.from_config(options), 12, 599)
+    assert solver.timesteps.tolist() == list(range(49, 600, 50)) and len(solver) == 12
+    assert solver.previous_timesteps.tolist() == [0, *range(49, 550, 50)]
+    for made in (sampler, DDIMScheduler.from_config(sampler.config)):
+        assert torch.equal(made.alphas_cumprod, expected)
+    assert sampler.config.prediction_type == options.get("prediction_type", "epsilon")
+    for steps, timesteps in {1: [599], 2: [599, 299], 4: [599, 449, 299, 149]}.items():
+        sampler.set_timesteps(steps)
+        assert sampler.timesteps.tolist() == timesteps
+    # One step of it is the consistency function at 599.
+    noise, output = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    sampler.set_timesteps(1)
+    consistency = ConsistencyFunction(solver.schedule, 7.0)
+    torch.testing.assert_close(
+        sampler.step(output, sampler.timesteps[0], noise).denoised,
+        consistency(output, noise, solver.timesteps[-1:]),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_a_lower_top_timestep_starts_from_noise_alone():
+    """As sampling does; all other grid points have the schedule's noise, and so has the last of the whole schedule."""
+    x0, noise = torch.randn(2, 12, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    index = torch.arange(12)
+    for top in (None, 999, 599):
+        solver = DDIMSolver(schedule(), 12, top)
+        noisy = solver.add_noise(x0, noise, index)
+        expected = schedule().add_noise(x0, noise, solver.timesteps)
+        assert torch.equal(noisy[:-1], expected[:-1])
+        assert torch.equal(noisy[-1], noise[-1] if top == 599 else expected[-1])
+
+
+@pytest.mark.parametrize(
+    "top, steps, message",
+    [
+        (1000, 50, "--top_timestep 1000: the teacher's last timestep is 999; use that or less."),
+        (600, 50, "--top_timestep 600: the 601 timesteps up to it are no multiple of .* 50.* or 649."),
+        (30, 50, "--top_timestep 30: .*; use 49."),
+        (980, 600, "--top_timestep 980: .*; use 599."),
+    ],
+)  # fmt: skip
+def test_a_top_timestep_that_samplers_could_not_start_at_is_refused(top, steps, message):
+    with pytest.raises(UsageError, match=message):
+        build_lcm_scheduler(SD, steps, 10.0, top)
+
+
+def test_the_last_top_timestep_is_the_whole_schedule():
+    for steps in (7, 50):
+        assert build_lcm_scheduler(SD, steps, 10.0, 999).config == build_lcm_scheduler(SD, steps, 10.0).config
 
 
 def test_the_last_index_is_drawn_more_often_if_asked():

@@ -1,6 +1,7 @@
 """The report: what is in it, what cannot harm it, and, in a real browser, that it works."""
 
 import base64
+import html
 import io
 import json
 import logging
@@ -679,3 +680,33 @@ def test_a_report_without_values_is_quiet(browser, tmp_path):
     assert not page.evaluate("document.getElementById('pictures').checkVisibility()")
     assert page.evaluate("document.getElementById('resume').checkVisibility()")
     assert quiet(page, path)
+
+
+@pytest.mark.parametrize("program", ["train_lcm_distill_sd_wds", "train_lcm_distill_lora_sdxl_wds"])
+def test_the_report_says_how_to_use_the_result(program, tmp_path):
+    """As the card does, escaped; not for a run whose flags are unknown."""
+    out = tmp_path / "lcm"
+    flags = {
+        "pretrained_teacher_model": "a<b>.safetensors", "teacher_config": "org/configs", "output_dir": "runs/<lcm>",
+        "w_min": 2.0, "w_max": 4.0,
+    }  # fmt: skip
+    out.mkdir()
+    launch = {"program": program, "flags": flags, "steps": 2, "global_step": 0}
+    lines = [{"launch": launch}, {"step": 1, "time": 1.7e9, "loss": 1.0}]
+    (out / "training.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    page = build_report(out).read_text()
+    found = page[page.index('<section id="use"') : page.index('<section id="configuration"')]
+    assert "<lcm>" not in found and "<b>.safe" not in found and "Once the run is finished, in Diffusers" in found
+    code = html.unescape(found.split('picture">')[1].split("</pre>")[0])
+    compile(code, "report", "exec")
+    is_lora = "lora" in program
+    pipeline = "StableDiffusionXLPipeline" if is_lora else "StableDiffusionPipeline"
+    assert f"{pipeline}.from_single_file('a<b>.safetensors', config='org/configs'" in code
+    assert f"guidance_scale={1 if is_lora else 5}" in code  # 8, at most w_max + 1
+    assert ("load_lora_weights('runs/<lcm>')" in code) == is_lora
+    assert ("lcm_distill.export_model" in found) != is_lora and ("models/loras" in found) == is_lora
+    lines.append({"step": 2, "time": 1.7e9, "loss": 1.0})
+    (out / "training.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert "In Diffusers, from" in build_report(out).read_text()
+    (out / "training.jsonl").write_text(json.dumps({"step": 1, "time": 1.7e9, "loss": 1.0}) + "\n")
+    assert '<section id="use" hidden' in build_report(out).read_text()

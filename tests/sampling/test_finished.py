@@ -20,7 +20,10 @@ from pickle_bombs import explodes, plant
 from lcm_distill.environment import quiet_libraries
 from lcm_distill.errors import UsageError
 from lcm_distill.models.families import family_of
+from lcm_distill.models.lora import Lora
 from lcm_distill.models.teacher import Teacher
+from lcm_distill.models.unets import UNetPart, student_from_teacher
+from lcm_distill.run.record import write_record
 from lcm_distill.sampling.finished import (
     Student,
     WeightedLora,
@@ -372,6 +375,92 @@ def test_a_folder_with_only_half_precision_weights_is_loaded(sd_pipeline, finish
         shutil.copy(folder / file, tmp_path)
     with find_student(str(tmp_path)).installed_in(sd_pipeline):
         assert sd_pipeline.unet.dtype == torch.float32 and not sd_pipeline.unet.training
+
+
+# --- checkpoints
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory, teachers):
+    """Of runs "full" and "lora" of the SD teacher, whose weights have changed; their flags are not the defaults."""
+    made = {}
+    for kind in ("full", "lora"):
+        path = tmp_path_factory.mktemp("runs") / f"lcm-{kind}" / "checkpoint-30"
+        unet = UNet2DConditionModel.from_pretrained(teachers["sd"], subfolder="unet", torch_dtype=torch.float32)
+        generator = torch.Generator().manual_seed(5)
+        if kind == "full":
+            student = student_from_teacher(unet, 64)
+            parts = {"unet": UNetPart(student), "unet_target": UNetPart(student)}
+            changed = [student.time_embedding.cond_proj.weight, student.conv_out.weight]
+        else:
+            lora = Lora(unet, rank=2, alpha=6)
+            parts, changed = lora.parts(), lora.parameters()
+        with torch.no_grad():
+            for parameter in changed:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+        for name, part in parts.items():
+            part.save(path / name)
+        write_record(path, {"global_step": 30, "processes": 1, "flags": FLAGS}, {})
+        made[kind] = path, (student if kind == "full" else unet).eval()
+    return made
+
+
+FLAGS = {"num_ddim_timesteps": GRID, "timestep_scaling_factor": 5.0}
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_checkpoint_is_the_student_that_it_holds(kind, checkpoints, sd_pipeline):
+    """A LoRA's was refused, and a full student's was sampled with a grid of 50, whatever it was trained with."""
+    path, unet = checkpoints[kind]
+    student = find_student(str(path))
+    assert (student.kind, student.name) == (kind, f"lcm-{kind}/checkpoint-30")
+    assert student.has_guidance_embedding == (kind == "full")
+    sampler = student.sampler(sd_pipeline.scheduler.config)
+    assert (sampler.config.original_inference_steps, sampler.config.timestep_scaling) == (GRID, 5.0)
+    scale = 4.0 if kind == "full" else 1.0
+    before = generate(sd_pipeline)
+    with student.installed_in(sd_pipeline):
+        found = generate(sd_pipeline, guidance_scale=scale)
+    teacher, scheduler = sd_pipeline.unet, sd_pipeline.scheduler
+    try:
+        sd_pipeline.unet, sd_pipeline.scheduler = unet, sampler
+        close(found, generate(sd_pipeline, guidance_scale=scale))
+    finally:
+        sd_pipeline.unet, sd_pipeline.scheduler = teacher, scheduler
+    assert (found - before).abs().max() > 0.01 and torch.equal(generate(sd_pipeline), before)
+
+
+def test_parts_of_a_checkpoint_are_students_with_its_sampler(checkpoints, sd_pipeline):
+    for kind, part in (("full", "unet_target"), ("lora", "adapter")):
+        student = find_student(str(checkpoints[kind][0] / part))
+        assert student.kind == kind and student.sampler({}).config.original_inference_steps == GRID
+        with student.installed_in(sd_pipeline):
+            assert generate(sd_pipeline, guidance_scale=1.0).isfinite().all()
+
+
+@pytest.mark.hostile("checkpoints")
+@pytest.mark.parametrize(
+    "flags", [None, [], {}, {"num_ddim_timesteps": "50"}, {**FLAGS, "timestep_scaling_factor": -1}]
+)
+def test_a_checkpoint_whose_flags_say_no_grid_is_refused(flags, checkpoints, tmp_path):
+    shutil.copytree(checkpoints["lora"][0], tmp_path / "checkpoint-30")
+    (tmp_path / "checkpoint-30" / "run.json").write_text(json.dumps({"global_step": 30, "flags": flags}))
+    with refused("--student", "run.json"):
+        find_student(str(tmp_path / "checkpoint-30")).sampler({})
+
+
+@pytest.mark.hostile("checkpoints")
+@pytest.mark.parametrize(
+    "change",
+    [{"r": "2"}, {"lora_alpha": None}, {"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"to_q": 4}}],
+)
+def test_an_adapter_of_another_kind_is_refused(change, checkpoints, sd_pipeline, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(checkpoints["lora"][0] / "adapter", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | change))
+    with refused(f"--student {folder}", "plain LoRA"), find_student(str(folder)).installed_in(sd_pipeline):
+        pass
 
 
 # --- what does not fit
