@@ -1,5 +1,6 @@
 """Folders, devices and memory."""
 
+import logging
 import os
 import stat
 
@@ -66,6 +67,17 @@ def test_out_of_memory_is_a_message_with_a_remedy():
         raise torch.OutOfMemoryError("Tried 2 GiB\nand more")
     with pytest.raises(KeyError), memory_errors("take less"):
         raise KeyError
+
+
+@pytest.mark.parametrize(
+    "message, shown",
+    [("Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.", False),
+     ("Setting ds_accelerator to cuda (auto detect)", False), ("the gradients overflowed", True)],
+)  # fmt: skip
+def test_deepspeed_does_not_say_which_accelerator_it_found(message, shown):
+    """Accelerate imports it wherever it is installed, and on a CPU each run began with that warning."""
+    record = logging.LogRecord("DeepSpeed", logging.WARNING, "", 0, message, (), None)
+    assert bool(logging.getLogger("DeepSpeed").filter(record)) is shown
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])

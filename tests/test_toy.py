@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lcm_distill.errors import UsageError
+from lcm_distill.evaluate import EvaluatedRow
+from toy import compare, score
 from toy import make_shards as shards_module
-from toy import score
 from toy.make_shards import make_shards
 from toy.train_teacher import save_teacher
 from toy.world import ALL_SCENES, BACKGROUNDS, COLOURS, Scene, draw
@@ -380,3 +381,30 @@ def test_a_teacher_is_saved_in_half_precision_as_the_committed_ones_are(family, 
             assert {tensor.dtype for tensor in ours.values()} == {torch.float16}
         elif committed.parent.name.startswith("text_encoder"):
             assert json.loads(saved.read_text())["dtype"] == json.loads(committed.read_text())["dtype"] == "float32"
+
+
+# --------------------------------------------------------------------------------------- the comparison
+
+
+def test_the_comparison_writes_the_table_and_the_picture_of_the_readme(tmp_path, monkeypatch, capsys):
+    pictures = [Image.new("RGB", (64, 64), "red")] * 10
+
+    def row(model: str, steps: int, share: float, reference: bool = False) -> EvaluatedRow:
+        values = {"caption_accuracy": share, "frechet_distance": 1000 * (1 - share)}
+        return EvaluatedRow(model, steps, 4.0, values, 0.1, pictures, reference)
+
+    rows = [row("SD DDIM", 50, 0.93, True)]
+    models = ("SD DDIM", "SD untrained control", "SD LCM")
+    rows += [row(model, steps, 0.1 * steps) for model in models for steps in compare.STEPS]
+    monkeypatch.setattr(compare, "compare", lambda *_, **__: rows)
+    compare.main(["--student", "x", "--output_dir", str(tmp_path)])
+    assert (tmp_path / "wide_table.md").read_text().splitlines() == [
+        "| model | 1 | 2 | 4 | 8 | Fréchet at 1 | 2 | 4 | 8 |",
+        "|---|---|---|---|---|---|---|---|---|",
+        "| SD teacher, DDIM (.93 and 70 at 50 steps) | .10 | .20 | .40 | .80 | 900 | 800 | 600 | 200 |",
+        "| SD untrained control | .10 | .20 | .40 | .80 | 900 | 800 | 600 | 200 |",
+        "| **SD LCM** | .10 | .20 | .40 | .80 | 900 | 800 | 600 | 200 |",
+    ]
+    jpeg, png = (Image.open(tmp_path / f"evaluation.{kind}") for kind in ("jpg", "png"))
+    assert jpeg.format == "JPEG" and jpeg.size == png.size
+    assert f"picture: {tmp_path / 'evaluation.png'}" in capsys.readouterr().out

@@ -5,9 +5,8 @@
 
 Draws a few thousand captioned pictures as WebDataset shards, runs `train_lcm_distill_sd_wds.py` (or the programs
 that are named) on them through `accelerate launch` as a user would, then draws teacher, untrained control and
-student side by side. Everything lands in the output folder: `evaluation.png`, `evaluation.md`, the
-README's picture and table (`evaluation.jpg`, `wide_table.md`), and what a program
-made in a folder of its name.
+student side by side. Everything lands in the output folder: `evaluation.png`, `evaluation.md`, the README's picture and
+table (`evaluation.jpg`, `wide_table.md`), and what a program made in a folder of its name.
 """
 
 import argparse

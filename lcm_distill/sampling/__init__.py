@@ -6,5 +6,5 @@
     grid            labelled grids of pictures; labels: their text, in any script, with the font in fonts/
     metrics         distances in latents, CLIP score, CMMD, FID
 
-May import `errors`, `objective` and `models`.
+May import `errors`, `environment`, `objective` and `models`.
 """

@@ -469,8 +469,8 @@ def test_the_command_line(tmp_path, capsys):
     assert "validation/step-*.png" in capsys.readouterr().out
 
 
-def test_an_installed_package_has_the_page(tmp_path):
-    """The template is no Python file: a wheel has it only because pyproject.toml says so."""
+def test_an_installed_package_has_the_page_and_the_font(tmp_path):
+    """They are no Python files: a wheel has them only because pyproject.toml says so."""
     pytest.importorskip("setuptools")
     source = tmp_path / "source"
     shutil.copytree(ROOT / "lcm_distill", source / "lcm_distill", ignore=shutil.ignore_patterns("__pycache__"))
@@ -479,8 +479,9 @@ def test_an_installed_package_has_the_page(tmp_path):
     build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
     subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=source, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    inside = zipfile.ZipFile(wheel).read("lcm_distill/run/report_template.html")
-    assert inside == (ROOT / "lcm_distill" / "run" / "report_template.html").read_bytes()
+    fonts = "lcm_distill/sampling/fonts"
+    for name in ("lcm_distill/run/report_template.html", f"{fonts}/DejaVuSans.ttf", f"{fonts}/LICENSE_DEJAVU"):
+        assert zipfile.ZipFile(wheel).read(name) == (ROOT / name).read_bytes()
 
 
 # --- in a browser
