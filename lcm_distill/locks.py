@@ -2,7 +2,8 @@
 
     lock = FolderLock.take("out", "--output_dir out", "train_lcm_distill_sd_wds")     # `UsageError` if it is in use
 
-A lock's file says who holds it. It is never a sign by itself: after a kill the file stays, and blocks nobody.
+A lock's file says who holds it. It is never a sign by itself: after a kill the file stays, and blocks nobody. A file of
+that name that says something else is locked, but stays as it is.
 """
 
 import contextlib
@@ -52,6 +53,7 @@ class FolderLock:
     def __init__(self, folder: Path, descriptor: int | None, made: Iterable[Path] = ()):
         self._folder = folder
         self._descriptor = descriptor
+        self._is_ours = descriptor is not None and _is_lock(descriptor)  # else the file is not written, nor removed
         self._made = list(made)  # folders that did not exist before, the innermost first
 
     @classmethod
@@ -69,7 +71,7 @@ class FolderLock:
                 earlier._close()
                 made = [*earlier._made, *made]
             lock = cls(folder, _lock(folder / NAME, fcntl.LOCK_EX, given), made)
-            if lock._descriptor is not None:
+            if lock._descriptor is not None and lock._is_ours:
                 record = {"program": user, "pid": os.getpid(), "host": platform.node(), "launcher": launcher.PARENT}
                 record |= {"since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
                 os.ftruncate(lock._descriptor, 0)
@@ -106,7 +108,7 @@ class FolderLock:
 
         Of several processes that have the lock, only the last may remove it.
         """
-        if self._descriptor is not None and remove:
+        if self._descriptor is not None and self._is_ours and remove:
             with contextlib.suppress(OSError):
                 (self._folder / NAME).unlink()
                 for folder in self._made:
@@ -144,7 +146,7 @@ def _lock(path: Path, kind: int, given: str) -> int | None:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             # Whoever had it may have removed the file meanwhile: then another process locks a new one.
             same = os.path.samestat(os.fstat(descriptor), os.lstat(path))
-            if same and not writable:
+            if same and not writable and _is_lock(descriptor):
                 path.unlink()
                 same = False
         except FileNotFoundError:
@@ -187,12 +189,22 @@ def is_locked(path: Path) -> bool:
         return False
 
 
+def _read(descriptor: int) -> dict[str, Any]:
+    """What the lock's file says about its holder; {} if that cannot be read."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        found = json.loads(os.pread(descriptor, 10_000, 0))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _is_lock(descriptor: int) -> bool:
+    """Whether the file is a lock, or empty: other files may have the same name, or be linked under it."""
+    return os.fstat(descriptor).st_size == 0 or "pid" in _read(descriptor)
+
+
 def _describe_holder(descriptor: int) -> str:
     """Who holds the lock, and what to do about it, as sentences."""
-    record: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(os.pread(descriptor, 10_000, 0))
-        record = found if isinstance(found, dict) else {}
+    record = _read(descriptor)
     elsewhere = "Give another folder, or wait until it has ended."
     pid, host = record.get("pid"), record.get("host")
     if not isinstance(pid, int) or isinstance(pid, bool):
@@ -217,7 +229,7 @@ def _describe_holder(descriptor: int) -> str:
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:  # it is another user's
         return True

@@ -45,12 +45,21 @@ _IN_TEXT = [
         ),
         r"\1…",
     ),
+    (
+        re.compile(
+            r"(?i)((?:security-token|auth-token|access[_-]?key|access_token|api[_-]?key|password|passwd|client_secret)"
+            r"['\"]?\s*:\s*['\"]?)[^\s'\"<>,;)…]{8,}"
+        ),
+        r"\1…",
+    ),
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_…"),
 ]
-_MAY_HOLD_SECRETS = re.compile(r"(?i)://|pipe:|[?=]|authorization|bearer|hf_")
+_MAY_HOLD_SECRETS = re.compile(r"(?i)://|pipe:|[?=]|authorization|bearer|hf_|token|key|passw|secret")
 
-# Tokens that libraries find in the environment.
-_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+# What libraries find in the environment: WANDB_API_KEY, AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_PASSWORD and others.
+_VARIABLES = re.compile(
+    r"(?:^|_)(?:TOKEN|API_?KEY|SECRET|SECRET_\w*KEY|STORAGE_KEY|ACCOUNT_KEY|SAS_TOKEN|PASSWORD|CONNECTION_STRING)$"
+)
 
 _tokens: set[str] = set()
 _shards: list[str] = []  # those with secrets, as they are and as messages quote them; sorted
@@ -68,7 +77,8 @@ def _mask_shard(shard: str) -> str:
     if "://" not in shard:
         return shard
     address, query, _ = _EXACT_LOGIN.sub("…@", shard, count=1).partition("?")
-    return f"{address}?…" if query else address
+    address, fragment, _ = address.partition("#") if "=" in address.partition("#")[2] else (address, "", "")
+    return f"{address}{query or fragment}…" if query or fragment else address
 
 
 def protect(shards: Iterable[str] = (), *, tokens: Iterable[str | None] = ()) -> None:
@@ -98,6 +108,7 @@ def mask(text: str) -> str:
     return text
 
 
+_CUT = re.compile(r"(?:\.\.\.|…|['\"<>\s)]|$)")  # what follows where a text was cut
 _ANCHOR = re.compile(r"(?i)(?:pipe|[a-z][a-z0-9+.-]*(?=://)):")
 
 
@@ -119,6 +130,11 @@ def _mask_known(text: str) -> str:
         elif _COMMAND.match(rest) and equal >= min(len(nearest), 16):  # cut short, or quoted in another way
             equal = len(rest.partition("\n")[0])
             done += [text[end:start], "pipe:…"]
+        elif (login := _EXACT_LOGIN.search(nearest)) and equal > login.start() and equal < login.end():
+            # Cut short before the @ by which a login is known. Of another URL of this host, or user, there is more.
+            if not _CUT.match(text, start + equal):
+                continue
+            done += [text[end:start], nearest[: login.start()], "…"]
         else:
             continue
         end = start + equal
@@ -189,7 +205,8 @@ class _MaskedStream:
 
 def install(streams: Sequence[str] = ("stdout", "stderr")) -> None:
     """Masks everything that this process prints, logs, warns of or raises from here on. May be called again."""
-    protect(tokens=[os.environ.get(name) for name in _VARIABLES if len(os.environ.get(name, "")) >= 8])
+    found = {value.strip() for name, value in os.environ.items() if _VARIABLES.search(name.upper())}
+    protect(tokens=[value for value in found if len(value) >= 8])
     for name in streams:
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, _MaskedStream):

@@ -155,7 +155,8 @@ try:
     raise OSError(url)
 except OSError:
     logging.exception("failed")
-threading.Thread(target=lambda: 1 / len(int(url))).start()
+thread = threading.Thread(target=lambda: 1 / len(int(url)))
+thread.start(); thread.join()  # else two tracebacks are mixed
 print(sys.argv, open("/proc/self/cmdline", "rb").read() if sys.platform == "linux" else "")
 raise RuntimeError(url)
 """
@@ -234,3 +235,52 @@ def test_masking_is_quick():
         mask(f"steps:  {number}/1000 [00:00<00:00, 1.23step/s, loss 0.01]")
         assert mask(f"https://u:p@host/{number}.tar?sig={number}: gone") == f"https://…@host/{number}.tar?…: gone"
     assert time.perf_counter() - start < 2
+
+
+def test_a_login_that_was_cut_short_is_masked():
+    """Messages cut long names: a token of 200 characters was shown without the @ that marks it as a login."""
+    shard = "https://oauth2:" + "s3cret" * 60 + "@host/0.tar"
+    protect([shard, "https://oauth2:other@host/1.tar"])
+    for cut in (20, 100, 200, len(shard) - 12):
+        for end in ("...", "…", "'", ")", "", " is missing"):
+            masked = mask(f"the braces of '{shard[:cut]}{end}")
+            assert masked == f"the braces of 'https://…{end}", masked
+    assert mask(f"{shard}: gone") == "https://…@host/0.tar: gone"
+    assert mask("https://oauth2.org/a: gone, https://o/b") == "https://oauth2.org/a: gone, https://o/b"
+
+
+def test_a_fragment_that_holds_values_is_masked():
+    assert mask_shards("https://host/0.tar#token=s3cret") == "https://host/0.tar#…"
+    assert mask_shards("https://host/0.tar#part") == "https://host/0.tar#part"
+    protect(["https://host/0.tar#x=s3cret"])
+    assert mask("https://host/0.tar#x=s3cret: gone") == "https://host/0.tar#…: gone"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["COMET_API_KEY", "MLFLOW_TRACKING_PASSWORD", "AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN", "GITHUB_TOKEN",
+     "AZURE_STORAGE_CONNECTION_STRING", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "HF_TOKEN", "CLIENT_SECRET"],
+)  # fmt: skip
+def test_tokens_of_every_library_are_found_in_the_environment(monkeypatch, name):
+    """Of five names alone: those of other trackers and storages were printed."""
+    monkeypatch.setenv(name, "a-s3cret-of-mine\n")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false-false")
+    monkeypatch.setenv("MONKEY", "not-a-s3cret")
+    redaction.install(streams=())
+    assert mask("error 401 for a-s3cret-of-mine: denied") == "error 401 for ***: denied"
+    assert mask("false-false not-a-s3cret") == "false-false not-a-s3cret"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{'X-Amz-Security-Token': 'a-s3cret-of-mine'}",
+        "X-Auth-Token: a-s3cret-of-mine",
+        '{"api_key": "a-s3cret-of-mine"}',
+        '{"password" : "a-s3cret-of-mine"}',
+        "aws_secret_access_key: a-s3cret-of-mine",
+        "password: a-s3cret-of-mine",
+    ],
+)
+def test_headers_and_json_are_masked(line):
+    assert mask(line) == line.replace("a-s3cret-of-mine", "…")

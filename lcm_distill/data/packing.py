@@ -594,7 +594,8 @@ def _start_manifest(out: Path, header: dict[str, Any]) -> dict[str, dict]:
                 if _is_record(record) and sizes[0] == record["bytes"]:
                     records[record["shard"]] = record
     partial = out / f".{MANIFEST}{PARTIAL}"
-    with open(partial, "w", encoding="utf-8") as file:
+    partial.unlink(missing_ok=True)  # of a run that was killed; a link would be written through
+    with open(partial, "x", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in (header, *records.values()))
         file.flush()
         os.fsync(file.fileno())

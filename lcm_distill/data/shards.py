@@ -72,7 +72,13 @@ def expand_shards(spec: str | None, allow_pipe_in_lists: bool = False) -> list[s
     protect(parts)  # in the messages of mistakes in them
     found: list[str] = []
     for part in parts:
-        found += _expand_one(part, allow_pipe_in_lists)
+        try:
+            found += _expand_one(part, allow_pipe_in_lists)
+        except OSError as error:
+            raise UsageError(
+                f"{SHARDS_FLAG}: {printable(part, 1000)} cannot be read ({error}); correct the path, or "
+                "its permissions."
+            ) from None
         if len(found) > MAX_SHARDS:
             raise _too_many(part, f"with what stands before it, {len(found):,} shards")
     protect(found)
@@ -157,7 +163,8 @@ def _count_range(inside: str) -> _Expansion | None:
     return None
 
 
-def _expand_one(spec: str, allow_pipe_in_lists: bool) -> list[str]:
+def _expand_one(spec: str, allow_pipe_in_lists: bool, in_list: str | None = None) -> list[str]:
+    """The shards that one part of the flag, or one entry of a list, names."""
     try:
         names = [spec] if os.path.exists(spec) else _expand_braces(spec)
     except UsageError:
@@ -170,6 +177,8 @@ def _expand_one(spec: str, allow_pipe_in_lists: bool) -> list[str]:
     found, missing = [], []
     for name in names:
         path = local_path(name)
+        if in_list is not None and name.lower().endswith(LIST_SUFFIXES) and not is_command(name):  # perhaps itself
+            raise UsageError(f"{SHARDS_FLAG}: the list {in_list} names another list, {name}; name its shards instead.")
         if path is None:
             found += _list_remote(name)
         elif os.path.isdir(path):
@@ -228,10 +237,10 @@ def _read_list(path: str, allow_pipe: bool) -> list[str]:
         raise UsageError(f"{SHARDS_FLAG}: the list {path} is empty; write one shard per line.")
     found: list[str] = []
     for entry in entries:
-        if entry.lower().endswith(LIST_SUFFIXES):
-            raise UsageError(f"{SHARDS_FLAG}: the list {path} names another list, {entry}; name its shards instead.")
         local = local_path(entry)
-        named = _expand_one(entry if local is None else os.path.join(os.path.dirname(path), local), allow_pipe)
+        named = _expand_one(
+            entry if local is None else os.path.join(os.path.dirname(path), local), allow_pipe, in_list=path
+        )
         if not allow_pipe and any(map(is_command, named)):
             raise UsageError(
                 f"{SHARDS_FLAG}: the list {path} names a command, {printable(entry)!r}, which is not run, since a list "
@@ -267,12 +276,19 @@ def _describe_folder(folder: str) -> str:
     if not os.path.isdir(folder):
         return f"There is no folder {folder}. " + _describe_folder(os.path.dirname(folder.rstrip("/")) or ".")
     with os.scandir(folder) as entries:
-        found = sorted((e.name + "/" if e.is_dir() else e.name) for e in islice(entries, 10_000))
+        found = sorted((e.name + "/" if _is_folder(e) else e.name) for e in islice(entries, 10_000))
     if not found:
         return f"The folder {folder} is empty."
     kinds = Counter("folder" if n.endswith("/") else os.path.splitext(n)[1] or "other file" for n in found)
     names = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
     return f"The folder {folder} contains {list_counts(kinds)} ({names})."
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _has_parts(sample: RawSample, caption_column: str | None) -> bool:

@@ -64,15 +64,21 @@ class _Source(Protocol):
 
 def local_path(shard: str) -> str | None:
     """The path of a shard on a local file system; None for a URL or a command."""
-    url = urlparse(shard)
-    if url.scheme == "file":
+    try:
+        url = urlparse(shard)
+    except ValueError:  # a host that is none, such as "[": `find_problem` says so
+        return None
+    if url.scheme in ("file", "local"):
         return url2pathname(url.path)
     return os.path.expanduser(shard) if url.scheme == "" else None
 
 
+_COMMAND = re.compile("pipe:", re.IGNORECASE)
+
+
 def is_command(shard: str) -> bool:
     """Whether a shard is the output of a command, `pipe:COMMAND`."""
-    return urlparse(shard).scheme == "pipe"
+    return _COMMAND.match(shard) is not None
 
 
 def describe_irregular(mode: int) -> str | None:
@@ -103,11 +109,22 @@ def open_regular(path: str) -> BinaryIO:
     return open(path, "rb", buffering=BUFFER, opener=open_at_once)
 
 
+# A file system of fsspec that evaluates the templates in a file, which is somebody's program.
+_RENDERS = re.compile("reference(?=:|$)", re.IGNORECASE)
+
+
 def find_problem(url: str) -> str | None:
     """Why a URL cannot be opened on this machine, with the remedy; None if it can."""
-    scheme = urlparse(url).scheme
-    if scheme in ("http", "https", "pipe"):
+    if is_command(url):
         return None
+    try:
+        scheme = urlparse(url).scheme
+    except ValueError as error:
+        return f"{url} is not a URL ({error}). Correct its host."
+    if scheme in ("http", "https"):
+        return None
+    if any(map(_RENDERS.match, url.split("::"))):
+        return f"reference: URLs are not opened ({url}): their templates are programs. Name the tars themselves."
     remedy = f"Give a command that reads it, such as 'pipe:aws s3 cp {url} -'"
     try:
         fsspec.get_filesystem_class(scheme)

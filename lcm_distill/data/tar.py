@@ -241,11 +241,16 @@ def _open_partial(path: Path) -> tuple[Path, BinaryIO]:
     raise AssertionError
 
 
+_LEFTOVER = re.compile(r"\..+\.(tar|tgz|gz)\.[0-9]+(-[0-9]+)?\.partial", re.DOTALL)  # as `_open_partial` names them
+
+
 def remove_partials(folder: Path, name: str = "*") -> Path | None:
-    """Removes what killed processes left of the tars called `name`, a pattern; one that a living process still writes
-    stays, and is returned."""
+    """Removes what killed processes left of the tars called `name`, a pattern, and nothing else; one that a living
+    process still writes stays, and is returned."""
     living = None
     for partial in folder.glob(f".{name}{PARTIAL}"):
+        if not _LEFTOVER.fullmatch(partial.name) or (partial.is_dir() and not partial.is_symlink()):
+            continue  # another program's
         if is_locked(partial):
             living = partial
         else:

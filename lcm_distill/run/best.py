@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lcm_distill.data.sources import open_regular
 from lcm_distill.run.record import DamageError, read_record
 
 RATING = "rating.json"
+_LONGEST = 100_000  # bytes of one; real ones have about 50
 # The flags that decide which pictures the distance of --keep_best compares.
 _DISTANCE_FLAGS = (
     "validation_prompts",
@@ -25,7 +27,8 @@ _DISTANCE_FLAGS = (
 def read_rating(path: Path) -> tuple[float, bool]:
     """(a checkpoint's distance to the teacher, whether it was saved only for that); infinity if never the best."""
     try:
-        rating = json.loads((path / RATING).read_text())
+        with open_regular(str(path / RATING)) as file:  # not a pipe, which might block
+            rating = json.loads(file.read(_LONGEST))
         distance = float(rating["distance"])
         return (distance if math.isfinite(distance) else math.inf), rating.get("saved_for_it") is True
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):

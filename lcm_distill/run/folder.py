@@ -10,12 +10,13 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from lcm_distill.data.sources import local_path
+from lcm_distill.data.sources import local_path, open_regular
 from lcm_distill.errors import UsageError
 from lcm_distill.export.weights import UPLOADED
 from lcm_distill.flags import SHARDS_FLAG, TEACHER_FLAG, VAE_FLAG
 from lcm_distill.locks import FolderLock
 from lcm_distill.run import journal
+from lcm_distill.run.record import RECORD
 
 # What a run writes, apart from what gets a new name each time (logs) and what is hidden.
 _WRITTEN = (
@@ -28,6 +29,7 @@ _WRITTEN = (
     "checkpoint-*",
     "abandoned-checkpoint-*",
 )
+_LONGEST = 10_000_000  # bytes that are read to see whether a run has written a file
 # Flags with models that a run reads: it must not overwrite them.
 _MODELS = (TEACHER_FLAG, "--teacher_config", VAE_FLAG, "--init_student")
 
@@ -39,6 +41,13 @@ def check_folder(output_dir: str, flags: Mapping[str, Any]) -> None:
     """
     folder, ours = Path(output_dir), is_run(output_dir)
     out = os.path.realpath(folder)
+    for above in (Path(out), *Path(out).parents):
+        if _is_checkpoint(above):  # the run would begin anew there, and spoil it
+            raise UsageError(
+                f"--output_dir {output_dir} is {'' if above == Path(out) else 'in '}a checkpoint ({above}), which a "
+                f"run must not write to: give its run's folder ({above.parent}), or a new one. "
+                f"(--resume_from_checkpoint {above} resumes it.)"
+            )
     for flag in _MODELS:
         value = flags.get(flag.removeprefix("--"))
         if not value or (flag == "--init_student" and ours and flags.get("resume_from_checkpoint")):
@@ -81,18 +90,26 @@ def check_shards_apart(output_dir: str, shards: Sequence[str]) -> None:
 def is_run(output_dir: str | Path) -> bool:
     """Whether a training program has written into the folder: its journal, or a checkpoint, says so."""
     folder = Path(output_dir)
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        with open(folder / journal.NAME, "rb") as file:
-            line = json.loads(file.readline(10_000_000))
-        if isinstance(line, dict) and isinstance(line.get("launch"), dict):
-            return True
-    for pattern in ("checkpoint-*", "abandoned-checkpoint-*"):
-        for path in folder.glob(f"{pattern}/run.json"):
-            with contextlib.suppress(OSError, ValueError, RecursionError):
-                record = json.loads(path.read_bytes())
-                if isinstance(record, dict) and "global_step" in record:
-                    return True
+    if isinstance(_read_object(folder / journal.NAME, line=True).get("launch"), dict):
+        return True
+    with contextlib.suppress(OSError):  # a name that is too long, a folder that may not be listed
+        for pattern in ("checkpoint-*", "abandoned-checkpoint-*"):
+            if any(map(_is_checkpoint, folder.glob(pattern))):
+                return True
     return False
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return "global_step" in _read_object(folder / RECORD)
+
+
+def _read_object(path: Path, *, line: bool = False) -> dict[str, Any]:
+    """The JSON object in a file, or in its first `line`; {} without one, also for a pipe, which might block."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        with open_regular(str(path)) as file:
+            found = json.loads(file.readline(_LONGEST) if line else file.read(_LONGEST))
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _written(folder: Path) -> Iterable[Path]:

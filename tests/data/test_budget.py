@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,30 @@ def test_what_takes_more_is_left_out_before_it_is_decoded(content):
     with pytest.raises(BadSample) as caught:
         prepare_sample(RawSample("a", {"png": content, "txt": b"a"}), Preparation(16), draws=np.zeros(5))
     assert caught.value.reason in (raw.LARGE_PICTURE, raw.HUGE_PICTURE) and time.monotonic() - began < 1
+
+
+def picture_of_parts(kind, count):
+    """A picture with so many parts that hold nothing, each of which costs Pillow time and memory."""
+    content = encode(Image.new("RGB", (64, 64)), kind.partition(" ")[0])
+    if kind == "JPEG":
+        return content[:2] + b"\xff\xe5\0\2" * count + content[2:]
+    if kind == "JPEG padding":
+        return content[:2] + b"\xff" * count + content[2:]
+    chunk = b"IDAT" if kind == "PNG data" else b"teSt"
+    chunk = bytes(4) + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    place = content.index(b"IDAT" if kind == "PNG" else b"IEND") - 4
+    return content[:place] + chunk * count + content[place:]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "JPEG padding", "PNG", "PNG data", "PNG end"])
+def test_a_picture_of_a_million_parts_is_left_out_at_once(kind):
+    """One of 8 MB, a few kilobytes in a compressed tar, kept a worker busy for a minute and took 260 MB."""
+    assert read_picture(picture_of_parts(kind, 100)).size == (64, 64)
+    content = picture_of_parts(kind, 10**6)
+    start = time.process_time()
+    with pytest.raises(BadSample, match=raw.HUGE_PICTURE.partition(" (")[0]):
+        read_picture(content)
+    assert time.process_time() - start < 2  # about 0.1
 
 
 def test_the_limit_can_be_set_and_what_it_drops_is_counted(tmp_path):

@@ -1300,6 +1300,76 @@ def test_a_list_of_braces_is_counted_together(tmp_path, monkeypatch):
     assert len(expand_shards("http://host/{00..59}.tar::http://host/{60..99}.tar")) == 100
 
 
+@pytest.mark.hostile("folders")
+@pytest.mark.parametrize(
+    "url", ["http://[bad/x.tar", "http://exa[mple].com/x.tar", "https://host\u2100/x.tar", "s3://[/x"]
+)
+@pytest.mark.parametrize("listed", [False, True])
+def test_what_is_no_url_is_refused(tmp_path, url, listed):
+    """A traceback of the standard library."""
+    (tmp_path / "shards.txt").write_text(url + "\n")
+    with pytest.raises(UsageError, match=re.escape(f"--train_shards_path_or_url: {url} is not a URL (")):
+        expand_shards(str(tmp_path / "shards.txt") if listed else url)
+
+
+@pytest.mark.hostile("folders")
+@pytest.mark.parametrize("entry", ["a.txt", "{a.txt,b.tar}", "a.tx{t,t}", "{,./}a.txt", "A.LIST", "https://host/b.lst"])
+def test_a_list_that_names_a_list_is_refused(tmp_path, entry):
+    """One that named itself in braces: RecursionError."""
+    (tmp_path / "a.txt").write_text(entry + "\n")
+    with pytest.raises(UsageError, match="the list .*a.txt names another list"):
+        expand_shards(str(tmp_path / "a.txt"))
+
+
+@pytest.mark.hostile("folders")
+def test_a_link_to_itself_beside_a_mistake_is_no_traceback(tmp_path):
+    (tmp_path / "loop.tar").symlink_to("loop.tar")
+    for name in ("missing.tar", "loop.tar"):
+        with pytest.raises(UsageError, match=f"1 of the 1 paths of .*{name}.* not found.*contains 1 x .tar"):
+            expand_shards(str(tmp_path / name))
+
+
+@pytest.mark.hostile("folders")
+def test_a_folder_or_list_that_cannot_be_read_is_a_message(tmp_path, monkeypatch):
+    """A traceback; as root every file can be read, so the system is asked to refuse."""
+    (tmp_path / "a.txt").write_text("b.tar\n")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.listdir", refuse)
+    monkeypatch.setattr("builtins.open", refuse)
+    for name in ("", "a.txt"):
+        with pytest.raises(UsageError, match="cannot be read .*Permission denied.*permissions"):
+            expand_shards(str(tmp_path / name))
+
+
+@pytest.mark.hostile("shards")
+@pytest.mark.parametrize(
+    "url", ["reference://0::file://{tmp}/e.json", "simplecache::Reference://0::file://{tmp}/e.json"]
+)
+@pytest.mark.parametrize("listed", [False, True])
+def test_templates_are_not_evaluated(tmp_path, url, listed):
+    """What a file of references says is a program in Jinja: a list of shards may have been downloaded."""
+    url = url.format(tmp=tmp_path)
+    (tmp_path / "a.txt").write_text(url + "\n")
+    (tmp_path / "e.json").write_text("{}")
+    # On the command line :: separates shards.
+    with pytest.raises(
+        UsageError, match="reference: URLs are not opened" if listed or url[0] == "r" else "simplecache"
+    ):
+        expand_shards(str(tmp_path / "a.txt") if listed else url)
+
+
+@pytest.mark.hostile("shards")
+def test_a_fifo_is_refused_under_every_name_of_a_local_file(tmp_path):
+    """`local:` is fsspec's name of it: opening the pipe waited for ever."""
+    os.mkfifo(tmp_path / "a.tar")
+    for name in ("local://{}", "LOCAL://{}", "file://{}", "local:{}"):
+        with pytest.raises(UsageError, match="is a named pipe"):
+            expand_shards(name.format(tmp_path / "a.tar"))
+
+
 def test_braces_are_counted_as_they_are_expanded():
     pieces = ["{", "}", ",", "a", "0..3", "07..10", "a..e", "9..1..3", "\\", "x", "{1..3}", "{a,b}", "-2..2", "\n"]
     rng, counted = random.Random(0), 0

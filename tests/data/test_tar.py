@@ -6,7 +6,7 @@ import tarfile
 import pytest
 from hostile_shards import header
 
-from lcm_distill.data.tar import _PLAIN_HEADER, _parse_header
+from lcm_distill.data.tar import _PLAIN_HEADER, _parse_header, remove_partials
 
 
 @pytest.mark.hostile("shards")
@@ -39,3 +39,25 @@ def test_a_header_says_what_tarfile_reads_in_it():
         plain += _PLAIN_HEADER.match(block, 100) is not None
         read += len(expected) == 4
     assert 500 < plain < 4000 and 2000 < read < 5500
+
+
+@pytest.mark.hostile("folders")
+def test_only_what_was_left_of_tars_is_removed(tmp_path):
+    """Every hidden file with the suffix was, whoever had written it; a folder of that name ended the packer."""
+    others = [".download.partial", ".a.tar.partial", ".a.tar.x1.partial", ".manifest.jsonl.partial", "a.tar.1.partial"]
+    ours = [".a.tar.1.partial", ".00001.tar.77-2.partial", ".b.tar.gz.5.partial"]
+    for name in (*others, *ours):
+        (tmp_path / name).touch()
+    (tmp_path / ".c.tar.1.partial").mkdir()
+    assert remove_partials(tmp_path) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, ".c.tar.1.partial"])
+
+
+@pytest.mark.hostile("folders")
+def test_of_links_with_the_name_of_a_leftover_only_the_link_is_removed(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a").write_text("mine")
+    (tmp_path / ".a.tar.1.partial").symlink_to("mine")
+    (tmp_path / ".a.tar.2.partial").symlink_to("mine/a")
+    assert remove_partials(tmp_path) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"] and (tmp_path / "mine" / "a").read_text() == "mine"

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from lcm_distill import launcher, locks
 from lcm_distill.errors import UsageError
 from lcm_distill.locks import FolderLock
-from lcm_distill.run.checkpoint import list_checkpoints
+from lcm_distill.run.checkpoint import find_best, list_checkpoints
 from lcm_distill.run.folder import check_folder, check_shards_apart, is_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -316,3 +317,79 @@ def test_the_launcher_is_a_shell_only_if_it_launched(monkeypatch):
     assert launcher._find() is None
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     assert launcher._find() == os.getppid()
+
+
+# ------------------------------------------------------------------------------------------ pipes, and files of others
+
+
+@pytest.fixture
+def in_time():
+    """Ends what hangs by a TimeoutError."""
+
+    def end(*_):
+        raise TimeoutError("it hangs")
+
+    previous = signal.signal(signal.SIGALRM, end)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.mark.parametrize(
+    "name", ["training.jsonl", "checkpoint-1/run.json", "abandoned-checkpoint-1/run.json", "run.json"]
+)
+def test_a_pipe_in_the_folder_is_not_read(tmp_path, name, in_time):
+    """The program waited for ever, before it had said anything."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / name)
+    assert not is_run(tmp_path)
+    if name == "run.json":
+        check_folder(str(tmp_path), {})
+
+
+def test_a_pipe_in_place_of_a_rating_is_not_read(tmp_path, in_time):
+    """A save, which looks for the best checkpoint, waited for ever."""
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "run.json").write_text("{}")
+    os.mkfifo(tmp_path / "checkpoint-1" / "rating.json")
+    assert find_best(tmp_path) is None
+
+
+@pytest.mark.parametrize("inside", ["", "new", "adapter"])
+def test_a_checkpoint_is_no_output_folder(tmp_path, inside):
+    """The run began anew in it, and then its own run took that checkpoint for damaged."""
+    checkpoint = tmp_path / "checkpoint-5"
+    (checkpoint / "adapter").mkdir(parents=True)
+    (checkpoint / "run.json").write_text('{"global_step": 5}')
+    said = rf"is (in )?a checkpoint \({checkpoint}\).*give its run's folder \({tmp_path}\).*--resume_from_checkpoint"
+    with pytest.raises(UsageError, match=said):
+        check_folder(str(checkpoint / inside), {"resume_from_checkpoint": "latest"})
+    check_folder(str(tmp_path), {})
+
+
+def test_a_name_that_is_too_long_is_no_run():
+    assert not is_run("x" * 300)
+    check_folder("x" * 300, {})
+
+
+@pytest.mark.parametrize("content", ["another program's\n", "[1]", "{}", '{"host": "a"}', "\0" * 100])
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_lock_file_of_others_is_not_overwritten(tmp_path, content, linked):
+    """It was, and removed at the end of the run; under a hard link that is any file. It is locked all the same."""
+    mine, out = tmp_path / "mine", tmp_path / "out"
+    out.mkdir()
+    mine.write_text(content)
+    (out / ".lock").hardlink_to(mine) if linked else (out / ".lock").write_text(content)
+    lock = take(out)
+    assert locks.is_locked(out / ".lock")
+    lock.release()
+    assert not locks.is_locked(out / ".lock")
+    assert mine.read_text() == content and (out / ".lock").read_text() == content
+
+
+def test_an_empty_lock_file_is_taken(tmp_path):
+    """A process may have been killed before it wrote who it is."""
+    (tmp_path / ".lock").touch()
+    take(tmp_path).release()
+    assert os.listdir(tmp_path) == []
