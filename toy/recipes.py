@@ -47,13 +47,12 @@ _LOWER = ("--top_timestep", "699", "--num_ddim_timesteps", "14")
 _LOWER_COARSE = (*_LOWER, "--top_timestep_probability", "0.4")
 _MATCHING = (
     *_LOWER,
-    *("--top_timestep_probability", "0.7", "--ema_decay", "0.98"),
-    *("--dm_weight", "1", "--dm_consistency_weight", "0.3", "--dm_guidance_w", "5"),
-    *("--dm_rank", "64", "--dm_learning_rate", "1e-3"),
+    *("--top_timestep_probability", "0.5", "--ema_decay", "0.98"),
+    *("--dm_weight", "0.5", "--dm_rank", "64", "--dm_learning_rate", "1e-3"),
 )
 RECIPES: dict[str, list[Stage]] = {
     "plain": [Stage(300, 5e-4, 1e-3)],
-    "few": [Stage(400, 5e-4, 1e-3, _LOWER_COARSE), Stage(240, 1e-4, 2e-4, _MATCHING)],
+    "few": [Stage(400, 5e-4, 1e-3, _LOWER_COARSE), Stage(200, 1e-4, 2e-4, _MATCHING)],
     "lower": [Stage(1000, 5e-4, 1e-3, _LOWER_COARSE)],
     "long": [Stage(1000, 5e-4, 1e-3, _COARSE)],
 }
