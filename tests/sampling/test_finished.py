@@ -438,7 +438,6 @@ def test_parts_of_a_checkpoint_are_students_with_its_sampler(checkpoints, sd_pip
             assert generate(sd_pipeline, guidance_scale=1.0).isfinite().all()
 
 
-@pytest.mark.hostile("checkpoints")
 @pytest.mark.parametrize(
     "flags", [None, [], {}, {"num_ddim_timesteps": "50"}, {**FLAGS, "timestep_scaling_factor": -1}]
 )
@@ -449,7 +448,6 @@ def test_a_checkpoint_whose_flags_say_no_grid_is_refused(flags, checkpoints, tmp
         find_student(str(tmp_path / "checkpoint-30")).sampler({})
 
 
-@pytest.mark.hostile("checkpoints")
 @pytest.mark.parametrize(
     "change",
     [{"r": "2"}, {"lora_alpha": None}, {"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"to_q": 4}}],
