@@ -28,7 +28,7 @@ def command_line(kind: str, shards: str, output_dir: str) -> list[str]:
         *"--num_validation_images 1 --validation_inference_steps 1 --validation_teacher_steps 2".split(),
         *"--logging_steps 1 --report_to none --seed 7".split(),
         *"--learning_rate 1e-3 --loss_type huber --ema_decay 0.9".split(),
-        *("--lora_rank 4".split() if kind.startswith("lora_") else ()),
+        *("--lora_rank 4 --lora_alpha 64".split() if kind.startswith("lora_") else ()),
     ]
 
 

@@ -107,12 +107,13 @@ def _count_scans(content: bytes) -> int:
 
 
 def _check_chunks(content: bytes) -> None:
-    """`BadSample` for a PNG of too many parts."""
+    """`BadSample` for a PNG of too many parts; what follows its end is no part of it."""
     if content.startswith(_PNG):
         position = len(_PNG)
         for _ in range(MAX_PARTS):
+            is_last = content[position + 4 : position + 8] == b"IEND"
             position += 12 + int.from_bytes(content[position : position + 4], "big")
-            if position >= len(content):
+            if is_last or position >= len(content):
                 return
         raise BadSample(HUGE_PICTURE)
 

@@ -111,6 +111,13 @@ def test_a_picture_of_a_million_parts_is_left_out_at_once(kind):
     assert time.process_time() - start < 2  # about 0.1
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_what_follows_a_picture_s_end_is_no_part_of_it(kind):
+    """A picture that was padded with zeros was taken for one of a million chunks."""
+    content = encode(Image.new("RGB", (64, 64)), kind)
+    assert read_picture(content + bytes(10**6)).size == (64, 64)
+
+
 def test_the_limit_can_be_set_and_what_it_drops_is_counted(tmp_path):
     files = [("a.png", encode(Image.new("RGB", (1000, 1000)))), ("a.txt", "a")]
     files += [("b.png", encode(Image.new("RGB", (999, 999)))), ("b.txt", "b")]
