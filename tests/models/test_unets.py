@@ -120,7 +120,7 @@ def test_xformers_that_fails_gives_its_reason_in_one_line(toy_unet, caplog, monk
     before = toy_unet.attn_processors
     enable_xformers(toy_unet)
     (record,) = caplog.records
-    assert "(NotImplementedError: no kernel fits; `python -m xformers.info`" in record.message
+    assert "(NotImplementedError: no kernel fits: one is for another GPU; `python -m xformers.info`" in record.message
     assert "\n" not in record.message
     assert {name: type(kind) for name, kind in toy_unet.attn_processors.items()} == {
         name: type(kind) for name, kind in before.items()
