@@ -324,6 +324,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.single_file and (warning := usage.unlike_other_programs(scheduler)):
         logger.warning("%s.", warning)
 
+    lower_start = usage.starts_lower(scheduler)
     title = student.name.replace("/", " ")
     sample_size = configs.unet.get("sample_size")
     resolution = origin.settings.get("resolution") or (8 * sample_size if isinstance(sample_size, int) else 512)
@@ -334,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
         family.base_model_version(configs.unet),
         scheduler.prediction_type,
         teacher.model,
-        usage.usage_hint("baked"),
+        usage.usage_hint("baked", lower_start=lower_start),
         resolution=resolution,
         steps=origin.step,
         settings=origin.settings,
@@ -352,10 +353,11 @@ def main(argv: list[str] | None = None) -> None:
             resolution=resolution,
             zsnr=bool(scheduler.rescale_betas_zero_snr),
             prefix=path.stem,
-            sigmas=sampling_sigmas(pipeline.scheduler, 4) if usage.starts_lower(scheduler) else None,
+            sigmas=sampling_sigmas(pipeline.scheduler, 4) if lower_start else None,
         )
         beside = usage.place_workflow(path, workflow)
-        print(f"{path}: {path.stat().st_size / 1e9:.2f} GB, for ComfyUI ({beside}), A1111, Forge; CFG 1, sampler lcm")
+        others = "" if lower_start else ", A1111, Forge"
+        print(f"{path}: {path.stat().st_size / 1e9:.2f} GB, for ComfyUI ({beside}){others}; CFG 1, sampler lcm")
     if args.output_dir:
         folder = Path(args.output_dir)
         named = dataclasses.replace(description, title=folder.resolve().name)

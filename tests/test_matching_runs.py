@@ -259,6 +259,8 @@ def test_at_a_lower_top_timestep_all_networks_start_from_noise_alone(program, co
     sampler.set_timesteps(2)
     assert sampler.timesteps.tolist() == [599, 299]
     assert relative_error(target.sample, student.sample) > 0.02  # a step was taken
+    for page in ("README.md", "report.html"):  # they say that other programs start elsewhere
+        assert "ManualSigmas" in (tmp_path / "out" / page).read_text()
 
 
 # ------------------------------------------------------------------------------------------------------ resuming

@@ -102,8 +102,10 @@ def export_command(folder: str, file: str, guidance_scale: float) -> str:
     return shlex.join([*words, "--guidance_scale", f"{guidance_scale:g}"])
 
 
-def lora_recipe(file: str) -> str:
-    """Settings for other programs, in Markdown, of a LoRA's kohya `file`."""
+def lora_recipe(file: str, *, lower_start: bool = False) -> str:
+    """Settings for other programs, in Markdown, of a LoRA's kohya `file`; `lower_start` as `starts_lower` says."""
+    if lower_start:
+        return _lower_recipe(file, "loras", "KSamplerSelect `lcm` and CFG 1 to 2")
     return (
         f"**ComfyUI**: put `{file}` into `models/loras` and drag `{WORKFLOW}` into the window, or build the same: "
         "the teacher or a fine-tune in CheckpointLoaderSimple, LoraLoaderModelOnly with strength 1, "
@@ -112,8 +114,10 @@ def lora_recipe(file: str) -> str:
     )
 
 
-def single_file_recipe(file: str) -> str:
-    """Settings for other programs, in Markdown, of a `file` with a whole model, whose guidance is in its weights."""
+def single_file_recipe(file: str, *, lower_start: bool = False) -> str:
+    """As `lora_recipe`, of a `file` with a whole model, whose guidance is in its weights."""
+    if lower_start:
+        return _lower_recipe(file, "checkpoints", "KSamplerSelect `lcm` and CFG 1")
     return (
         f"**ComfyUI**: put `{file}` into `models/checkpoints` and drag `{WORKFLOW}` into the window, or build the "
         "same: CheckpointLoaderSimple, ModelSamplingDiscrete with `lcm`, and KSampler with sampler `lcm`, scheduler "
@@ -122,20 +126,30 @@ def single_file_recipe(file: str) -> str:
     )
 
 
-def full_recipe(folder: str, file: str, guidance_scale: float) -> str:
+def _lower_recipe(file: str, folder: str, sampler: str) -> str:
+    return (
+        f"**ComfyUI**: put `{file}` into `models/{folder}` and drag `{WORKFLOW}` into the window: SamplerCustom with "
+        f"{sampler}, and ManualSigmas with those of the timesteps that this student starts and continues at. KSampler "
+        "starts at the last timestep of the schedule, where this student was not trained, and so do A1111 and Forge."
+    )
+
+
+def full_recipe(folder: str, file: str, guidance_scale: float, *, lower_start: bool = False) -> str:
     """As `single_file_recipe`, of a full student in `folder`, with the command that makes the `file`."""
     return (
         "Other programs than Diffusers do not know its guidance input. This makes one file for them, with a "
         f"`guidance_scale` in its weights:\n\n```sh\n{export_command(folder, file, guidance_scale)}\n```\n\n"
-        f"{single_file_recipe(file)}"
+        f"{single_file_recipe(file, lower_start=lower_start)}"
     )
 
 
-def usage_hint(kind: str, guidance_scale: float = 1.0) -> str:
+def usage_hint(kind: str, guidance_scale: float = 1.0, *, lower_start: bool = False) -> str:
     """A short hint for a file's metadata; `kind` is "full", with a guidance input, "lora", or "baked"."""
     if kind == "full":
         return f"Diffusers: LCMScheduler, 1 to 8 steps, guidance_scale {guidance_scale:g} (in the guidance embedding)"
     steps, cfg = ("2 to 8", "1 to 2, weight 1") if kind == "lora" else ("1 to 8", "1")
+    if lower_start:
+        return f"1 to 8 steps, CFG {cfg}. ComfyUI: the sigmas of its {WORKFLOW}. Diffusers: its own LCMScheduler"
     return (
         f"{steps} steps, CFG {cfg}. ComfyUI: sampler lcm, scheduler sgm_uniform, node ModelSamplingDiscrete lcm. "
         "A1111, Forge: sampler LCM. Diffusers: LCMScheduler"

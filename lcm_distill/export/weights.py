@@ -100,7 +100,9 @@ def export_full_student(
             name, teacher.code(family.PIPELINE, "unet=unet", **usage.CODE_OPTIONS), guidance_scale
         ),
         note="`guidance_scale` is w + 1, with w the guidance of the LCM paper (arXiv 2310.04378).",
-        elsewhere=lambda name, title: usage.full_recipe(name, f"{title}.safetensors", guidance_scale),
+        elsewhere=lambda name, title: usage.full_recipe(
+            name, f"{title}.safetensors", guidance_scale, lower_start=usage.starts_lower(scheduler.config)
+        ),
         hint=usage.usage_hint("full", guidance_scale),
         relation="finetune",
         settings=settings,
@@ -154,8 +156,8 @@ def export_lora_student(
         note="The guidance of the training is in the weights, so use a `guidance_scale` of 1 to 2; above 1, "
         "negative prompts have an effect. It can be combined with a style LoRA by `pipe.set_adapters`, and works on "
         f"fine-tunes of its teacher. `{usage.KOHYA_FILE}` is the same LoRA for other programs.",
-        elsewhere=lambda name, title: usage.lora_recipe(usage.KOHYA_FILE),
-        hint=usage.usage_hint("lora"),
+        elsewhere=lambda *_: usage.lora_recipe(usage.KOHYA_FILE, lower_start=usage.starts_lower(scheduler.config)),
+        hint=usage.usage_hint("lora", lower_start=usage.starts_lower(scheduler.config)),
         lora=lora,
         relation="adapter",
         settings=settings,

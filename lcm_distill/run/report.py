@@ -397,10 +397,12 @@ def _usage(folder: Path, launch: Mapping[str, Any]) -> tuple[str, str]:
     arguments = [] if is_lora else ["unet=unet"]
     teacher = loading_code(model, pipeline, *arguments, **known, **usage.CODE_OPTIONS)
     out = str(flags.get("output_dir") or folder)
+    top = flags.get("top_timestep")
+    lower = isinstance(top, int) and usage.starts_lower({"num_train_timesteps": top + 1})
     if is_lora:
-        return usage.lora_code(out, teacher), _markdown(usage.lora_recipe(usage.KOHYA_FILE))
+        return usage.lora_code(out, teacher), _markdown(usage.lora_recipe(usage.KOHYA_FILE, lower_start=lower))
     scale = _guidance_scale(flags)
-    recipe = usage.full_recipe(out, f"{folder.resolve().name}.safetensors", scale)
+    recipe = usage.full_recipe(out, f"{folder.resolve().name}.safetensors", scale, lower_start=lower)
     return usage.full_code(out, teacher, scale), _markdown(recipe)
 
 

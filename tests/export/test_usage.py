@@ -100,6 +100,19 @@ def test_a_workflow_starts_where_sampling_starts():
     assert nodes["VAEDecode"]["samples"] == [next(n for n, node in workflow.items() if node["inputs"] == sampling), 0]
 
 
+def test_nothing_recommends_a_start_where_the_student_was_not_trained():
+    recipes = (
+        usage.lora_recipe,
+        usage.single_file_recipe,
+        lambda file, **lower: usage.full_recipe("a", file, 8, **lower),
+    )
+    for recipe in recipes:
+        assert "sgm_uniform" in recipe("a.safetensors") and "sampler LCM" in recipe("a.safetensors")
+        lower = recipe("a.safetensors", lower_start=True)
+        assert "a.safetensors" in lower and "ManualSigmas" in lower and usage.WORKFLOW in lower
+        assert "sgm_uniform" not in lower and "sampler LCM" not in lower
+
+
 def test_a_workflow_of_another_model_is_not_replaced(tmp_path):
     first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     assert usage.place_workflow(first, usage.build_workflow(first.name)).name == "comfyui_workflow.json"
