@@ -220,19 +220,19 @@ def attempt(
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 statuses[pid] = status
-        living = [pid for pid in pids if pid not in statuses]
+        running = [pid for pid in pids if pid not in statuses]
         now = time.monotonic()
         if kill_at is not None and now > kill_at:
             for rank in victims:
-                if pids[rank] in living:
+                if pids[rank] in running:
                     os.kill(pids[rank], signal.SIGKILL)
             kill_at = None
         elif any(statuses.values()) and last is None:
             last = now + 30
-            for pid in living:
+            for pid in running:
                 os.kill(pid, signal.SIGTERM)
         elif last is not None and now > last:
-            for pid in living:
+            for pid in running:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.005)
     return {pid: statuses[pid] for pid in pids}

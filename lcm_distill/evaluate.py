@@ -172,8 +172,8 @@ def evaluate(
 
     A row has one picture for each of `prompts`; picture i starts from the noise of seed + i. `pipeline` is the
     teacher's, from `load_teacher`; `make_metrics` receives the reference; `on_step` is called after each step of each
-    batch. `UsageError`, before anything is generated,
-    for more steps than a sampler can take, and for a student that does not fit the teacher.
+    batch. `UsageError`, before anything is generated, for more steps than a sampler can take, and for a student that
+    does not fit the teacher.
     """
     scheduler_config = dict(pipeline.scheduler.config)
     teacher_samplers = {name: build_teacher_sampler(scheduler_config, name) for name in samplers}

@@ -372,8 +372,8 @@ class DistillationFlags:
     )
     top_timestep: int | None = flag(
         None,
-        "timestep where the student's sampling starts, from noise alone, and where the solver's grid ends; 599 is much "
-        "better in one and two steps (default: the teacher's last)",
+        "timestep where the student's sampling starts, from noise alone, and where the solver's grid ends; for one and "
+        "two steps, see docs/reference.md (default: the teacher's last)",
         type=positive_int,
     )
     top_timestep_probability: float = flag(

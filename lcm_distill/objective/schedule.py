@@ -150,8 +150,8 @@ class DDIMSolver:
         total = len(schedule) if top_timestep is None else top_timestep + 1
         if not 1 <= num_ddim_timesteps <= total:
             raise UsageError(
-                f"--num_ddim_timesteps {num_ddim_timesteps}: must be between 1 and the teacher's "
-                f"{total} training timesteps; 50 is usual."
+                f"--num_ddim_timesteps {num_ddim_timesteps}: must be between 1 and the "
+                f"{total} training timesteps up to where sampling starts; 50 is usual."
             )
         self.schedule = schedule
         self._starts_from_noise = total < len(schedule)

@@ -177,7 +177,7 @@ class Student:
         """The scheduler saved with it, or else an `LCMScheduler` with the schedule of the teacher's `scheduler_config`.
 
         A part of a distillation's folder, such as `unet_target/` or a LoRA's file, has the scheduler of the folder. A
-        checkpoint has none: its run's flags say the grid and the scaling.
+        checkpoint has none: its run's flags say the grid, the scaling and where it starts.
         What clips is turned off, since latents are not bounded: results of older versions may have it from a teacher.
         Of a saved scheduler of another class, such as a pipeline's, the noise schedule is taken.
         """
@@ -188,7 +188,7 @@ class Student:
             folders.append(str(Path(self.source).resolve().parent))
         for folder in folders:
             if (Path(folder) / RECORD).is_file():
-                return build_lcm_scheduler(scheduler_config, *self._grid_and_scaling(Path(folder)))
+                return build_lcm_scheduler(scheduler_config, *self._trained_sampling(Path(folder)))
             for subfolder in (None, "scheduler"):
                 file = "scheduler_config.json" if subfolder is None else f"{subfolder}/scheduler_config.json"
                 if _has(folder, file, self.cache_dir):
@@ -198,15 +198,18 @@ class Student:
                     return LCMScheduler.from_config(saved, clip_sample=False, thresholding=False)
         return build_lcm_scheduler(scheduler_config)
 
-    def _grid_and_scaling(self, checkpoint: Path) -> tuple[int, float]:
-        """Those that the run of a checkpoint trains with; `UsageError` if its run.json does not say them."""
+    def _trained_sampling(self, checkpoint: Path) -> tuple[int, float, int | None]:
+        """Grid, scaling and top timestep of a checkpoint's run; `UsageError` if its run.json does not say them."""
         given = f"{self.flag} {self.source}: its {RECORD}"
         found = parse_object(checkpoint / RECORD, given).get("flags")
         found = found if isinstance(found, dict) else {}
         grid, scaling = found.get("num_ddim_timesteps"), found.get("timestep_scaling_factor")
+        top = found.get("top_timestep")  # earlier runs had no such flag
         if not isinstance(grid, int) or not isinstance(scaling, (int, float)) or grid < 1 or not 0 < scaling < 1e9:
             raise UsageError(f"{given} does not have the flags of a run; pass a checkpoint as a run has written it.")
-        return grid, float(scaling)
+        if top is not None and (not isinstance(top, int) or top < 1):
+            raise UsageError(f"{given} has the top_timestep {top!r}; pass a checkpoint as a run has written it.")
+        return grid, float(scaling), top
 
     @contextlib.contextmanager
     def installed_in(

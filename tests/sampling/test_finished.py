@@ -438,6 +438,26 @@ def test_parts_of_a_checkpoint_are_students_with_its_sampler(checkpoints, sd_pip
             assert generate(sd_pipeline, guidance_scale=1.0).isfinite().all()
 
 
+@pytest.mark.parametrize("top, starts", [(None, 999), (699, 699), (999, 999)])
+def test_a_checkpoint_is_sampled_from_where_its_run_starts(top, starts, checkpoints, tmp_path):
+    """It was sampled from the last timestep, where a student with --top_timestep was not trained."""
+    shutil.copytree(checkpoints["lora"][0], tmp_path / "checkpoint-30")
+    flags = {"num_ddim_timesteps": 50, "timestep_scaling_factor": 10.0} | ({"top_timestep": top} if top else {})
+    (tmp_path / "checkpoint-30" / "run.json").write_text(json.dumps({"global_step": 30, "flags": flags}))
+    sampler = find_student(str(tmp_path / "checkpoint-30")).sampler({})
+    sampler.set_timesteps(2)
+    assert sampler.timesteps[0] == starts
+
+
+@pytest.mark.parametrize("top", ["699", 0, [699], 10**6, 700])
+def test_a_checkpoint_with_an_odd_top_timestep_is_refused(top, checkpoints, tmp_path):
+    shutil.copytree(checkpoints["lora"][0], tmp_path / "checkpoint-30")
+    flags = {"num_ddim_timesteps": 50, "timestep_scaling_factor": 10.0, "top_timestep": top}
+    (tmp_path / "checkpoint-30" / "run.json").write_text(json.dumps({"global_step": 30, "flags": flags}))
+    with pytest.raises(UsageError, match="top_timestep"):
+        find_student(str(tmp_path / "checkpoint-30")).sampler({})
+
+
 @pytest.mark.parametrize(
     "flags", [None, [], {}, {"num_ddim_timesteps": "50"}, {**FLAGS, "timestep_scaling_factor": -1}]
 )
