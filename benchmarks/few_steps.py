@@ -8,7 +8,8 @@ program's own `main`, one thread, in a process of its own; its CPU seconds are t
 validation, so that a busy machine stretches them less than a clock. `cost` is their sum in runs of the recipe "plain":
 first stages are consistency distillation alone, so that their seconds per step are plain's. At the end the student of
 each stage generates with one step to eight: caption accuracy, Fréchet distance, and how diverse the pictures of one
-caption are. Stages that are in the --output already, with the same flags, are not trained again.
+caption are. Stages that are in the --output or in a --known file, with the same flags, are not trained again; each
+keeps the command and the commit that trained it.
 """
 
 import argparse
@@ -80,14 +81,19 @@ def summary(runs: list[dict[str, Any]]) -> str:
 
 
 def find(runs: list[dict[str, Any]], program: str, recipe: str, seed: int) -> dict[str, Any]:
-    """The run among `runs`, with the stages that had the flags that the recipe has now; one without stages if new."""
+    """The run among `runs`, with the stages that had the flags that the recipe has now; one without stages if new.
+
+    Where several are the same run, the one of which most can be used.
+    """
     run: dict[str, Any] = {"program": program, "recipe": recipe, "seed": seed, "stages": []}
     for old in runs:
         if all(old[key] == run[key] for key in ("program", "recipe", "seed")):
+            usable: list[dict[str, Any]] = []
             for done, stage in zip(old["stages"], RECIPES[recipe], strict=False):
                 if done["flags"] != stage.argv(program):
                     break
-                run["stages"].append(done)
+                usable.append(done)
+            run["stages"] = max(run["stages"], usable, key=len)
     return run
 
 
@@ -109,16 +115,25 @@ def main() -> None:
         "--folder", type=Path, default=Path("runs/few_steps"), help="of shards and students (runs/few_steps)"
     )
     parser.add_argument("--output", type=Path, metavar="FILE.json")
+    parser.add_argument(
+        "--known",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE.json",
+        help="earlier outputs, as of two that trained side by side: their stages are taken over",
+    )
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    before: list[dict[str, Any]] = []
-    if args.output and args.output.exists():
-        before = json.loads(args.output.read_text())["runs"]
+    earlier = [args.output] if args.output and args.output.exists() else []
+    before = [run for file in [*earlier, *args.known] for run in json.loads(file.read_text())["runs"]]
+    source = provenance("benchmarks.few_steps", sys.argv[1:])
+    origin = {key: source[key] for key in ("command", "commit", "dirty", "date")}
     runs: list[dict[str, Any]] = []
 
     def save() -> None:
         if args.output:
-            result = provenance("benchmarks.few_steps", sys.argv[1:]) | {"runs": runs + rest(before, runs)}
+            result = source | {"runs": runs + rest(before, runs)}
             write(args.output, json.dumps(result, indent=2) + "\n")
 
     shards = args.folder / "shards"
@@ -134,7 +149,9 @@ def main() -> None:
                     output = str(args.folder / f"{program}-{recipe}-{seed}-{number + 1}")
                     if len(run["stages"]) == number:
                         seconds = alone(train, program, stage, seed, str(shards), output, initial)
-                        run["stages"].append({"folder": output, "flags": stage.argv(program), "seconds": seconds})
+                        run["stages"].append(
+                            {"folder": output, "flags": stage.argv(program), "seconds": seconds} | origin
+                        )
                         print(f"{output}: {seconds:.0f} CPU seconds", flush=True)
                         save()
                     initial = output

@@ -437,6 +437,7 @@ def test_stages_that_are_done_are_not_trained_again_unless_their_flags_have_chan
     assert few_steps.find([other, done], "sd", "few", 1)["stages"] == []
     half = {**done, "stages": [first, {**second, "flags": [*second["flags"], "--dm_steps", "2"]}]}
     assert few_steps.find([half], "sd", "few", 0) == {**done, "stages": [first]}
+    assert few_steps.find([half, done, half], "sd", "few", 0) == done
     assert few_steps.rest([other, done], [half]) == [other]
 
 
