@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(PROGRAM, args.launch, args.streaming, architecture, args.flat(), argv=argv, not_given=not_given)
     shape = shape.resumed(run.architecture)
     accelerator, device = run.accelerator, run.accelerator.device
-    initial = InitialStudent.find(None if run.resumed else args.student, args.teacher, family, configs.unet)
+    initial = InitialStudent.find(None if run.resumed else args.student, args.teacher, family, configs, sampler)
     preflight = run.inspect(shards, preparation, partial(family.count_tokens, teacher))
     preparation = preflight.preparation
     check_encoding(preparation.encoding, teacher, family)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import UNet2DConditionModel
+from diffusers import LCMScheduler, UNet2DConditionModel
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft.tuners.lora import LoraLayer
 
@@ -22,6 +22,7 @@ from lcm_distill.environment import refused_lora
 from lcm_distill.errors import UsageError, brief
 from lcm_distill.flags import FullStudentFlags, StudentFlags, TeacherFlags
 from lcm_distill.models.families import Family
+from lcm_distill.models.teacher import TeacherConfigs
 from lcm_distill.sampling.finished import Student, check_same_teacher, find_student, lora_source
 
 logger = logging.getLogger(__name__)
@@ -39,13 +40,19 @@ class InitialStudent:
 
     @classmethod
     def find(
-        cls, flags: StudentFlags | None, teacher: TeacherFlags, family: Family, teacher_config: Mapping[str, Any]
+        cls,
+        flags: StudentFlags | None,
+        teacher: TeacherFlags,
+        family: Family,
+        configs: TeacherConfigs,
+        sampler: LCMScheduler,
     ) -> "InitialStudent | None":
         """The student that --init_student names, a folder, file or Hub id; None without it, and without `flags`.
 
-        `flags` are those of the new student, `teacher_config` is the config of the teacher's U-Net. `UsageError` if
-        there is no student, if it was not distilled from such a teacher, or if it is a U-Net, from which a LoRA cannot
-        begin, or one whose guidance embedding has another width.
+        `flags` and `sampler` are those of the new student, `configs` are the teacher's. `UsageError` if there is no
+        student, if it was not distilled from such a teacher, or if it is a U-Net, from which a LoRA cannot begin, or
+        one whose guidance embedding has another width. A warning if it starts from a lower timestep than the new
+        student, and so was never trained on those above.
         """
         if flags is None or flags.init_student is None:
             return None
@@ -58,13 +65,20 @@ class InitialStudent:
                     f"student (train_lcm_distill_{family.NAME}_wds.py)."
                 )
             config, own = student.load_config(), flags.unet_time_cond_proj_dim
-            check_same_teacher(config, teacher_config, f"{FLAG} {source}")
+            check_same_teacher(config, configs.unet, f"{FLAG} {source}")
             width = config.get("time_cond_proj_dim")
             if width not in (None, own):
                 raise UsageError(
                     f"{FLAG} {source} has a guidance embedding of width {width}, not {own}: pass "
                     f"--unet_time_cond_proj_dim {width}."
                 )
+        top, own_top = (each.config.num_train_timesteps - 1 for each in (student.sampler(configs.scheduler), sampler))
+        if top < own_top:
+            logger.warning(
+                "%s %s starts from timestep %d and was not trained above it, but this run's student starts from %d: "
+                "pass --top_timestep %d to go on from where it starts.",
+                *(FLAG, source, top, own_top, top),
+            )
         return cls(student, family)
 
     def load_into(self, student: UNet2DConditionModel) -> None:

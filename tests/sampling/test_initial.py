@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from finished_students import full_student, lora_student, style_lora
+from finished_students import GRID, SCHEDULE, full_student, lora_student, style_lora
 from pickle_bombs import plant
 from safetensors.torch import load_file, save_file
 
@@ -14,10 +14,13 @@ from lcm_distill import flags
 from lcm_distill.errors import UsageError
 from lcm_distill.models.families import FAMILIES
 from lcm_distill.models.lora import TARGET, Lora
+from lcm_distill.models.teacher import TeacherConfigs
 from lcm_distill.models.unets import student_from_teacher
+from lcm_distill.objective.schedule import build_lcm_scheduler
 from lcm_distill.sampling.initial import InitialStudent
 
 TEACHER_FLAGS = flags.TeacherFlags(pretrained_teacher_model="unused")
+SAMPLER = build_lcm_scheduler(SCHEDULE, GRID)
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
@@ -40,9 +43,13 @@ def unet_of(teacher: str) -> UNet2DConditionModel:
     return UNet2DConditionModel.from_pretrained(teacher, subfolder="unet", torch_dtype=torch.float32)
 
 
+def configs_of(teacher: str) -> TeacherConfigs:
+    return TeacherConfigs(UNet2DConditionModel.load_config(teacher, subfolder="unet"), {}, SCHEDULE)
+
+
 def find(source: str, family: str, teacher: str, kind=flags.FullStudentFlags, **more) -> InitialStudent:
-    config = UNet2DConditionModel.load_config(teacher, subfolder="unet")
-    found = InitialStudent.find(kind(init_student=source, **more), TEACHER_FLAGS, FAMILIES[family], config)
+    given, configs = kind(init_student=source, **more), configs_of(teacher)
+    found = InitialStudent.find(given, TEACHER_FLAGS, FAMILIES[family], configs, SAMPLER)
     assert found is not None
     return found
 
@@ -72,9 +79,9 @@ def answer(family: str, unet: UNet2DConditionModel, **more) -> torch.Tensor:
 
 
 def test_no_student_is_asked_for(teachers):
-    config = UNet2DConditionModel.load_config(teachers["sd"], subfolder="unet")
+    configs = configs_of(teachers["sd"])
     for given in (None, flags.FullStudentFlags()):
-        assert InitialStudent.find(given, TEACHER_FLAGS, FAMILIES["sd"], config) is None
+        assert InitialStudent.find(given, TEACHER_FLAGS, FAMILIES["sd"], configs, SAMPLER) is None
 
 
 def test_a_full_student_begins_as_another_bit_for_bit(students, family, teachers):
@@ -159,6 +166,21 @@ def test_what_does_not_fit_is_refused(students, family, teachers, tmp_path):
 
 
 @pytest.mark.hostile("teachers")
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_student_that_starts_lower_is_named(students, family, teachers, kind, tmp_path, caplog):
+    lower = build_lcm_scheduler(SCHEDULE, 14, top_timestep=699)
+    shutil.copytree(students[kind], tmp_path / "lower")
+    lower.save_config(tmp_path / "lower")
+    source = str(tmp_path / "lower")
+    student = flags.FullStudentFlags(init_student=source, unet_time_cond_proj_dim=64)
+    if kind == "lora":
+        student = flags.LoraFlags(init_student=source)
+    for own, warned in ((SAMPLER, True), (lower, False), (build_lcm_scheduler(SCHEDULE, 12, top_timestep=599), False)):
+        caplog.clear()
+        InitialStudent.find(student, TEACHER_FLAGS, FAMILIES[family], configs_of(teachers[family]), own)
+        assert ("pass --top_timestep 699 " in caplog.text) == warned
+
+
 def test_an_adapter_that_is_too_small_is_refused(students, family, teachers, tmp_path):
     factors = read(students["lora"], family, teachers[family])
     with pytest.raises(UsageError, match="--init_student has rank 2, more than --lora_rank 1"):
