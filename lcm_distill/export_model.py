@@ -57,7 +57,6 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -76,6 +75,7 @@ from lcm_distill.export import usage
 from lcm_distill.export.card import build_model_card, parse_hub_id, read_licence
 from lcm_distill.export.metadata import Description, last_picture, public_name, read_metadata, write_metadata
 from lcm_distill.export.original import pipeline_tensors
+from lcm_distill.export.weights import save_pipeline
 from lcm_distill.models.families import Family, family_of
 from lcm_distill.models.teacher import Teacher, TeacherConfigs, read_configs
 from lcm_distill.models.unets import bake_guidance
@@ -273,19 +273,13 @@ def write_single_file(path: Path, pipeline: Any, dtype: torch.dtype, metadata: M
 
 def write_pipeline(folder: Path, pipeline: Any, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
     """Writes the folder of a Diffusers pipeline; its networks are then in `dtype`."""
-    networks: dict[str, Any] = {n: part for n, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    for network in networks.values():
+    networks: list[Any] = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    for network in networks:
         torch.nn.Module.to(network, dtype=dtype)  # Diffusers' own cast warns about modules that are missing
         if hasattr(network, "register_to_config"):
             network.register_to_config(_name_or_path="")  # else the config has a path on this machine
     with _writing(folder):
-        pipeline.save_pretrained(folder)
-        for name in networks:
-            config = folder / name / "config.json"
-            known = json.loads(config.read_text(encoding="utf-8"))
-            # Transformers loads its networks in this dtype where the user names none, Diffusers its own in float32.
-            if known.get("dtype"):
-                config.write_text(json.dumps({**known, "dtype": "float32"}, indent=2, sort_keys=True) + "\n")
+        save_pipeline(folder, pipeline)
         for path in (folder / "unet").glob("*.safetensors"):
             write_metadata(path, metadata)
         respect_umask(folder)

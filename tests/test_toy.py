@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from lcm_distill.errors import UsageError
 from lcm_distill.evaluate import EvaluatedRow
+from lcm_distill.export.weights import save_pipeline
 from toy import compare, score
 from toy import make_shards as shards_module
 from toy.make_shards import make_shards
-from toy.train_teacher import save_teacher
 from toy.world import ALL_SCENES, BACKGROUNDS, COLOURS, Scene, draw
 
 
@@ -371,8 +371,8 @@ def test_a_teacher_generates_in_a_plain_pipeline_on_a_cpu(family, teachers):
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_a_teacher_is_saved_in_half_precision_as_the_committed_ones_are(family, teachers, tmp_path):
-    save_teacher(DiffusionPipeline.from_pretrained(teachers[family], torch_dtype=torch.float32), tmp_path)
+def test_a_pipeline_in_half_precision_is_saved_as_the_committed_teachers_are(family, teachers, tmp_path):
+    save_pipeline(tmp_path, DiffusionPipeline.from_pretrained(teachers[family], torch_dtype=torch.float16))
     for committed in sorted(Path(teachers[family]).glob("*/*")):
         saved = tmp_path / committed.relative_to(teachers[family])
         if committed.suffix == ".safetensors":

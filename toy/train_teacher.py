@@ -34,6 +34,7 @@ from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from lcm_distill.export.weights import save_pipeline
 from toy.world import WORDS, draw, random_scene
 
 RESOLUTION = 64
@@ -331,18 +332,6 @@ def build_pipeline(family: str, vae, unet, conditioner: Conditioner, tokenizer: 
     )
 
 
-def save_teacher(pipeline, folder: Path) -> None:
-    """Saves a teacher in half precision, to be loaded in float32 unless another dtype is asked for.
-
-    Transformers writes the precision of a text encoder's file into its config, and `from_pretrained` without a dtype
-    then loads it in that, Diffusers' networks in float32: such a pipeline fails at its first matrix product.
-    """
-    pipeline.to(torch.float16).save_pretrained(folder)
-    for path in sorted(folder.glob("text_encoder*/config.json")):
-        config = json.loads(path.read_text()) | {"dtype": "float32"}
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
 def teacher_accuracy(pipeline, count: int, steps: int = 50, guidance_scale: float = 3.0, seed: int = 0) -> float:
     """Caption accuracy of `count` pictures that the teacher draws with DDIM, in [0, 1]."""
     from toy.score import Scorer, caption_accuracy
@@ -405,7 +394,7 @@ def main(argv: list[str] | None = None) -> None:
         pictures=args.pictures,
         seed=args.seed,
     )
-    save_teacher(build_pipeline(args.family, vae, unet, conditioner, tokenizer), output_dir)
+    save_pipeline(output_dir, build_pipeline(args.family, vae, unet, conditioner, tokenizer).to(torch.float16))
     print(f"{output_dir}: trained in {(time.perf_counter() - started) / 60:.0f} minutes")
 
     accuracy = teacher_accuracy(kind.from_pretrained(output_dir, torch_dtype=torch.float32), 256)

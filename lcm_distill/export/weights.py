@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
 import re
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from diffusers import LCMScheduler, UNet2DConditionModel
+from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_kohya
 from safetensors.torch import save_file
 
@@ -307,6 +308,19 @@ def _list_uploaded(folder: Path) -> list[str]:
     """The files in `folder` that match `UPLOADED`."""
     found = [path for pattern in UPLOADED for path in sorted(folder.glob(pattern)) if path.is_file()]
     return [path.relative_to(folder).as_posix() for path in found]
+
+
+def save_pipeline(folder: Path, pipeline: DiffusionPipeline) -> None:
+    """Saves a Diffusers pipeline, to be loaded in float32 where no dtype is named, whatever its own is.
+
+    Transformers writes the dtype of a text encoder into its config, and loads it in that where none is named, Diffusers
+    its networks in float32: such a pipeline would fail at its first matrix product.
+    """
+    pipeline.save_pretrained(folder)
+    for config in sorted(folder.glob("*/config.json")):
+        known = json.loads(config.read_text(encoding="utf-8"))
+        if known.get("dtype"):
+            config.write_text(json.dumps({**known, "dtype": "float32"}, indent=2, sort_keys=True) + "\n")
 
 
 def lora_weights(lora: Lora, adapter: str) -> dict[str, torch.Tensor]:
