@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from safetensors.torch import load_file
 from lcm_distill.errors import UsageError
 from lcm_distill.evaluate import EvaluatedRow
 from lcm_distill.export.weights import save_pipeline
-from toy import compare, score
+from toy import compare, demo, score
 from toy import make_shards as shards_module
 from toy.make_shards import make_shards
+from toy.recipes import RECIPES
 from toy.world import ALL_SCENES, BACKGROUNDS, COLOURS, Scene, draw
 
 
@@ -384,6 +386,35 @@ def test_a_pipeline_in_half_precision_is_saved_as_the_committed_teachers_are(fam
 
 
 # --------------------------------------------------------------------------------------- the comparison
+
+
+def test_students_are_named_by_kind_and_recipe():
+    assert compare.label("sd", "full", "sd") == "LCM"
+    assert compare.label("lora_sdxl-few", "lora", "sdxl") == "LCM-LoRA, few"
+    assert compare.label("sdxl-few", "full", "sd") == compare.label("my-student", "full", "sd") == "LCM"
+
+
+def test_the_demo_trains_each_recipe_of_each_program_in_its_own_folder(tmp_path, monkeypatch):
+    runs: list[tuple[Any, ...]] = []
+    compared: list[list[str]] = []
+    monkeypatch.setattr(demo, "make_shards", lambda *_, **__: None)
+    monkeypatch.setattr(
+        demo, "distil", lambda program, stage, shards, *rest: runs.append((program, stage.steps, *rest))
+    )
+    monkeypatch.setattr(demo.compare, "main", compared.append)
+    demo.main(["--programs", "sd", "lora_sdxl", "--recipes", "plain", "few", "--output_dir", str(tmp_path / "o")])
+    out = tmp_path / "o"
+    (plain,), (first, second) = ([stage.steps for stage in RECIPES[recipe]] for recipe in ("plain", "few"))
+    assert runs == [
+        ("sd", plain, out / "sd", None),
+        ("sd", first, out / "sd-few-stage-1", None),
+        ("sd", second, out / "sd-few", out / "sd-few-stage-1"),
+        ("lora_sdxl", plain, out / "lora_sdxl", None),
+        ("lora_sdxl", first, out / "lora_sdxl-few-stage-1", None),
+        ("lora_sdxl", second, out / "lora_sdxl-few", out / "lora_sdxl-few-stage-1"),
+    ]
+    students = [str(out / name) for name in ("sd", "sd-few", "lora_sdxl", "lora_sdxl-few")]
+    assert compared == [["--student", *students, "--output_dir", str(out), "--count", "192"]]
 
 
 def test_the_comparison_writes_the_table_and_the_picture_of_the_readme(tmp_path, monkeypatch, capsys):

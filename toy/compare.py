@@ -1,7 +1,7 @@
 """Toy teachers, untrained controls and students side by side: a grid of pictures, and a table for each metric.
 
     python -m toy.compare --student runs/demo/sd --output_dir runs/demo
-    python -m toy.compare --student runs/all/sd runs/all/lora_sd runs/all/sdxl --output_dir runs/all
+    python -m toy.compare --student runs/all/sd runs/all/sd-few runs/all/sdxl --output_dir runs/all
 
 A student is the output folder of a distillation of a toy teacher: a U-Net, or a LoRA. This is
 `lcm_distill.evaluate` for both toy teachers at once, with captions of the toy world and their metrics, caption accuracy
@@ -30,7 +30,7 @@ from toy.score import RESOLUTION, Scorer, caption_accuracy, frechet_distance, re
 
 TEACHERS = {family: Path(__file__).parent / "teachers" / family for family in ("sd", "sdxl")}
 NAMES = {"sd": "SD", "sdxl": "SDXL"}
-KINDS = {"full": "LCM", "lora": "LCM-LoRA"}  # the name of a student that is the only one of its kind
+KINDS = {"full": "LCM", "lora": "LCM-LoRA"}
 STEPS = (1, 2, 4, 8)
 
 
@@ -66,6 +66,13 @@ def family_name(student: Student) -> str:
         return "sdxl" if file.metadata()["ss_base_model_version"].startswith("sdxl") else "sd"
 
 
+def label(name: str, kind: str, family: str) -> str:
+    """A student's name in the tables: its kind, and what the name of its folder has after that of its program."""
+    program = {"full": family, "lora": f"lora_{family}"}[kind]
+    recipe = name.removeprefix(f"{program}-") if name.startswith(f"{program}-") else ""
+    return f"{KINDS[kind]}, {recipe}" if recipe else KINDS[kind]
+
+
 def compare(
     sources: Sequence[str], *, count: int, guidance_scale: float = 4.0, seed: int = 0, batch: int = 64
 ) -> list[EvaluatedRow]:
@@ -76,8 +83,9 @@ def compare(
     rows = []
     for name in dict.fromkeys(family_name(student) for student in students):
         own = [student for student in students if family_name(student) == name]
-        kinds = [student.kind for student in own]
-        labels = {student.name: KINDS[student.kind] for student in own if kinds.count(student.kind) == 1}
+        labels = {student.name: label(student.name, student.kind, name) for student in own}
+        if len(set(labels.values())) < len(own):
+            labels = {student.name: student.name for student in own}
         for row in evaluate.evaluate(
             load_teacher(Teacher(str(TEACHERS[name])), device="cpu", dtype=torch.float32),
             own,

@@ -1,15 +1,17 @@
 """The whole story on a laptop: shards, a distillation of a toy teacher, the comparison.
 
     make demo          or: python -m toy.demo
-    python -m toy.demo --programs sd lora_sd sdxl lora_sdxl --output_dir runs/all        # a quarter of an hour
+    python -m toy.demo --programs sd lora_sd sdxl lora_sdxl --recipes plain few --output_dir runs/all     # some hours
 
 Draws a few thousand captioned pictures as WebDataset shards, runs `train_lcm_distill_sd_wds.py` (or the programs
 that are named) on them through `accelerate launch` as a user would, then draws teacher, untrained control and
-student side by side. Everything lands in the output folder: `evaluation.png`, `evaluation.md`, the README's picture and
-table (`evaluation.jpg`, `wide_table.md`), and what a program made in a folder of its name.
+students side by side. Everything lands in the output folder: `evaluation.png`, `evaluation.md`, the README's picture
+and table (`evaluation.jpg`, `wide_table.md`), and what a program made in a folder of its name, with the recipe's after
+it if that is not "plain".
 """
 
 import argparse
+import itertools
 import os
 import shutil
 import subprocess
@@ -51,7 +53,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=["sd"], help="what to run (default: sd)")
     parser.add_argument("--output_dir", type=lambda text: Path(flags.path(text)), default=Path("runs/demo"))
     parser.add_argument(
-        "--recipe", choices=RECIPES, default="plain", help="how (toy/recipes.py): plain, or few, for one and two steps"
+        "--recipes",
+        nargs="+",
+        choices=RECIPES,
+        default=["plain"],
+        help="how (toy/recipes.py): plain (default), few, for one and two steps, …",
     )
     parser.add_argument("--steps", type=int, help="optimizer steps of each stage (default: the recipe's)")
     parser.add_argument("--count", type=int, default=192, help="pictures in each row of the comparison")
@@ -64,18 +70,19 @@ def main(argv: list[str] | None = None) -> None:
     print("1/3 drawing captioned pictures into shards", flush=True)
     make_shards(shards, shards=8, samples_per_shard=512, seed=0)
 
-    programs = list(dict.fromkeys(args.programs))
-    for program in programs:
-        stages = [replace(stage, steps=args.steps or stage.steps) for stage in RECIPES[args.recipe]]
-        outputs = [args.output_dir / f"{program}-stage-{number}" for number in range(1, len(stages))]
-        outputs.append(args.output_dir / program)
+    students = []
+    for program, recipe in itertools.product(dict.fromkeys(args.programs), dict.fromkeys(args.recipes)):
+        name = program if recipe == "plain" else f"{program}-{recipe}"
+        stages = [replace(stage, steps=args.steps or stage.steps) for stage in RECIPES[recipe]]
+        outputs = [args.output_dir / f"{name}-stage-{number}" for number in range(1, len(stages))]
+        outputs.append(args.output_dir / name)
         for stage, initial, output in zip(stages, [None, *outputs], outputs, strict=False):
             script = f"train_lcm_distill_{program}_wds.py"
-            print(f"2/3 distilling the toy teacher with {script}: {stage.steps} steps", flush=True)
+            print(f"2/3 distilling the toy teacher with {script} into {output}: {stage.steps} steps", flush=True)
             distil(program, stage, shards, output, initial)
+        students.append(str(outputs[-1]))
 
     print(f"3/3 drawing the comparison, {args.count} pictures a row", flush=True)
-    students = [str(args.output_dir / program) for program in programs]
     compare.main(["--student", *students, "--output_dir", str(args.output_dir), "--count", str(args.count)])
     print(f"{time.perf_counter() - started:.0f} s in all; the results are in {args.output_dir}")
 
