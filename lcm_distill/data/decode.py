@@ -4,6 +4,7 @@ import contextlib
 import io
 import math
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -42,8 +43,9 @@ MAX_PIXELS = 178_956_970  # more is treated as a decompression bomb, as in Pillo
 # Scans of a JPEG. Progressive ones have about 10; each costs a pass over the picture, and can be as short as 50 bytes.
 MAX_SCANS = 100
 MAX_SCANNED_PIXELS = 2 * 10**9  # in all scans together: about 12 of a picture of 150 megapixels
-# Segments of a JPEG, bytes between them, and chunks of a PNG: Pillow goes through them in Python, 10 to 30 µs and up to
-# 130 bytes of memory for each of 4 or 12 bytes. A PNG of 256 MB in the usual chunks has 32,000, a JPEG some hundreds.
+# Segments of a JPEG, bytes between them, chunks of a PNG, tags and strips of a TIFF: Pillow goes through them in
+# Python, 1 to 30 µs and up to 130 bytes of memory for each of 4 to 20 bytes. A PNG of 256 MB in the usual chunks has
+# 32,000, a JPEG some hundreds, a TIFF at most one for each row of each channel.
 MAX_PARTS = 50_000
 MAX_RUN_LENGTH_PIXELS = 2**24  # of a BMP that Pillow unpacks in Python, pixel by pixel
 # Bytes per pixel at most, from the decoder's first buffer to the resized square: measured, by the kernel's high-water
@@ -60,6 +62,8 @@ _TAGS = {  # of TIFFs
     "TileLength": 323,
     "SampleFormat": 339,  # 2: signed integers
 }
+# TIFF's StripOffsets, StripByteCounts, TileOffsets, TileByteCounts; BitsPerSample, ExtraSamples, SampleFormat.
+_LISTS = (273, 279, 324, 325, 258, 338, 339)
 _PNG = b"\x89PNG\r\n\x1a\n"
 _BEGINNINGS = (b"\xff\xd8\xff", _PNG, b"GIF87a", b"GIF89a")
 # The first bytes of pictures of other kinds.
@@ -118,6 +122,21 @@ def _check_chunks(content: bytes) -> None:
         raise BadSample(HUGE_PICTURE)
 
 
+def _check_strips(content: bytes) -> None:
+    """`BadSample` for a TIFF of too many tags, or whose strips, tiles or channels are too many."""
+    if content[:2] not in (b"II", b"MM") or not {content[2:3], content[3:4]} & {b"*", b"+"}:
+        return
+    order, is_big = "<" if content[:2] == b"II" else ">", b"+" in content[2:4]
+    number, tag = (struct.Struct(order + kind) for kind in (("Q", "HHQ8x") if is_big else ("H", "HHI4x")))
+    with contextlib.suppress(struct.error):  # it ends before: damaged, which Pillow finds
+        (position,) = struct.unpack_from(order + ("Q" if is_big else "I"), content, 8 if is_big else 4)
+        (tags,) = number.unpack_from(content, position)
+        for index in range(min(tags, MAX_PARTS + 1)):
+            name, _, values = tag.unpack_from(content, position + number.size + index * tag.size)
+            if index == MAX_PARTS or (name in _LISTS and values > MAX_PARTS):
+                raise BadSample(HUGE_PICTURE)
+
+
 def open_picture(content: bytes, formats: tuple[str, ...] = PILLOW_FORMATS) -> Image.Image:
     """Opens a picture of one of Pillow's `formats`, reading only its header.
 
@@ -132,6 +151,7 @@ def _open_picture(content: bytes, formats: tuple[str, ...]) -> tuple[Image.Image
     if scans > MAX_SCANS:
         raise BadSample(HUGE_PICTURE)
     _check_chunks(content)
+    _check_strips(content)
     try:
         image: Image.Image = Image.open(io.BytesIO(content), formats=formats)
     except Image.DecompressionBombError:

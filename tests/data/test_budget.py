@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -87,8 +88,29 @@ def test_what_takes_more_is_left_out_before_it_is_decoded(content):
     assert caught.value.reason in (raw.LARGE_PICTURE, raw.HUGE_PICTURE) and time.monotonic() - began < 1
 
 
+TIFFS = ["TIFF", "TIFF, big endian", "BigTIFF", "BigTIFF of tags"]
+
+
+def tiff_of_parts(kind, count):
+    """A grey TIFF of 64 by 64 pixels with `count` strips of 32 rows, or as many tags beside its own."""
+    order = ">" if "big endian" in kind else "<"
+    is_big = "BigTIFF" in kind
+    number, tag = (order + "Q", order + "HHQQ") if is_big else (order + "H", order + "HHII")
+    header = (b"II" if order == "<" else b"MM") + struct.pack(order + "H", 43 if is_big else 42)
+    header += struct.pack(order + ("HHQ" if is_big else "I"), *((8, 0, 16) if is_big else (8,)))
+    tags = {256: 64, 257: 64, 258: 8, 259: 1, 262: 1, 277: 1, 278: 32}
+    entries, strips = [(name, 4, 1, value) for name, value in tags.items()], 1 if "tags" in kind else count
+    more = count if "tags" in kind else 0
+    length = len(header) + struct.calcsize(number) + (len(entries) + 1 + more) * struct.calcsize(tag)
+    entries += [(273, 4, strips, length if strips == 1 else length + 4096)] + [(60000, 4, 1, 0)] * more
+    directory = struct.pack(number, len(entries)) + b"".join(struct.pack(tag, *entry) for entry in entries)
+    return header + directory + bytes(4096) + struct.pack(order + "I", length) * strips
+
+
 def picture_of_parts(kind, count):
     """A picture with so many parts that hold nothing, each of which costs Pillow time and memory."""
+    if "TIFF" in kind:
+        return tiff_of_parts(kind, count)
     content = encode(Image.new("RGB", (64, 64)), kind.partition(" ")[0])
     if kind == "JPEG":
         return content[:2] + b"\xff\xe5\0\2" * count + content[2:]
@@ -100,7 +122,7 @@ def picture_of_parts(kind, count):
     return content[:place] + chunk * count + content[place:]
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "JPEG padding", "PNG", "PNG data", "PNG end"])
+@pytest.mark.parametrize("kind", ["JPEG", "JPEG padding", "PNG", "PNG data", "PNG end", *TIFFS])
 def test_a_picture_of_a_million_parts_is_left_out_at_once(kind):
     """One of 8 MB, a few kilobytes in a compressed tar, kept a worker busy for a minute and took 260 MB."""
     assert read_picture(picture_of_parts(kind, 100)).size == (64, 64)
