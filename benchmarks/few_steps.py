@@ -98,9 +98,12 @@ def find(runs: list[dict[str, Any]], program: str, recipe: str, seed: int) -> di
 
 
 def rest(before: list[dict[str, Any]], runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs of `before` that are not among `runs`."""
-    keys = [(run["program"], run["recipe"], run["seed"]) for run in runs]
-    return [run for run in before if (run["program"], run["recipe"], run["seed"]) not in keys]
+    """The runs of `before` that are not among `runs`, each once."""
+    done = {(run["program"], run["recipe"], run["seed"]) for run in runs}
+    others: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for run in before:
+        others.setdefault((run["program"], run["recipe"], run["seed"]), run)
+    return [run for key, run in others.items() if key not in done]
 
 
 def main() -> None:

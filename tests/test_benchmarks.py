@@ -438,7 +438,7 @@ def test_stages_that_are_done_are_not_trained_again_unless_their_flags_have_chan
     half = {**done, "stages": [first, {**second, "flags": [*second["flags"], "--dm_steps", "2"]}]}
     assert few_steps.find([half], "sd", "few", 0) == {**done, "stages": [first]}
     assert few_steps.find([half, done, half], "sd", "few", 0) == done
-    assert few_steps.rest([other, done], [half]) == [other]
+    assert few_steps.rest([other, done, other], [half]) == [other]
 
 
 def test_the_summary_of_recipes_has_means_ranges_and_costs():
