@@ -69,8 +69,7 @@ def family_name(student: Student) -> str:
 def label(name: str, kind: str, family: str) -> str:
     """A student's name in the tables: its kind, and what the name of its folder has after that of its program."""
     program = {"full": family, "lora": f"lora_{family}"}[kind]
-    recipe = name.removeprefix(f"{program}-") if name.startswith(f"{program}-") else ""
-    return f"{KINDS[kind]}, {recipe}" if recipe else KINDS[kind]
+    return f"{KINDS[kind]}, {name.removeprefix(f'{program}-')}" if name.startswith(f"{program}-") else KINDS[kind]
 
 
 def compare(
