@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -151,9 +152,8 @@ def test_captions_in_one_file_are_read_as_the_readme_writes_them(tmp_path, capsy
 
 def test_the_table_is_made_by_the_command_beside_it():
     """By `toy.demo`, whose comparison writes it: the same heading and the same labels, in the same order."""
-    lines = [line for line in README.splitlines() if line.startswith("|")]
-    start = next(number for number, line in enumerate(lines) if line.startswith("| model | 1 | 2"))
-    table = lines[start : start + 12]
+    lines = README[README.index("| model | 1 | 2") :].splitlines()
+    table = list(itertools.takewhile(lambda line: line.startswith("|"), lines))
     rows = []
     for line in table[2:]:
         cells = [cell.strip() for cell in line.strip("|").split("|")]

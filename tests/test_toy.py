@@ -417,6 +417,22 @@ def test_the_demo_trains_each_recipe_of_each_program_in_its_own_folder(tmp_path,
     assert compared == [["--student", *students, "--output_dir", str(out), "--count", "192"]]
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_demo_that_was_stopped_goes_on(tmp_path, monkeypatch, resumed):
+    launched: list[list[str]] = []
+    monkeypatch.setattr(demo.subprocess, "run", lambda command, **_: launched.append(command))
+    monkeypatch.setattr(demo.compare, "main", lambda _: None)
+    shard, checkpoint = tmp_path / "shards" / "toy-000007.tar", tmp_path / "sd" / "checkpoint-100" / "run.json"
+    make_shards(tmp_path / "shards", shards=8, samples_per_shard=1, seed=0)
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    drawn = shard.read_bytes()
+    demo.main(["--output_dir", str(tmp_path), *(["--resume"] if resumed else [])])
+    assert checkpoint.exists() == resumed and (shard.read_bytes() == drawn) == resumed
+    (command,) = launched
+    assert command[command.index("--resume_from_checkpoint") + 1] == "latest"
+
+
 def test_the_comparison_writes_the_table_and_the_picture_of_the_readme(tmp_path, monkeypatch, capsys):
     pictures = [Image.new("RGB", (64, 64), "red")] * 10
 

@@ -2,6 +2,7 @@
 
     make demo          or: python -m toy.demo
     python -m toy.demo --programs sd lora_sd sdxl lora_sdxl --recipes plain few --output_dir runs/all     # some hours
+    … the same with --resume: goes on where the last one was stopped
 
 Draws a few thousand captioned pictures as WebDataset shards, runs `train_lcm_distill_sd_wds.py` (or the programs
 that are named) on them through `accelerate launch` as a user would, then draws teacher, untrained control and
@@ -27,10 +28,14 @@ from toy.recipes import RECIPES, Stage
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("sd", "lora_sd", "sdxl", "lora_sdxl")
+SHARDS = 8
 
 
 def distil(program: str, stage: Stage, shards: Path, output_dir: Path, initial: Path | None = None) -> None:
-    """Runs one of the four programs on its toy teacher, as a user would from a shell; it begins from `initial`."""
+    """Runs one of the four programs on its toy teacher, as a user would from a shell; it begins from `initial`.
+
+    A run that is in `output_dir` goes on from its last checkpoint; a finished one ends at once.
+    """
     threads = str(os.cpu_count() or 1)
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch"),
@@ -42,8 +47,8 @@ def distil(program: str, stage: Stage, shards: Path, output_dir: Path, initial: 
         *("--output_dir", str(output_dir)),
         *stage.argv(program),
         *(("--init_student", str(initial)) if initial else ()),
-        *("--num_validation_images", "2", "--validation_steps", "100", "--checkpointing_steps", "1000"),
-        *("--seed", "0", "--report_to", "tensorboard"),
+        *("--num_validation_images", "2", "--validation_steps", "100", "--seed", "0", "--report_to", "tensorboard"),
+        *("--checkpointing_steps", "100", "--checkpoints_total_limit", "1", "--resume_from_checkpoint", "latest"),
     ]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": threads})
 
@@ -61,14 +66,20 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--steps", type=int, help="optimizer steps of each stage (default: the recipe's)")
     parser.add_argument("--count", type=int, default=192, help="pictures in each row of the comparison")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what a demo with the same flags, stopped, has left in --output_dir (default: remove it)",
+    )
     args = parser.parse_args(argv)
     started = time.perf_counter()
 
-    if args.output_dir.exists():
+    if args.output_dir.exists() and not args.resume:
         shutil.rmtree(args.output_dir)
     shards = args.output_dir / "shards"
-    print("1/3 drawing captioned pictures into shards", flush=True)
-    make_shards(shards, shards=8, samples_per_shard=512, seed=0)
+    if len(list(shards.glob("*.tar"))) < SHARDS:
+        print("1/3 drawing captioned pictures into shards", flush=True)
+        make_shards(shards, shards=SHARDS, samples_per_shard=512, seed=0)
 
     students = []
     for program, recipe in itertools.product(dict.fromkeys(args.programs), dict.fromkeys(args.recipes)):
