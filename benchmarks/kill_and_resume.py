@@ -7,7 +7,7 @@
 For each program, number of workers and phase: one run to the end; then the same run with `--resume_from_checkpoint
 latest`, ended by SIGKILL at `--kills` moments. Those of the phase "checkpoints" are half where it hurts most (while a
 checkpoint is written, renamed, while an older one is removed), half by the clock; those of "loading", "validation" and
-"export" are within that part of a run. With `--ranks` above 1 the run is split by FSDP2 over as many processes, and one
+"export" are within that part of a run, those of "loading" at several checkpoints. With `--ranks` above 1 the run is split by FSDP2 over as many processes, and one
 or all of them are killed. At every moment the newest checkpoint must be whole, the weights at the end must be those of
 the run that was never killed, bit for bit, and no process may be left. A JSON line has the result of each; exit status
 1 if they are not, or if a run was over before its last kill (give it more `--steps`).
@@ -299,13 +299,15 @@ def challenge(
     names = list(PHASES[phase])
     outcomes = []
     for number in range(kills):
+        if phase == "loading" and number % len(names) == 0:  # what is loaded, is another checkpoint each time
+            assert was_killed(run("killed", die_at("lcm_distill.run.checkpoint:Checkpoints.save", 2))[0])
         by_clock = phase == "checkpoints" and number % 2
         name = names[(number // 2 if phase == "checkpoints" else number) % len(names)]
         victims = [0]
         if by_clock or "clock" in name:
             victims = rng.choice([[rank] for rank in range(ranks)] + [list(range(ranks))])
         if by_clock:
-            seconds = rng.uniform(0.02, 0.22) * quiet_seconds
+            seconds = rng.uniform(0.02, 0.16) * quiet_seconds
             name = f"after {seconds:.2f} s"
             statuses = run("killed", lambda: None, seconds, victims=victims)
         else:
