@@ -7,10 +7,11 @@
 For each program, number of workers and phase: one run to the end; then the same run with `--resume_from_checkpoint
 latest`, ended by SIGKILL at `--kills` moments. Those of the phase "checkpoints" are half where it hurts most (while a
 checkpoint is written, renamed, while an older one is removed), half by the clock; those of "loading", "validation" and
-"export" are within that part of a run, those of "loading" at several checkpoints. With `--ranks` above 1 the run is split by FSDP2 over as many processes, and one
-or all of them are killed. At every moment the newest checkpoint must be whole, the weights at the end must be those of
-the run that was never killed, bit for bit, and no process may be left. A JSON line has the result of each; exit status
-1 if they are not, or if a run was over before its last kill (give it more `--steps`).
+"export" are within that part of a run, those of "loading" at several checkpoints. With `--ranks` above 1 the run is
+split by FSDP2 over as many processes, and one or all of them are killed. At every moment the newest checkpoint must be
+whole, the weights at the end must be those of the run that was never killed, bit for bit, and no process may be left. A
+JSON line has the result of each; exit status 1 if they are not, or if a run was over before its last kill (give it more
+`--steps`).
 """
 
 import argparse
