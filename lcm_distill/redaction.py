@@ -30,12 +30,50 @@ _LOGIN = r"(?<=://)(?:[^/?#{0}]*@|[^/@:{0}]*:(?!\d{{1,5}}(?:[/?#{0}]|$))[^{0}]*@
 _EXACT_LOGIN = re.compile(_LOGIN.format(r"\n"))  # of a URL that stands alone
 _LOGIN_IN_TEXT = re.compile(_LOGIN.format(r"\s'\"<>"))
 
-_END = r"(?=[).,;:\]}]*(?:[\s'\"<>]|$))"  # of a URL in a sentence
+# URLs are looked for in one word of a text at a time, in a time that grows as its length: a server's message may be
+# long, and made to be slow to read.
+_WORD = re.compile(r"[^\s'\"<>]+")
+_URL = re.compile(r"://|:\\/\\/")  # as it is, and as JSON may have it
+_JSON_LOGIN = re.compile(r"(?<=:\\/\\/)[^\\]*@")
+_QUERY = re.compile(r"\?(?!…)")
+_PATH = re.compile(r"(?:^|[(=:])/")  # urllib3 writes the path alone
+_ENCODED = re.compile(
+    r"%(?:25)*3A(?:%(?:25)*2F|/){2}", re.IGNORECASE
+)  # :// when it is percent-encoded, even repeatedly
+_ENCODED_LOGIN = re.compile(rf"({_ENCODED.pattern})(?:(?!%(?:25)*2F)[^/])*(%(?:25)*40)", re.IGNORECASE)
+_ENCODED_QUERY = re.compile(r"%(?:25)*3F", re.IGNORECASE)
+
+
+def _mask_word(match: re.Match[str]) -> str:
+    """A word of a text without the logins and queries of the URLs in it, and without the query of a path."""
+    word = match[0]
+    path = _PATH.search(word)
+    if url := _URL.search(word):
+        logins_end = word.rfind("@") + 1
+        logins = _JSON_LOGIN.sub("…@", _LOGIN_IN_TEXT.sub("…@", word[:logins_end]))
+        word = _cut_query(logins + word[logins_end:], min(url.end(), path.end() if path else url.end()))
+    elif path and "=" in word.partition("?")[2][1:]:
+        word = _cut_query(word, path.end())
+    if _ENCODED.search(word):
+        word = "&".join(map(_mask_encoded, word.split("&")))
+    return word
+
+
+def _cut_query(word: str, start: int) -> str:
+    """`word` with "…" for what follows the first question mark after `start`, but for the punctuation at its end."""
+    mark = _QUERY.search(word, start)
+    query = word[mark.end() :].rstrip(").,;:]}") if mark else ""
+    return f"{word[: mark.end()]}…{word[mark.end() + len(query) :]}" if mark and query else word
+
+
+def _mask_encoded(word: str) -> str:
+    word = _ENCODED_LOGIN.sub(r"\1…\2", word)
+    url = _ENCODED.search(word)
+    query = _ENCODED_QUERY.search(word, url.end()) if url else None
+    return word[: query.end()] + "…" if query and query.end() < len(word) else word
+
+
 _IN_TEXT = [
-    (_LOGIN_IN_TEXT, "…@"),
-    (re.compile(rf"(://[^\s'\"<>?]*)\?(?!…)[^\s'\"<>]+?{_END}"), r"\1?…"),
-    # urllib3 writes the path alone.
-    (re.compile(rf"((?:^|(?<=[\s'\"(=:]))/[^\s'\"<>?]*)\?[^\s'\"<>=]+=[^\s'\"<>]*?{_END}"), r"\1?…"),
     (re.compile(r"(?i)(\bauthorization\W{1,4})(?:(?:bearer|basic|token)\s+)?[^\s'\"\\,;]+"), r"\1…"),
     (re.compile(r"(?i)(\bbearer\s+)[\w.~+/=-]{8,}"), r"\1…"),
     (
@@ -53,8 +91,11 @@ _IN_TEXT = [
         r"\1…",
     ),
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_…"),
+    (re.compile(r"(?i)(\b(?:set-)?cookie['\"]?\s{0,4}:\s{0,4}['\"]?)[^\s=;,'\"]{1,100}=[^\n'\"]*"), r"\1…"),
 ]
-_MAY_HOLD_SECRETS = re.compile(r"(?i)://|pipe:|[?=]|authorization|bearer|hf_|token|key|passw|secret")
+_MAY_HOLD_SECRETS = re.compile(
+    r"(?i)://|:\\/|%(?:25)*3A|pipe:|[?=]|authorization|bearer|hf_|token|key|passw|secret|cookie"
+)
 
 # What libraries find in the environment: WANDB_API_KEY, AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_PASSWORD and others.
 _VARIABLES = re.compile(
@@ -103,6 +144,7 @@ def mask(text: str) -> str:
         return text
     if _shards:
         text = _mask_known(text)
+    text = _WORD.sub(_mask_word, text)
     for pattern, instead in _IN_TEXT:
         text = pattern.sub(instead, text)
     return text
@@ -155,7 +197,7 @@ def _public(value: Any, masked: Callable[[str], str]) -> Any:
 
 def _mask_urls(value: str) -> str:
     """The value of any other flag: a prompt is as it was given, and so are its question marks."""
-    return _IN_TEXT[1][0].sub(_IN_TEXT[1][1], _LOGIN_IN_TEXT.sub("…@", value)) if "://" in value else value
+    return _WORD.sub(lambda word: _mask_word(word) if "://" in word[0] else word[0], value)
 
 
 # ------------------------------------------------------------------------------------------------ the process's text

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -76,6 +77,14 @@ def test_what_is_no_secret_is_kept(shard):
         "{'Authorization': 'Basic s3cretS3cret'}",
         "aws_secret_access_key=s3cretS3cret",
         "token hf_s3cretS3cretS3cretS3cret is not valid",
+        "(/0.tar?sig=s3cret,https://h/0.tar),https://h/0.tar?…,https://h/1.tar?sig=s3cret",
+        "Cookie: session=s3cret; other=s3cret",
+        "{'Set-Cookie': 'id=s3cret; Path=/; HttpOnly'}",
+        r'{"url": "https:\/\/u:s3cret@h\/0.tar"}',  # JSON as many servers write it
+        r'{"url": "https:\/\/h\/0.tar?sig=s3cret&x=s3cret"}',
+        "no proxy for https%3A%2F%2Fu%3As3cret%40h%2F0.tar",  # in the query or the path of another URL
+        "GET /cache/https%3a%2f%2fh%2f0.tar%3fsig%3ds3cret HTTP/1.1",
+        "next=https%253A%252F%252Fu%253As3cret%2540h%252F0.tar",
     ],
 )
 def test_what_libraries_write_of_urls_and_headers_is_masked(line):
@@ -86,6 +95,45 @@ def test_what_libraries_write_of_urls_and_headers_is_masked(line):
 
 
 COMMAND = "pipe:curl -H 'X-Key: s3cret' \"https://h/{0..1}.tar\" \\\n  | grep -v 's3cret'"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "://a",
+        "://a:b",
+        "://u@",
+        ":\\/\\/a",
+        "%3A//a",
+        "%3A%2F%2F",
+        "%25",
+        "(/a",
+        "/a?b",
+        "=/a?",
+        "-cookie:a",
+        "token=a",
+    ],
+)
+def test_a_long_message_is_masked_in_no_time(part):
+    """A quarter of a megabyte of "://a" took minutes: each was the start of a URL that had no end."""
+    text = part * (250_000 // len(part))
+    start = time.process_time()
+    mask(text), mask("@" + text), mask(text + "@"), mask("?" + text), mask(text + "?b=c")
+    assert time.process_time() - start < 20
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "a cookie: with = signs, s. 3",
+        "Cookie Clicker",
+        r'{"url": "https:\/\/h\/a@b.tar"}',
+        "GET /cache/https%3A%2F%2Fh%2F0.tar HTTP/1.1",
+        "100%3A 50%40",
+    ],
+)
+def test_what_only_looks_like_it_is_kept(line):
+    assert mask(line) == line
 
 
 def test_commands_are_masked_whole_however_a_message_quotes_them():
