@@ -83,8 +83,12 @@ def summary(runs: list[dict[str, Any]]) -> str:
 def find(runs: list[dict[str, Any]], program: str, recipe: str, seed: int) -> dict[str, Any]:
     """The run among `runs`, with the stages that had the flags that the recipe has now; one without stages if new.
 
-    Where several are the same run, the one of which most can be used.
+    Where several are the same run, the one of which most can be used: trained, then assessed.
     """
+
+    def use(stages: list[dict[str, Any]]) -> tuple[int, int]:
+        return len(stages), sum("metrics" in stage for stage in stages)
+
     run: dict[str, Any] = {"program": program, "recipe": recipe, "seed": seed, "stages": []}
     for old in runs:
         if all(old[key] == run[key] for key in ("program", "recipe", "seed")):
@@ -93,7 +97,7 @@ def find(runs: list[dict[str, Any]], program: str, recipe: str, seed: int) -> di
                 if done["flags"] != stage.argv(program):
                     break
                 usable.append(done)
-            run["stages"] = max(run["stages"], usable, key=len)
+            run["stages"] = max(run["stages"], usable, key=use)
     return run
 
 

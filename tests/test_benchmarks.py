@@ -438,6 +438,8 @@ def test_stages_that_are_done_are_not_trained_again_unless_their_flags_have_chan
     half = {**done, "stages": [first, {**second, "flags": [*second["flags"], "--dm_steps", "2"]}]}
     assert few_steps.find([half], "sd", "few", 0) == {**done, "stages": [first]}
     assert few_steps.find([half, done, half], "sd", "few", 0) == done
+    assessed = {**done, "stages": [{**stage, "metrics": {}} for stage in done["stages"]]}
+    assert few_steps.find([done, assessed, done], "sd", "few", 0) == assessed
     assert few_steps.rest([other, done, other], [half]) == [other]
 
 
