@@ -300,7 +300,7 @@ def challenge(
     names = list(PHASES[phase])
     outcomes = []
     for number in range(kills):
-        if phase == "loading" and number % len(names) == 0:  # what is loaded, is another checkpoint each time
+        if phase == "loading" and number % len(names) == 0:  # each round loads another checkpoint
             assert was_killed(run("killed", die_at("lcm_distill.run.checkpoint:Checkpoints.save", 2))[0])
         by_clock = phase == "checkpoints" and number % 2
         name = names[(number // 2 if phase == "checkpoints" else number) % len(names)]

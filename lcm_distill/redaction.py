@@ -37,9 +37,8 @@ _URL = re.compile(r"://|:\\/\\/")  # as it is, and as JSON may have it
 _JSON_LOGIN = re.compile(r"(?<=:\\/\\/)[^\\]*@")
 _QUERY = re.compile(r"\?(?!…)")
 _PATH = re.compile(r"(?:^|[(=:])/")  # urllib3 writes the path alone
-_ENCODED = re.compile(
-    r"%(?:25)*3A(?:%(?:25)*2F|/){2}", re.IGNORECASE
-)  # :// when it is percent-encoded, even repeatedly
+# What :// is when it is percent-encoded, once or repeatedly; then @ and ? likewise.
+_ENCODED = re.compile(r"%(?:25)*3A(?:%(?:25)*2F|/){2}", re.IGNORECASE)
 _ENCODED_LOGIN = re.compile(rf"({_ENCODED.pattern})(?:(?!%(?:25)*2F)[^/])*(%(?:25)*40)", re.IGNORECASE)
 _ENCODED_QUERY = re.compile(r"%(?:25)*3F", re.IGNORECASE)
 
