@@ -69,16 +69,17 @@ class Budget:
 
         Called before data workers are forked, which then inherit it: reading shards opens no file for writing.
         """
-        if self._opened:
-            return
-        self._opened = True
-        memory = machine_memory()
-        by_memory = int(max(LEAST, memory * PART_OF_MEMORY)) // UNIT
-        self._units = self._given_units or min(by_memory, MOST_UNITS)
-        try:
-            self._file = _open_own(self._path or _default_path())
-        except OSError as error:
-            logger.debug("no lock file for large pictures: %s", error)
+        with self._mutex:  # of the threads that come at the same time, none goes on before its size is known
+            if self._opened:
+                return
+            memory = machine_memory()
+            by_memory = int(max(LEAST, memory * PART_OF_MEMORY)) // UNIT
+            self._units = self._given_units or min(by_memory, MOST_UNITS)
+            try:
+                self._file = _open_own(self._path or _default_path())
+            except OSError as error:
+                logger.debug("no lock file for large pictures: %s", error)
+            self._opened = True
 
     @contextlib.contextmanager
     def share(self, nbytes: int) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """Large pictures: what they need is known before they are decoded, is limited, and is shared by all processes."""
 
 import contextlib
+import ctypes
 import io
 import multiprocessing
 import os
@@ -172,16 +173,23 @@ def test_no_picture_takes_more_than_is_expected(kind, options):
     sample = RawSample("a", {"png": content, "txt": b"a"})
     prepare_sample(sample, Preparation(64), draws=np.zeros(5))
 
+    def status():
+        lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+        return {words[0]: int(words[1]) * 1024 for words in lines if words[-1] == "kB"}
+
     def measure(send):
+        ctypes.CDLL(None).malloc_trim(0)  # what is free already would hide what is taken
         Path("/proc/self/clear_refs").write_text("5")
-        before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        before = status()
         prepare_sample(sample, Preparation(64), draws=np.zeros(5))
-        peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        send.send(int(peak.split()[1]) * 1024 - before)
+        after = status()
+        code = after["RssFile:"] - before["RssFile:"]  # the libraries' own, which a forked process maps anew
+        send.send(after["VmHWM:"] - before["VmRSS:"] - code)
 
     receive, send = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=measure, args=(send,))
     process.start()
+    send.close()
     taken = receive.recv()
     process.join()
     assert taken <= need(content, 64) + 4 * 2**20
@@ -289,6 +297,26 @@ def test_threads_share_it_too(tmp_path, has_file):
     for thread in threads:
         thread.join(30)
     assert (most, inside) == (2, 0)
+
+
+def test_threads_that_open_it_at_the_same_time_share_it(tmp_path, monkeypatch):
+    """The second found it opened while the first still computed its size, and decoded without a share."""
+    monkeypatch.setattr(budget, "machine_memory", lambda: time.sleep(0.2) or 2**40)
+    shared, both_inside = Budget(str(tmp_path / "lock"), 4), threading.Barrier(2, timeout=20)
+
+    def work():
+        with shared.share(2 * UNIT):
+            both_inside.wait()
+            taken.append(len(shared._mine))
+            both_inside.wait()
+
+    taken: list[int] = []
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert taken == [4, 4]
 
 
 def test_more_than_there_is_takes_all_and_an_error_returns_it(tmp_path):
