@@ -1,7 +1,7 @@
 """What the four LCM distillation programs share; README.md maps the folders.
 
-The order, lowest first: redaction, launcher; errors; flags, locks, bars; environment; objective, distributed, data;
-models; sampling; export; run; the commands. Nothing imports what comes after it.
+The order, lowest first: redaction, launcher, machine; errors; flags, locks, bars; environment; objective, distributed,
+data; models; sampling; export; run; the commands. Nothing imports what comes after it.
 """
 
 import logging

@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--num_workers",
         type=flags.positive_int,
-        help="processes, each of which writes one shard at a time (default: one per CPU)",
+        help="processes, each of which writes one shard at a time (default: one per CPU core that it may use)",
     )
     return parser.parse_args(argv)
 

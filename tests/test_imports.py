@@ -13,7 +13,7 @@ COMMANDS = ("pack_shards", "encode_shards", "sample", "evaluate", "bench_inferen
 
 # Lowest first; what stands on one line may import each other's line only downwards too (its own folder aside).
 ORDER = (
-    ("redaction", "launcher"),
+    ("redaction", "launcher", "machine"),
     ("errors",),
     ("flags", "locks", "bars"),
     ("environment",),
@@ -97,6 +97,7 @@ PROGRAMS = sorted(path.stem for path in ROOT.glob("train_lcm_distill_*_wds.py"))
         "errors",
         "redaction",
         "launcher",
+        "machine",
         "locks",
         "report",
         "pack_shards",

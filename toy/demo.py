@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lcm_distill import flags
+from lcm_distill.machine import usable_cores
 from toy import compare
 from toy.make_shards import make_shards
 from toy.recipes import RECIPES, Stage
@@ -36,7 +37,7 @@ def distil(program: str, stage: Stage, shards: Path, output_dir: Path, initial: 
 
     A run that is in `output_dir` goes on from its last checkpoint; a finished one ends at once.
     """
-    threads = str(os.cpu_count() or 1)
+    threads = str(usable_cores())
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *("--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),

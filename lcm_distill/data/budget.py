@@ -21,7 +21,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
+
+from lcm_distill.machine import machine_memory
 
 try:
     import fcntl
@@ -175,26 +176,6 @@ def _open_own(path: str) -> int:
         os.close(file)
         raise OSError(f"{path} is not a file of this user")
     return file
-
-
-def machine_memory() -> int:
-    """Bytes of memory of this machine, or fewer if this process's cgroup (a container, a job) may use fewer."""
-    limits = []
-    with contextlib.suppress(OSError, ValueError):
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, kinds, group = line.split(":", 2)
-            if kinds in ("", "memory"):  # of version 2, of version 1
-                root = Path("/sys/fs/cgroup", kinds)
-                name = "memory.limit_in_bytes" if kinds else "memory.max"
-                inside = root / group.lstrip("/")
-                for folder in (inside, *inside.parents):
-                    with contextlib.suppress(OSError, ValueError):  # "max"
-                        limits.append(int((folder / name).read_text()))
-                    if folder == root:
-                        break
-    return min((limit for limit in limits if limit > 0), default=0)
 
 
 BUDGET = Budget()

@@ -56,6 +56,7 @@ from lcm_distill.data.sources import open_regular
 from lcm_distill.data.tar import PARTIAL, RESUME_HINT, atomic_tar, new_folder, remove_partials
 from lcm_distill.errors import UsageError
 from lcm_distill.locks import holding_folder
+from lcm_distill.machine import usable_cores
 
 MANIFEST = "manifest.jsonl"  # the settings, then a line for each complete shard
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -536,7 +537,7 @@ def pack_shards(
             records = _start_manifest(out, header)
             tasks = [task for task in _plan_shards(images, out, pictures, settings) if task.shard.name not in records]
             with open(out / MANIFEST, "a", encoding="utf-8") as manifest:
-                _write_shards(tasks, len(pictures), num_workers or os.cpu_count() or 1, manifest, records)
+                _write_shards(tasks, len(pictures), num_workers or usable_cores(), manifest, records)
             written = [record for record in records.values() if record["samples"]]
             for record in records.values():
                 for reason, names in record["skipped"].items():

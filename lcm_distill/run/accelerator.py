@@ -30,6 +30,7 @@ from lcm_distill.distributed.zero import ZeroAccelerator, asks_for_deepspeed
 from lcm_distill.environment import check_writable
 from lcm_distill.errors import UsageError, shown
 from lcm_distill.flags import LaunchFlags
+from lcm_distill.machine import usable_cores
 
 # How long ranks wait for each other. The main process generates pictures and writes files alone, which takes longer
 # than NCCL's default of ten minutes; when a rank dies, the launcher ends the others at once.
@@ -119,9 +120,7 @@ def choose_workers(workers: int | None, accelerator: Accelerator, resumed: Mappi
         workers = resumed.get("flags", {}).get("dataloader_num_workers")
     if workers is None and accelerator.device.type == "cuda":
         ranks = processes_here()
-        # Linux knows which cores a process may use, other systems how many there are.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = min(_WORKERS, cores // ranks)
+        workers = min(_WORKERS, usable_cores() // ranks)
     return broadcast_object_list([workers or 0])[0]
 
 

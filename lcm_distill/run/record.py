@@ -22,6 +22,7 @@ from accelerate.utils import load as load_without_code
 from safetensors import safe_open
 
 from lcm_distill.distributed.finite import find_not_finite, tensors_in
+from lcm_distill.machine import usable_cores
 
 RECORD = "run.json"
 _DIGESTS, _OWN = "files", "sha256"  # in run.json: of the other files by name, and of run.json's own values
@@ -160,7 +161,7 @@ def digests_of(folder: Path, names: Iterable[str] | None = None) -> dict[str, st
     if names is None:
         names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     chosen = sorted(names, key=lambda name: -os.path.getsize(folder / name))  # the largest first, to end at one time
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=min(8, usable_cores())) as pool:
         return dict(zip(chosen, pool.map(lambda name: _digest(folder / name), chosen), strict=True))
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from test_stream import encode, make_stream, take, write_tar
 
 from lcm_distill.data import budget, decode, raw
-from lcm_distill.data.budget import UNIT, Budget, machine_memory
+from lcm_distill.data.budget import UNIT, Budget
 from lcm_distill.data.decode import memory_to_decode, read_picture
 from lcm_distill.data.loader import make_loader
 from lcm_distill.data.preflight import inspect_shards
@@ -396,10 +396,6 @@ def test_workers_that_meet_large_pictures_take_turns(monkeypatch, tmp_path):
     assert [batch["captions"] for batch in take(iter(loader), 12)] == expected
     loader.close()
     assert trace.read_bytes().rstrip(b"(") == b"()" * (len(trace.read_bytes()) // 2)
-
-
-def test_the_machine_s_memory():
-    assert 2**28 < machine_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_pictures_are_packed_within_the_budget(monkeypatch, tmp_path):

@@ -165,15 +165,6 @@ def test_workers_go_by_the_flag_then_the_checkpoint_then_the_machine(
     assert choose_workers(flag, accelerator, resumed) == expected
 
 
-def test_a_system_that_hides_which_cores_are_ours_has_workers_too(monkeypatch):
-    """Only Linux has `sched_getaffinity`: elsewhere every run on a GPU would end in an AttributeError."""
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    accelerator = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
-    assert choose_workers(None, accelerator, {}) == 3
-
-
 def test_every_rank_has_the_main_process_s_number_of_workers(monkeypatch):
     """The stream deals to ranks x workers: machines with different numbers of cores would read samples twice."""
     monkeypatch.setattr("lcm_distill.run.accelerator.broadcast_object_list", lambda own: [own[0] + 1])
