@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from lcm_distill.errors import UsageError
 from lcm_distill.evaluate import EvaluatedRow
 from lcm_distill.export.weights import save_pipeline
+from lcm_distill.run.journal import Journal
 from toy import compare, demo, score
 from toy import make_shards as shards_module
 from toy.make_shards import make_shards
@@ -417,11 +418,32 @@ def test_the_demo_trains_each_recipe_of_each_program_in_its_own_folder(tmp_path,
     assert compared == [["--student", *students, "--output_dir", str(out), "--count", "192"]]
 
 
+def launches_of_the_demo(output, monkeypatch, reason=None):
+    """A list to which the demo's commands are added in place of being run; each ends for that `reason`, None: whole."""
+    launched: list[list[str]] = []
+
+    def run(command, **_):
+        launched.append(command)
+        folder = Path(command[command.index("--output_dir") + 1])
+        folder.mkdir(exist_ok=True)
+        Journal(folder, {"steps": 300}).end(120 if reason else 300, reason)
+
+    monkeypatch.setattr(demo.subprocess, "run", run)
+    monkeypatch.setattr(demo.compare, "main", lambda _: None)
+    return launched
+
+
+def test_the_demo_ends_where_one_of_its_runs_was_stopped(tmp_path, monkeypatch):
+    """A program that is asked to stop exits with success: the demo went on, to a student that was not there."""
+    launched = launches_of_the_demo(tmp_path, monkeypatch, "SIGTERM")
+    with pytest.raises(SystemExit, match="sd-few-stage-1: SIGTERM; the same demo with --resume goes on"):
+        demo.main(["--recipes", "few", "--output_dir", str(tmp_path)])
+    assert len(launched) == 1
+
+
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_demo_that_was_stopped_goes_on(tmp_path, monkeypatch, resumed):
-    launched: list[list[str]] = []
-    monkeypatch.setattr(demo.subprocess, "run", lambda command, **_: launched.append(command))
-    monkeypatch.setattr(demo.compare, "main", lambda _: None)
+    launched = launches_of_the_demo(tmp_path, monkeypatch)
     shard, checkpoint = tmp_path / "shards" / "toy-000007.tar", tmp_path / "sd" / "checkpoint-100" / "run.json"
     make_shards(tmp_path / "shards", shards=8, samples_per_shard=1, seed=0)
     checkpoint.parent.mkdir(parents=True)

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from lcm_distill import flags
 from lcm_distill.machine import usable_cores
+from lcm_distill.run import journal
 from toy import compare
 from toy.make_shards import make_shards
 from toy.recipes import RECIPES, Stage
@@ -35,7 +36,8 @@ SHARDS = 8
 def distil(program: str, stage: Stage, shards: Path, output_dir: Path, initial: Path | None = None) -> None:
     """Runs one of the four programs on its toy teacher, as a user would from a shell; it begins from `initial`.
 
-    A run that is in `output_dir` goes on from its last checkpoint; a finished one ends at once.
+    A run that is in `output_dir` goes on from its last checkpoint; a finished one ends at once. `SystemExit` if it is
+    stopped: programs that are asked to stop save a checkpoint and exit with success, but have no result.
     """
     threads = str(usable_cores())
     command = [
@@ -52,6 +54,10 @@ def distil(program: str, stage: Stage, shards: Path, output_dir: Path, initial: 
         *("--checkpointing_steps", "100", "--checkpoints_total_limit", "1", "--resume_from_checkpoint", "latest"),
     ]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": threads})
+    launches, _ = journal.read_journal(output_dir / journal.NAME)
+    end = launches[-1]["end"]
+    if end["global_step"] < stage.steps:
+        raise SystemExit(f"{output_dir}: {end['reason']}; the same demo with --resume goes on there")
 
 
 def main(argv: list[str] | None = None) -> None:
