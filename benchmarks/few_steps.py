@@ -80,34 +80,35 @@ def summary(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def done(run: dict[str, Any]) -> tuple[int, int]:
+    """How many stages of a run are trained, and how many of them assessed: of equal runs, the greatest is kept."""
+    return len(run["stages"]), sum("metrics" in stage for stage in run["stages"])
+
+
 def find(runs: list[dict[str, Any]], program: str, recipe: str, seed: int) -> dict[str, Any]:
-    """The run among `runs`, with the stages that had the flags that the recipe has now; one without stages if new.
-
-    Where several are the same run, the one of which most can be used: trained, then assessed.
-    """
-
-    def use(stages: list[dict[str, Any]]) -> tuple[int, int]:
-        return len(stages), sum("metrics" in stage for stage in stages)
-
+    """The run among `runs`, with the stages that had the flags that the recipe has now; one without stages if new."""
     run: dict[str, Any] = {"program": program, "recipe": recipe, "seed": seed, "stages": []}
     for old in runs:
         if all(old[key] == run[key] for key in ("program", "recipe", "seed")):
             usable: list[dict[str, Any]] = []
-            for done, stage in zip(old["stages"], RECIPES[recipe], strict=False):
-                if done["flags"] != stage.argv(program):
+            for trained, stage in zip(old["stages"], RECIPES[recipe], strict=False):
+                if trained["flags"] != stage.argv(program):
                     break
-                usable.append(done)
-            run["stages"] = max(run["stages"], usable, key=use)
+                usable.append(trained)
+            run = max(run, run | {"stages": usable}, key=done)
     return run
 
 
 def rest(before: list[dict[str, Any]], runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The runs of `before` that are not among `runs`, each once."""
-    done = {(run["program"], run["recipe"], run["seed"]) for run in runs}
+
+    def key(run: dict[str, Any]) -> tuple[str, str, int]:
+        return run["program"], run["recipe"], run["seed"]
+
     others: dict[tuple[str, str, int], dict[str, Any]] = {}
     for run in before:
-        others.setdefault((run["program"], run["recipe"], run["seed"]), run)
-    return [run for key, run in others.items() if key not in done]
+        others[key(run)] = max(others.get(key(run), run), run, key=done)
+    return [run for name, run in others.items() if name not in set(map(key, runs))]
 
 
 def main() -> None:

@@ -441,6 +441,7 @@ def test_stages_that_are_done_are_not_trained_again_unless_their_flags_have_chan
     assessed = {**done, "stages": [{**stage, "metrics": {}} for stage in done["stages"]]}
     assert few_steps.find([done, assessed, done], "sd", "few", 0) == assessed
     assert few_steps.rest([other, done, other], [half]) == [other]
+    assert few_steps.rest([half, done, assessed, done], [other]) == [assessed]
 
 
 def test_the_summary_of_recipes_has_means_ranges_and_costs():
