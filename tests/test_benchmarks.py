@@ -444,6 +444,13 @@ def test_stages_that_are_done_are_not_trained_again_unless_their_flags_have_chan
     assert few_steps.rest([half, done, assessed, done], [other]) == [assessed]
 
 
+def test_benchmarks_show_no_notices_of_the_libraries():
+    """Fake networks build every text encoder: Transformers noticed that torchvision is not there."""
+    code = "import benchmarks.fake_step; from transformers import CLIPImageProcessor"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
 def test_the_summary_of_recipes_has_means_ranges_and_costs():
     def run(recipe: str, seed: int, *stages: tuple[float, float]) -> dict[str, Any]:
         done = []
