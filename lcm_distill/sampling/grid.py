@@ -20,10 +20,10 @@ def labelled_grid(
     """
     first = rows[0][1][0]
     width, height = cell_size(first, size or max(first.size))
-    pixels = max(11, min(18, min(width, height) // 6))
-    line = pixels + 4
     margin, gap = 6, 4
-    letters = Letters([*(label for label, _ in rows), *(columns or [])], pixels)
+    pixels = max(11, min(18, min(width, height) // 6))
+    letters = _letters([label for label, _ in rows], columns or [], pixels, width - gap)
+    pixels, line = letters.size, letters.size + 4
     names = [letters.wrap(label, max(2 * width, 18 * pixels), max(1, height // line)) for label, _ in rows]
     left = margin + max((int(letters.measure(text)) for lines in names for text in lines), default=0) + 10
     headings = [letters.wrap(text, width - gap, _MOST_LINES) for text in columns or []]
@@ -44,6 +44,16 @@ def labelled_grid(
         for column, picture in enumerate(pictures):
             canvas.paste(_resize(picture, (width, height)), (left + column * (width + gap), y))
     return canvas
+
+
+def _letters(names: Sequence[str], headings: Sequence[str], pixels: int, width: int) -> Letters:
+    """Letters of `pixels`, or of up to two fewer if no word of a heading has to be cut then to fit `width`."""
+    words = " ".join(headings).split()
+    for size in range(pixels, pixels - 3, -1):
+        letters = Letters([*names, *headings], size)
+        if all(letters.measure(word) <= width for word in words):
+            return letters
+    return Letters([*names, *headings], pixels)
 
 
 def cell_size(picture: Image.Image, size: int) -> tuple[int, int]:

@@ -56,3 +56,12 @@ def test_no_label_runs_over_a_picture_or_another_label():
     assert len(grid.crop((left, 0, left + 64, top)).getcolors()) > 1
     beside = grid.crop((left, top, grid.width, top + 64)).getcolors()
     assert {colour: count for count, colour in beside}[(255, 0, 0)] == 3 * 64 * 64 and len(beside) == 2
+
+
+def test_letters_are_smaller_where_a_word_of_a_heading_would_be_cut():
+    """In the README's own picture the captions ended in "backgroun" and "d"."""
+    word, rows = "background", [("a", [Image.new("RGB", (64, 64), "red")])]
+    plain, fitted, cut = (labelled_grid(rows, columns=[words]).height for words in ("a red", word, f"{word}s" * 3))
+    assert Letters([word], 10).measure(word) <= 64 - 4 < Letters([word], 11).measure(word)
+    assert fitted == plain - 1  # a line each, a pixel less
+    assert cut == plain + 3 * 15  # what is cut in any case is not made smaller, too
