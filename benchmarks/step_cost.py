@@ -499,11 +499,15 @@ def title(case: Case) -> str:
     return f"{case.program}, {case.teacher} at {size}, batch {case.train_batch_size}, {case.mixed_precision}"
 
 
+_MATCHING = "--dm_weight"
+
+
 def switches(case: Case) -> set[str]:
-    """The case's flags, as far as they are on or off and not as usual."""
+    """The case's flags, as far as they are on or off and not as usual; with matching --dm_weight, without its value."""
     usual = asdict(Case())
     values = ((name, value) for name, value in asdict(case).items() if isinstance(value, bool) and value != usual[name])
-    return {f"--{name}" if value else f"--no-{name}" for name, value in values}
+    matching = {_MATCHING} if case.dm_steps else set()
+    return {f"--{name}" if value else f"--no-{name}" for name, value in values} | matching
 
 
 def measured_ms(case: Case, variant: Variant, results: Path) -> float | None:
@@ -516,7 +520,7 @@ def measured_ms(case: Case, variant: Variant, results: Path) -> float | None:
         changed = variant.apply(case, stack)
     patched = variant.patches or any(not isinstance(OPTIMISATIONS[name], dict) for name in variant.off)
     wanted = [(case, variant.name)] + ([] if patched else [(changed, ALL_ON.name)])
-    names = {f"--{prefix}{name}" for name in asdict(case) for prefix in ("", "no-")}
+    names = {f"--{prefix}{name}" for name in asdict(case) for prefix in ("", "no-")} | {_MATCHING}
     for heading, result in known.items():
         for one, name in wanted:
             start, _, flags = heading.partition(f"{one.mixed_precision}, ")

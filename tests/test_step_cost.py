@@ -239,6 +239,7 @@ def test_a_measurement_of_the_same_flags_stands_beside_the_prediction(tmp_path):
         },
         f"{name}, --float32_norms": {"variants": {"all on": {"step_ms": 5}}},
         f"{name}, --channels_last": {"variants": {"all on": {"step_ms": 6}}},
+        f"{name}, --dm_weight 0.5 --dataloader_num_workers 4": {"variants": {"all on": {"step_ms": 7}}},
     }
     results.write_text(json.dumps(measured))
     for variant, found in (
@@ -251,6 +252,9 @@ def test_a_measurement_of_the_same_flags_stands_beside_the_prediction(tmp_path):
         assert step_cost.measured_ms(case, variant, results) == found, variant
     sparing = replace(case, gradient_checkpointing=True)
     assert step_cost.measured_ms(sparing, step_cost.ALL_ON, results) == 2
+    matching = replace(case, dm_steps=1)
+    assert step_cost.switches(matching) == {"--dm_weight"}  # by which its row is called
+    assert step_cost.measured_ms(matching, step_cost.ALL_ON, results) == 7
 
 
 def test_what_can_be_turned_off_is_what_can_be_timed():
