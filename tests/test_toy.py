@@ -418,7 +418,7 @@ def test_the_demo_trains_each_recipe_of_each_program_in_its_own_folder(tmp_path,
     assert compared == [["--student", *students, "--output_dir", str(out), "--count", "192"]]
 
 
-def launches_of_the_demo(output, monkeypatch, reason=None):
+def launches_of_the_demo(monkeypatch, reason=None):
     """A list to which the demo's commands are added in place of being run; each ends for that `reason`, None: whole."""
     launched: list[list[str]] = []
 
@@ -435,7 +435,7 @@ def launches_of_the_demo(output, monkeypatch, reason=None):
 
 def test_the_demo_ends_where_one_of_its_runs_was_stopped(tmp_path, monkeypatch):
     """A program that is asked to stop exits with success: the demo went on, to a student that was not there."""
-    launched = launches_of_the_demo(tmp_path, monkeypatch, "SIGTERM")
+    launched = launches_of_the_demo(monkeypatch, "SIGTERM")
     with pytest.raises(SystemExit, match="sd-few-stage-1: SIGTERM; the same demo with --resume goes on"):
         demo.main(["--recipes", "few", "--output_dir", str(tmp_path)])
     assert len(launched) == 1
@@ -443,7 +443,7 @@ def test_the_demo_ends_where_one_of_its_runs_was_stopped(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_demo_that_was_stopped_goes_on(tmp_path, monkeypatch, resumed):
-    launched = launches_of_the_demo(tmp_path, monkeypatch)
+    launched = launches_of_the_demo(monkeypatch)
     shard, checkpoint = tmp_path / "shards" / "toy-000007.tar", tmp_path / "sd" / "checkpoint-100" / "run.json"
     make_shards(tmp_path / "shards", shards=8, samples_per_shard=1, seed=0)
     checkpoint.parent.mkdir(parents=True)
