@@ -57,8 +57,8 @@ class Interrupted(BaseException):
 class ShardLoader(StatefulDataLoader):
     """A `StatefulDataLoader` that can also load the state of a run with other ranks, workers or shards.
 
-    Its iterator ends with a `WorkerError` when its workers fail; `rest` is then what would have followed. It raises
-    `Interrupted` when `give_up`, which is asked now and then while it waits for its workers, returns True. A handler of
+    Its iterator ends with a `WorkerError` when its workers fail, and ends them; `rest` is then what would have
+    followed. It raises `Interrupted` when `give_up`, which is asked now and then while it waits for its workers, returns True. A handler of
     signals may raise it, too: a worker that is stopped while it hands over a batch lets this process hang.
     """
 
@@ -95,6 +95,7 @@ class ShardLoader(StatefulDataLoader):
                     self.position = super().state_dict()
                 except Interrupted:
                     self.given_up = True
+                    self.close()
                     raise
                 except Exception as error:  # noqa: BLE001 - so do workers, their queue and its memory
                     self._fail(error)
@@ -139,8 +140,10 @@ class ShardLoader(StatefulDataLoader):
         of_code = str(error).startswith("Caught ") and not isinstance(error, (SharingError, MemoryError))
         if of_code or isinstance(error, (UsageError, AssertionError)):
             raise error
-        with _WorkerDeaths():  # others may die meanwhile
-            raise WorkerError(self._describe(error)) from None
+        with _WorkerDeaths():  # others may die meanwhile, and no later: whoever handles the error is not to hear of it
+            message = self._describe(error)
+            self.close()
+            raise WorkerError(message) from None
 
     def rest(self) -> Iterator[dict]:
         """Yields the batches after the last one, read by this process, bit for bit those of the workers, which it ends.
@@ -202,8 +205,8 @@ class ShardLoader(StatefulDataLoader):
         at some later time, five seconds are spent waiting for each worker.
         """
         if self._iterator is not None and self.num_workers:
-            self.may_exit.fill_(True)
             with _WorkerDeaths():  # one that fails only now does not matter
+                self.may_exit.fill_(True)
                 workers = getattr(self._iterator, "_workers", [])
                 if self.given_up:
                     _end_processes(workers)

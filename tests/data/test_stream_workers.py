@@ -1,5 +1,6 @@
 """Workers of a loader that fail: killed, or without shared memory. One error with the remedy, and an exact state."""
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ from test_stream import assert_same_batches, make_stream, take, write_shards
 
 from lcm_distill.data import loader as loader_module
 from lcm_distill.data import stream as stream_module
-from lcm_distill.data.loader import check_shared_memory, describe_failure, make_loader
+from lcm_distill.data.loader import Interrupted, check_shared_memory, describe_failure, make_loader
 from lcm_distill.data.preparation import Preparation
 from lcm_distill.data.stream import SharingError, StreamIterator
 from lcm_distill.errors import UsageError, WorkerError
@@ -83,6 +84,29 @@ def test_a_worker_that_dies_is_one_error_and_nothing_is_lost(shards, number, wor
     assert re.search(words, str(failure)), failure
     assert_rest_and_state_are_exact(loader, batches + more, shards, 3)
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.hostile("signals")
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_second_worker_that_dies_is_not_a_second_error(shards, interrupted):
+    """It raised a RuntimeError in whatever handled the first: the run was lost in the middle of what would save it."""
+    loader = loader_of(shards, 2)
+    iterator = iter(loader)
+    batches = take(iterator, 4)
+    workers = loader._iterator._workers
+    if interrupted:
+        loader.give_up = lambda: True
+    else:
+        os.kill(workers[1].pid, signal.SIGKILL)
+    with pytest.raises(Interrupted if interrupted else WorkerError):
+        for batch in itertools.islice(iterator, 60):
+            batches.append(batch)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(workers[0].pid, signal.SIGKILL)
+    until = time.monotonic() + 0.3
+    while time.monotonic() < until:  # here the handler of SIGCHLD would raise
+        pass
+    assert_rest_and_state_are_exact(loader, batches, shards, 2)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
