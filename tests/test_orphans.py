@@ -1,6 +1,7 @@
 """Processes that lose another one: a launcher that dies while models load, a rank that is stopped, orphaned workers."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_many_processes import ENVIRONMENT, SCRIPT, free_port, step_of, wait_for
+from processes import ENVIRONMENT, free_port, wait_for
+from test_many_processes import SCRIPT, step_of
 
 from lcm_distill.run.checkpoint import list_checkpoints
 
@@ -34,7 +36,10 @@ def slowly(*args, **options):
     time.sleep(1000)
 diffusers.UNet2DConditionModel.from_pretrained = slowly
 """
-SOON_NAMED = "from lcm_distill.run import watch\nwatch.NAMED_AFTER = 6.0\n"
+SOON_NAMED = """
+from lcm_distill.run import watch
+watch.NAMED_AFTER, watch._SILENT, watch._GRACE = 4.0, 5.0, 2.0
+"""
 
 
 def start(argv, tmp_path, change="", launcher=("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")):
@@ -42,7 +47,11 @@ def start(argv, tmp_path, change="", launcher=("-m", "accelerate.commands.launch
     program.write_text(PROGRAM.format(root=str(ROOT), script=SCRIPT, change=change))
     log = open(tmp_path / "log.txt", "w")
     launched = subprocess.Popen(
-        [sys.executable, *launcher, str(program), *argv], cwd=tmp_path, env=ENVIRONMENT, stdout=log, stderr=log
+        [sys.executable, *launcher, str(program), *argv],
+        cwd=tmp_path,
+        env=os.environ | ENVIRONMENT,
+        stdout=log,
+        stderr=log,
     )
     _started.append(launched)
     return launched
@@ -69,9 +78,16 @@ def family(launched):
     return [child for child in psutil.Process(launched.pid).children(recursive=True)]
 
 
+def has_ended(process):
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def wait_until_gone(processes, seconds):
     _, alive = psutil.wait_procs(processes, timeout=seconds)
-    alive = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    alive = [process for process in alive if not has_ended(process)]
     for process in alive:
         process.kill()
     assert not alive, alive
@@ -82,7 +98,7 @@ def test_a_launcher_that_dies_while_models_load_takes_its_process_with_it(number
     """`accelerate launch` passes SIGTERM on to nobody. The orphan noted its parent, by then init, before its loop, and
     trained to its end."""
     launched = start(command(steps=2000), tmp_path, SLOW_LOADING)
-    wait_for(lambda: "loading" in log(tmp_path), launched, tmp_path, seconds=240)
+    wait_for(lambda: "loading" in log(tmp_path), launched, tmp_path / "log.txt", 240)
     orphans = family(launched)
     assert orphans
     launched.send_signal(number)
@@ -96,7 +112,9 @@ def test_a_launcher_that_dies_while_training_leaves_a_checkpoint_and_no_process(
     options = {"steps": 2000, "checkpointing_steps": 1000, "dataloader_num_workers": 2, "report_to": "wandb"}
     launched = start(command(**options), tmp_path)
     journal = tmp_path / "out" / "training.jsonl"
-    wait_for(lambda: journal.exists() and '"step": 2' in journal.read_text(), launched, tmp_path, seconds=240)
+    wait_for(
+        lambda: journal.exists() and '"step": 2' in journal.read_text(), launched, tmp_path / "log.txt", seconds=240
+    )
     everyone = family(launched)
     assert any("wandb" in " ".join(process.cmdline()) for process in everyone) and len(everyone) >= 4
     launched.kill()
@@ -119,7 +137,9 @@ stream.prepare_sample = hanging
 """
     launched = start(command(steps=2000, dataloader_num_workers=2), tmp_path, change)
     journal = tmp_path / "out" / "training.jsonl"
-    wait_for(lambda: journal.exists() and '"step": 2' in journal.read_text(), launched, tmp_path, seconds=240)
+    wait_for(
+        lambda: journal.exists() and '"step": 2' in journal.read_text(), launched, tmp_path / "log.txt", seconds=240
+    )
     (main,) = psutil.Process(launched.pid).children()
     workers = main.children(recursive=True)
     assert len(workers) >= 2
@@ -144,16 +164,18 @@ def test_a_stopped_rank_is_named_and_a_signal_saves_what_can_be_saved(stopped, c
     launcher = (*TWO_RANKS, f"--master_port={free_port()}")
     launched = start(command(**options), tmp_path, SOON_NAMED, launcher)
     out = tmp_path / "out"
-    wait_for(lambda: list_checkpoints(out), launched, tmp_path, seconds=240)
+    wait_for(lambda: list_checkpoints(out), launched, tmp_path / "log.txt", 240)
     ranks = two_ranks(launched)
     time.sleep(0.4)
     ranks[stopped].send_signal(signal.SIGSTOP)
     try:
         named = rf"rank {stopped} \(process {ranks[stopped].pid} on .*\) does not answer: stopped"
-        wait_for(lambda: re.search(named, log(tmp_path)), launched, tmp_path, seconds=60)
+        wait_for(lambda: re.search(named, log(tmp_path)), launched, tmp_path / "log.txt", 60)
         lines = (out / "training.jsonl").read_text().splitlines()
         done = max(json.loads(line).get("step", 0) for line in lines)
         launched.send_signal(signal.SIGTERM)
+        wait_for(lambda: has_ended(ranks[1 - stopped]), launched, tmp_path / "log.txt", 60)
+        ranks[stopped].kill()  # torchrun would do it, after half a minute
         assert launched.wait(timeout=100) != 0
     finally:
         for process in ranks:
@@ -190,7 +212,7 @@ stream.prepare_sample = hanging
     options = {"steps": 20000, "dataloader_num_workers": 1, "num_validation_images": 0, "validation_teacher_steps": 0}
     launcher = (*TWO_RANKS, f"--master_port={free_port()}")
     launched = start(command(**options), tmp_path, change, launcher)
-    wait_for(lambda: "rank 1: waiting for data for" in log(tmp_path), launched, tmp_path, seconds=240)
+    wait_for(lambda: "rank 1: waiting for data for" in log(tmp_path), launched, tmp_path / "log.txt", 240)
     assert "data worker 0 of 1 (process" in log(tmp_path)
     launched.send_signal(signal.SIGTERM)
     launched.wait(timeout=60)

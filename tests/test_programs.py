@@ -1,6 +1,5 @@
 """The programs from command line to reloaded picture, on the toy teachers."""
 
-import contextlib
 import gc
 import io
 import json
@@ -10,8 +9,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -21,10 +18,10 @@ from types import SimpleNamespace
 
 import diffusers
 import numpy as np
-import psutil
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+from processes import start_ranks, wait
 from safetensors.torch import load_file
 from test_flags import PUBLIC_COMMANDS
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -926,35 +923,6 @@ def test_captions_longer_than_the_text_encoder_are_counted_once(
     assert not truncations() and caplog.text.count("prompts: 1 of 2 is longer than") == 1
 
 
-def torchrun(argv: list[str], tmp_path: Path, seconds: int = 300) -> subprocess.CompletedProcess:
-    """Two ranks; if they have not ended after so many `seconds`, each writes its stack, and the test fails.
-
-    The stacks are asked for from here. `faulthandler.dump_traceback_later` in a rank reads the frames of a thread that
-    goes on running: on busy cores about one process in a hundred died of a segmentation fault over it.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launcher = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", *argv],
-        cwd=tmp_path, env=environment | {"PYTHONFAULTHANDLER": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        output = launcher.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        ranks = psutil.Process(launcher.pid).children(recursive=True)
-        for number in (signal.SIGABRT, signal.SIGKILL):  # at the first each rank writes where it is
-            for process in ranks:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.send_signal(number)
-            psutil.wait_procs(ranks, timeout=10)
-        launcher.kill()
-        pytest.fail(f"two ranks did not end within {seconds} seconds:\n{launcher.communicate()[1][-20000:]}")
-    return subprocess.CompletedProcess(launcher.args, launcher.returncode, *output)
-
-
 def test_two_ranks_train_one_adapter_on_their_own_data_and_resume(command, tmp_path):
     """Two gloo processes: disjoint samples, other draws, equal weights, a resume that changes nothing.
 
@@ -999,10 +967,9 @@ program.main(sys.argv[2:])
         ("halves", 2, []),
         ("halves", 4, ["--resume_from_checkpoint", "latest"]),
     ):
-        done = torchrun(
-            [str(script), str(tmp_path / f"{name}{steps}"), *command(name, steps, **options), *more], tmp_path
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        argv = [str(tmp_path / f"{name}{steps}"), *command(name, steps, **options), *more]
+        log = tmp_path / "log.txt"
+        assert wait(start_ranks(script, argv, log), log) == [0, 0], log.read_text()[-3000:]
     whole = [torch.load(tmp_path / f"whole4-rank{rank}.pt") for rank in (0, 1)]
     halves = [torch.load(tmp_path / f"halves4-rank{rank}.pt") for rank in (0, 1)]
     assert torch.equal(whole[0]["weights"], whole[1]["weights"])

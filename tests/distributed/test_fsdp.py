@@ -16,7 +16,8 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from conftest import TEACHERS
 from diffusers import UNet2DConditionModel
 from PIL import Image
-from test_programs import drawn, result, same, torchrun, weights
+from processes import start_ranks, wait
+from test_programs import drawn, result, same, weights
 
 from lcm_distill.distributed.fsdp import configure_engine, prepare_for_training
 from lcm_distill.errors import UsageError
@@ -28,7 +29,7 @@ from toy.make_shards import make_shards
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
-# All runs in one launch, since importing and warming up take longest. (folder, engine, program, steps, other flags);
+# All runs in one launch, since warming up takes longest. (folder, engine, program, steps, other flags);
 # "kept" is `fsdp_reshard_after_forward: false`, the engine "zero" is for test_zero.py.
 FOUR = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "checkpointing_steps": 2}
 LAST = {"channels_last": True}  # which FSDP does not keep
@@ -142,9 +143,9 @@ def train(runs: Runs, folder: Path) -> SimpleNamespace:
         jobs.append((engine, program, argv))
     (folder / "script.py").write_text(SCRIPT.format(root=str(ROOT)))
     (folder / "jobs").write_text(json.dumps(jobs))
-    # On two quiet cores it takes about two minutes, beside other tests twice as long.
-    done = torchrun([str(folder / "script.py"), str(folder / "jobs")], folder, seconds=900)
-    assert done.returncode == 0, done.stderr[-20000:]
+    log = folder / "log.txt"
+    codes = wait(start_ranks(folder / "script.py", [str(folder / "jobs")], log), log, seconds=900)
+    assert codes == [0, 0], log.read_text()[-20000:]
     seen = {
         (number, rank): json.loads((folder / f"jobs-{number}-{rank}").read_text())
         for number in range(len(runs))

@@ -1,9 +1,6 @@
 """How Accelerate is started."""
 
 import os
-import socket
-import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import InitProcessGroupKwargs
+from processes import start, start_ranks, wait
 
 from lcm_distill.errors import UsageError
 from lcm_distill.flags import LaunchFlags
@@ -127,15 +125,9 @@ def test_ddp_s_buckets_are_the_gradients(tmp_path):
     """It held a second set of them: 10.3 GB with SDXL. Accumulation and clipping give what one process computes."""
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    more = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*launcher, str(script), str(tmp_path)], env=os.environ | more, capture_output=True, text=True, timeout=240
-    )
-    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}, done.stderr[-3000:]
+    log = tmp_path / "log.txt"
+    assert wait(start_ranks(script, [str(tmp_path)], log), log) == [0, 0], log.read_text()[-3000:]
+    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
 
 
 @pytest.mark.parametrize(
@@ -198,13 +190,6 @@ for number in range(200):
     train(number)
 faulthandler.cancel_dump_traceback_later()
 """)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(tmp_path / "ends.py"), str(rank), str(tmp_path)],
-            env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+    log = tmp_path / "log.txt"
+    ranks = [start(tmp_path / "ends.py", [str(rank), str(tmp_path)], log) for rank in (0, 1)]
+    assert wait(ranks, log) == [0, 0], log.read_text()

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import start, wait
 
 from lcm_distill import launcher, locks
 from lcm_distill.errors import UsageError
@@ -190,11 +191,10 @@ def test_a_run_holds_its_folder_while_it_trains_and_no_longer(command, run, tmp_
 
 
 def test_two_runs_that_begin_together_one_of_them_trains(command, tmp_path):
-    argv = [sys.executable, str(ROOT / f"{PROGRAM}.py"), *command(steps=2, num_validation_images=0)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    both = [subprocess.Popen(argv, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    errors = [process.communicate(timeout=300)[1] for process in both]
-    codes = [process.returncode for process in both]
+    logs = [tmp_path / f"{number}.txt" for number in range(2)]
+    argv = command(steps=2, num_validation_images=0)
+    both = [start(ROOT / f"{PROGRAM}.py", argv, log) for log in logs]
+    codes, errors = wait(both, logs[0]), [log.read_text() for log in logs]
     assert sorted(codes) == [0, 2], errors
     assert f"process {both[codes.index(0)].pid} on" in errors[codes.index(2)]
     assert (tmp_path / "out" / "unet" / "config.json").exists()

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from pickle_bombs import explodes, plant
-from test_programs import torchrun
+from processes import start_ranks, wait
 
 from lcm_distill.distributed.fsdp import SplitOptimizer, load_network
 from lcm_distill.distributed.zero import ZeroOptimizer
@@ -707,6 +707,6 @@ def test_ranks_agree_on_what_is_whole(tmp_path):
     tests = Path(__file__).resolve().parents[1]
     script = tmp_path / "script.py"
     script.write_text(RANKS.format(paths=[str(tests.parent), str(tests), str(Path(__file__).parent)]))
-    done = torchrun([str(script), str(tmp_path / "out")], tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    log = tmp_path / "log.txt"
+    assert wait(start_ranks(script, [str(tmp_path / "out")], log), log) == [0, 0], log.read_text()[-3000:]
     assert {"done-0", "done-1", "checkpoint-1", "damaged-checkpoint-2"} <= names_in(tmp_path / "out")
