@@ -31,16 +31,16 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 # All runs in one launch, since warming up takes longest. (folder, engine, program, steps, other flags);
 # "kept" is `fsdp_reshard_after_forward: false`, the engine "zero" is for test_zero.py.
-FOUR = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "checkpointing_steps": 2}
+TWICE = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "checkpointing_steps": 1}
 LAST = {"channels_last": True}  # which FSDP does not keep
 Runs = list[tuple[str, str, str, int, dict]]
 RUNS: Runs = [
-    ("ddp", "ddp", "sd", 4, FOUR),
-    ("fsdp", "fsdp", "sd", 4, FOUR | {"validation_steps": 2}),
-    ("halves", "fsdp", "sd", 4, FOUR | {"resume_from_checkpoint": "fsdp/checkpoint-2"}),
-    ("last", "ddp", "sd", 4, FOUR | LAST),
-    ("to-ddp", "ddp", "sd", 4, FOUR | LAST | {"resume_from_checkpoint": "fsdp/checkpoint-2"}),
-    ("to-fsdp", "fsdp, kept", "sd", 4, FOUR | {"resume_from_checkpoint": "last/checkpoint-2", "validation_steps": 1}),
+    ("ddp", "ddp", "sd", 2, TWICE),
+    ("fsdp", "fsdp", "sd", 2, TWICE | {"validation_steps": 1}),
+    ("halves", "fsdp", "sd", 2, TWICE | {"resume_from_checkpoint": "fsdp/checkpoint-1"}),
+    ("last", "ddp", "sd", 2, TWICE | LAST),
+    ("to-ddp", "ddp", "sd", 2, TWICE | LAST | {"resume_from_checkpoint": "fsdp/checkpoint-1"}),
+    ("to-fsdp", "fsdp, kept", "sd", 2, TWICE | {"resume_from_checkpoint": "last/checkpoint-1", "validation_steps": 1}),
     ("ddp-bf16", "ddp", "sd", 2, {"mixed_precision": "bf16"}),
     ("fsdp-bf16", "fsdp", "sd", 2, {"mixed_precision": "bf16", "cast_teacher_unet": True}),
     ("ddp-sdxl", "ddp", "sdxl", 1, {}),
@@ -190,7 +190,7 @@ def test_training_equals_ddp(runs):
     assert min(float((student[name] - before[name]).abs().max()) for name in before) > 5e-4
     for name in ("losses", "grad_norms"):
         ddp, fsdp = (runs.seen[number, 0][name] for number in (0, 1))
-        assert len(ddp) == 4 and ddp == pytest.approx(fsdp, rel=1e-4)
+        assert len(ddp) == 2 and ddp == pytest.approx(fsdp, rel=1e-4)
     assert runs.seen[0, 1]["grad_norms"] == pytest.approx(runs.seen[1, 1]["grad_norms"], rel=1e-4)
 
 
@@ -198,10 +198,10 @@ def test_sdxl_trains_as_with_ddp(runs):
     close(runs.folder / "ddp-sdxl", runs.folder / "fsdp-sdxl")
 
 
-def test_two_plus_two_resumed_steps_equal_four_bit_for_bit(runs):
+def test_one_plus_one_resumed_steps_equal_two_bit_for_bit(runs):
     assert same(result(runs.folder / "fsdp"), result(runs.folder / "halves"))
     states = [
-        torch.load(runs.folder / name / "checkpoint-4" / "optimizer.bin", weights_only=True)["state"]
+        torch.load(runs.folder / name / "checkpoint-2" / "optimizer.bin", weights_only=True)["state"]
         for name in ("fsdp", "halves")
     ]
     assert all(torch.equal(states[0][i][name], states[1][i][name]) for i in states[0] for name in states[0][i])
@@ -217,14 +217,14 @@ def test_a_checkpoint_resumes_with_or_without_fsdp(runs):
     for name in ("ddp", "to-ddp", "to-fsdp"):
         changes = differences(runs.folder / "ddp", runs.folder / name)
         assert max(float(change.square().mean().sqrt()) for change in changes) < 5e-5
-        state = torch.load(runs.folder / name / "checkpoint-4" / "optimizer.bin", weights_only=True)["state"]
+        state = torch.load(runs.folder / name / "checkpoint-2" / "optimizer.bin", weights_only=True)["state"]
         moments[name] = {i: values["exp_avg"] for i, values in state.items() if values["exp_avg"].dim() == 4}
     formats = [moments[name][0].is_contiguous(memory_format=torch.channels_last) for name in ("to-ddp", "to-fsdp")]
     assert formats == [True, False] and len(moments["ddp"]) > 20
     for name in ("to-ddp", "to-fsdp"):
         for index, expected in moments["ddp"].items():
             assert (moments[name][index] - expected).norm() < 0.02 * expected.norm() + 1e-8, (name, index)
-    written = [runs.folder / name / "checkpoint-4" for name in ("ddp", "fsdp")]
+    written = [runs.folder / name / "checkpoint-2" for name in ("ddp", "fsdp")]
     assert sorted(p.name for p in written[0].iterdir()) == sorted(p.name for p in written[1].iterdir())
     states = [torch.load(path / "optimizer.bin", weights_only=True) for path in written]
     assert states[0].keys() == states[1].keys() and states[0]["state"].keys() == states[1]["state"].keys()
@@ -259,11 +259,11 @@ def test_the_export_loads_and_generates(runs):
 
 def test_validation_generates_what_ddp_generates(runs):
     assert sorted(p.name for p in (runs.folder / "fsdp" / "validation").iterdir()) == [
+        "step-000001.png",
         "step-000002.png",
-        "step-000004.png",
     ]
     ddp, fsdp = (
-        np.asarray(Image.open(runs.folder / name / "validation" / "step-000004.png")).astype(int)
+        np.asarray(Image.open(runs.folder / name / "validation" / "step-000002.png")).astype(int)
         for name in ("ddp", "fsdp")
     )
     assert ddp.shape == fsdp.shape and np.abs(ddp - fsdp).max() <= 2

@@ -11,7 +11,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from conftest import TEACHERS
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
-from test_fsdp import FOUR, ROOT, Runs, close, differences, train
+from test_fsdp import TWICE, ROOT, Runs, close, differences, train
 from test_programs import result, same, weights
 
 from lcm_distill.distributed import zero
@@ -19,7 +19,7 @@ from lcm_distill.distributed.zero import asks_for_deepspeed, check_zero, prepare
 from lcm_distill.errors import UsageError
 
 # As in test_fsdp.py. Every step is clipped, each by a different factor: Adam would hide a common one.
-CLIPPED = FOUR | {"max_grad_norm": 0.05, "checkpointing_steps": 1}
+CLIPPED = TWICE | {"max_grad_norm": 0.05}
 MATCHING = {"dm_weight": 0.5, "dm_steps": 2, "dm_rank": 4}
 RUNS: Runs = [
     ("ddp", "ddp", "sd", 2, CLIPPED),
