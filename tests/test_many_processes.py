@@ -70,7 +70,7 @@ MATCHING |= {"adam_epsilon": 0.1, "max_grad_norm": 100}
 
 
 @pytest.mark.parametrize("matching", [{}, MATCHING], ids=["", "matching"])
-def test_two_ranks_of_a_batch_train_as_one_of_twice_the_batch(matching, command, run, tmp_path, monkeypatch):
+def test_two_ranks_of_a_batch_train_as_one_of_twice_the_batch(matching, command, run, tmp_path, teacher, monkeypatch):
     """The same samples and draws in one process, by accumulation: the same weights to rounding.
 
     With distribution matching those of the fake score too, which sees both ranks' answers, or both batches'.
@@ -94,7 +94,7 @@ def test_two_ranks_of_a_batch_train_as_one_of_twice_the_batch(matching, command,
         one, two = (
             load_file(tmp_path / where / name / "diffusion_pytorch_model.safetensors") for where in ("one", "two")
         )
-        before = load_file(ROOT / "toy/teachers/sd/unet/diffusion_pytorch_model.safetensors")
+        before = load_file(Path(teacher) / "unet/diffusion_pytorch_model.safetensors")
         moved = max(float((one[key] - before[key].float()).abs().max()) for key in before)
         worst = max(float((one[key] - two[key]).abs().max()) for key in one)
         assert worst < 0.05 * moved, (worst, moved)  # Adam divides rounding of tiny gradients by themselves

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TEACHERS
 from diffusers import (
     DiffusionPipeline,
     LCMScheduler,
@@ -24,7 +25,6 @@ from lcm_distill import export_model
 from lcm_distill.errors import SaveError, UsageError
 from lcm_distill.models.single_file import SingleFile
 from lcm_distill.models.teacher import Teacher, read_configs
-from tests.conftest import TEACHERS
 
 PROMPT = "a small red circle on a black background"
 PIPELINES = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}

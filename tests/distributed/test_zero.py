@@ -11,7 +11,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from conftest import TEACHERS
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
-from test_fsdp import TWICE, ROOT, Runs, close, differences, train
+from test_fsdp import ROOT, TWICE, Runs, close, differences, train
 from test_programs import result, same, weights
 
 from lcm_distill.distributed import zero

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
+from conftest import ROOT, TEACHERS
 from diffusers import LCMScheduler, UNet2DConditionModel
 
 from lcm_distill.errors import UsageError
@@ -20,7 +21,6 @@ from lcm_distill.export.hub import HubUpload
 from lcm_distill.export.weights import export_full_student
 from lcm_distill.models import sd
 from lcm_distill.models.teacher import Teacher
-from tests.conftest import ROOT, TEACHERS
 from tests.hub_stand_in import HubStandIn
 
 SECRET = "hf_a-token-that-nobody-may-read"
