@@ -20,13 +20,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from hostile import COLLECTED
 from safetensors.torch import load_file, save_file
+from small_teachers import TEACHERS, make_small_teachers
 
 from lcm_distill.run.stopping import SIGNALS
 from toy.make_shards import make_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
-TEACHERS: dict[str, str] = {}  # by family; `_small_teachers` makes them
 
 
 # The files that take longest, in this order before all others: none is left for one process alone at the end.
@@ -51,25 +51,8 @@ def _one_thread():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _small_teachers(tmp_path_factory) -> None:
-    """The toy teachers with smaller U-Nets of random weights: building and saving networks is most of a run's time.
-
-    Tests of pictures and of learned values take the toy's own.
-    """
-    for family in ("sd", "sdxl"):
-        toy, folder = ROOT / "toy" / "teachers" / family, tmp_path_factory.mktemp("teachers") / family
-        shutil.copytree(toy, folder, ignore=shutil.ignore_patterns("unet"))
-        config = dict(UNet2DConditionModel.load_config(toy, subfolder="unet")) | {
-            "block_out_channels": (8, 16),
-            "norm_num_groups": 8,
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-            "attention_head_dim": (2, 2),
-            "transformer_layers_per_block": (1, 2) if family == "sdxl" else 1,
-        }
-        torch.manual_seed(0)
-        UNet2DConditionModel.from_config(config).half().save_pretrained(folder / "unet")
-        TEACHERS[family] = str(folder)
+def _small_teachers(tmp_path_factory):
+    make_small_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEACHERS
 from diffusers import (
     DiffusionPipeline,
     LCMScheduler,
@@ -19,6 +18,7 @@ from diffusers import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file
+from small_teachers import TEACHERS
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lcm_distill import export_model

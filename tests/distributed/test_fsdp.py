@@ -13,10 +13,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
-from conftest import TEACHERS
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from processes import start_ranks, wait
+from small_teachers import TEACHERS
 from test_programs import drawn, result, same, weights
 
 from lcm_distill.distributed.fsdp import configure_engine, prepare_for_training

@@ -8,9 +8,9 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import is_deepspeed_available
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
-from conftest import TEACHERS
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
+from small_teachers import TEACHERS
 from test_fsdp import ROOT, TWICE, Runs, close, differences, train
 from test_programs import result, same, weights
 

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
-from conftest import ROOT, TEACHERS
 from diffusers import LCMScheduler, UNet2DConditionModel
+from small_teachers import TEACHERS
 
 from lcm_distill.errors import UsageError
 from lcm_distill.export.card import build_model_card, parse_hub_id, strip_folders
@@ -23,6 +23,7 @@ from lcm_distill.models import sd
 from lcm_distill.models.teacher import Teacher
 from tests.hub_stand_in import HubStandIn
 
+ROOT = Path(__file__).resolve().parents[2]
 SECRET = "hf_a-token-that-nobody-may-read"
 LICENSED = "---\nlicense: other\nlicense_name: toy-licence\nlicense_link: LICENSE.md\n---\nA toy."
 # Runs the Python code of a card, on a CPU. Arguments: the repository, and words to put in place of others.
