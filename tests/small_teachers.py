@@ -11,7 +11,7 @@ TEACHERS: dict[str, str] = {}  # folders by family; a fixture makes them before 
 
 
 def make_small_teachers(folder: Path) -> None:
-    """The toy teachers with smaller U-Nets of random weights; tests of pictures and golden values take the toy's own."""
+    """The toy teachers with smaller U-Nets of random weights; tests of pictures and golden values take the toy's."""
     for family in ("sd", "sdxl"):
         shutil.copytree(TOY / family, folder / family, ignore=shutil.ignore_patterns("unet"))
         config = dict(UNet2DConditionModel.load_config(TOY / family, subfolder="unet")) | {

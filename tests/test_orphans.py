@@ -115,8 +115,12 @@ def test_a_launcher_that_dies_while_training_leaves_a_checkpoint_and_no_process(
     wait_for(
         lambda: journal.exists() and '"step": 2' in journal.read_text(), launched, tmp_path / "log.txt", seconds=240
     )
+
+    def has_all() -> bool:
+        return len(family(launched)) >= 4 and any("wandb" in " ".join(child.cmdline()) for child in family(launched))
+
+    wait_for(has_all, launched, tmp_path / "log.txt")
     everyone = family(launched)
-    assert any("wandb" in " ".join(process.cmdline()) for process in everyone) and len(everyone) >= 4
     launched.kill()
     launched.wait()
     wait_until_gone(everyone, 60)

@@ -217,7 +217,10 @@ class ShardLoader(StatefulDataLoader):
         """Why the workers have failed with `error`, with the remedy."""
         report, workers = "", getattr(self._iterator, "_workers", [])
         if not isinstance(error, SharingError):  # connections of a process that dies end just before it
-            multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
+            ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
+            for worker in workers:
+                if worker.sentinel in ended:  # its end is near, and only then there is an exit code
+                    worker.join(timeout=_JOIN)
         while self.reports.poll():
             report = self.reports.recv()
         exits = [worker.exitcode for worker in workers if worker.exitcode]

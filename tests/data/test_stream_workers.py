@@ -87,6 +87,21 @@ def test_a_worker_that_dies_is_one_error_and_nothing_is_lost(shards, number, wor
 
 
 @pytest.mark.hostile("signals")
+def test_a_worker_whose_connections_end_before_it_is_named_by_its_end(shards):
+    """A kernel closes what a killed process has open first: the error was "Connection reset by peer", not SIGKILL."""
+
+    def die_slowly():
+        os.closerange(3, 1000)
+        time.sleep(0.4)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    loader, worker = loader_of(shards, 1), multiprocessing.get_context("fork").Process(target=die_slowly)
+    loader._iterator = SimpleNamespace(_workers=[worker])
+    worker.start()
+    assert "a data worker was killed (SIGKILL)" in loader._describe(ConnectionResetError(104, "reset by peer"))
+
+
+@pytest.mark.hostile("signals")
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_a_second_worker_that_dies_is_not_a_second_error(shards, interrupted):
     """It raised a RuntimeError in whatever handled the first: the run was lost in the middle of what would save it."""
