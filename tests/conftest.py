@@ -20,7 +20,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from hostile import COLLECTED
 from safetensors.torch import load_file, save_file
-from small_teachers import TEACHERS, make_small_teachers
+from small_teachers import TOY, make_small_teacher
 
 from lcm_distill.run.stopping import SIGNALS
 from toy.make_shards import make_shards
@@ -50,11 +50,6 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _small_teachers(tmp_path_factory):
-    make_small_teachers(tmp_path_factory.mktemp("teachers"))
-
-
 @pytest.fixture(autouse=True)
 def _log_level():
     """A run sets the level of the package's logger; the next test must not inherit it."""
@@ -66,12 +61,23 @@ def _log_level():
 
 @pytest.fixture(scope="session")
 def teachers() -> dict[str, str]:
-    return TEACHERS
+    return {family: str(TOY / family) for family in ("sd", "sdxl")}
 
 
 @pytest.fixture(scope="session")
-def teacher() -> str:
-    return TEACHERS["sd"]
+def teacher(teachers) -> str:
+    return teachers["sd"]
+
+
+@pytest.fixture(scope="session")
+def small_teachers(tmp_path_factory) -> dict[str, str]:
+    """Those of the programs' runs, whose time is mostly that of building and saving networks."""
+    return {family: str(make_small_teacher(family, tmp_path_factory.mktemp("small"))) for family in ("sd", "sdxl")}
+
+
+@pytest.fixture(scope="session")
+def small_teacher(small_teachers) -> str:
+    return small_teachers["sd"]
 
 
 @pytest.fixture(scope="session")
@@ -86,9 +92,9 @@ def shards(tmp_path_factory) -> str:
 def pruned_teacher(tmp_path_factory) -> str:
     """An SDXL teacher whose U-Net has SSD-1B's layout, random and small."""
     folder = tmp_path_factory.mktemp("ssd") / "teacher"
-    shutil.copytree(TEACHERS["sdxl"], folder, ignore=shutil.ignore_patterns("unet"))
+    shutil.copytree(TOY / "sdxl", folder, ignore=shutil.ignore_patterns("unet"))
     torch.manual_seed(0)
-    config = dict(UNet2DConditionModel.load_config(TEACHERS["sdxl"], subfolder="unet")) | {
+    config = dict(UNet2DConditionModel.load_config(TOY / "sdxl", subfolder="unet")) | {
         "block_out_channels": (16, 32, 32),
         "attention_head_dim": (2, 4, 4),
         "norm_num_groups": 8,
@@ -115,12 +121,12 @@ def _rename(folder: Path, names: dict[str, str], more: dict[str, torch.Tensor] |
 
 
 @pytest.fixture(scope="session")
-def old_teachers(tmp_path_factory) -> dict[str, str]:
-    """The toy teachers as early libraries wrote them, SD 1.5 on the Hub among those: configs leave out what is a
+def old_teachers(tmp_path_factory, small_teachers) -> dict[str, str]:
+    """The small teachers as early libraries wrote them, SD 1.5 on the Hub among those: configs leave out what is a
     default, and some tensors have other names."""
-    folders = {family: tmp_path_factory.mktemp("old") / family for family in TEACHERS}
+    folders = {family: tmp_path_factory.mktemp("old") / family for family in small_teachers}
     for family, folder in folders.items():
-        shutil.copytree(TEACHERS[family], folder)
+        shutil.copytree(small_teachers[family], folder)
         for name in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
             config = json.loads((folder / name).read_text())
             signature = inspect.signature(getattr(diffusers, config["_class_name"])).parameters
@@ -136,12 +142,12 @@ def old_teachers(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture()
-def command(shards, tmp_path):
+def command(shards, small_teachers, tmp_path):
     """The shortest command line of a program: `command(steps=2, **more)` as an argument list."""
 
     def build(output="out", steps=2, *, family="sd", **more) -> list[str]:
         chosen = {
-            "pretrained_teacher_model": TEACHERS[family],
+            "pretrained_teacher_model": small_teachers[family],
             "train_shards_path_or_url": shards,
             "output_dir": str(tmp_path / output),
             "resolution": 64,
@@ -199,6 +205,6 @@ def finished(tmp_path_factory):
 
     @functools.cache
     def get(kind: str, family: str) -> str:
-        return makers[kind](folder / f"{kind}_{family}", TEACHERS[family], family)
+        return makers[kind](folder / f"{kind}_{family}", str(TOY / family), family)
 
     return get

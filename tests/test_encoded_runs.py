@@ -108,12 +108,12 @@ def test_a_dry_run_from_latents_validates(command, run, encoded, loaded, caplog,
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_latents_that_do_not_fit_are_refused_before_anything_is_loaded(
-    options, message, command, run, encoded, teacher, tmp_path, monkeypatch
+    options, message, command, run, encoded, small_teacher, tmp_path, monkeypatch
 ):
     shards = encoded("sd")
     options = dict(options)
     if "pretrained_vae_model_name_or_path" in options:
-        other = vae_copy(teacher, tmp_path / "vae", lambda name, weight: weight * 1.01)
+        other = vae_copy(small_teacher, tmp_path / "vae", lambda name, weight: weight * 1.01)
         options["pretrained_vae_model_name_or_path"] = other
     monkeypatch.setattr(Teacher, "load", lambda *_: pytest.fail("a model was loaded"))
     program = PROGRAMS[1] if options.get("family") == "sdxl" else PROGRAMS[0]

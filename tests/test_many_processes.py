@@ -16,6 +16,7 @@ import pytest
 import torch
 from processes import ENVIRONMENT, free_port, start, start_ranks, wait, wait_for
 from safetensors.torch import load_file
+from small_teachers import TOY
 
 from lcm_distill.data import loader as data_loader
 from lcm_distill.data.loader import make_loader
@@ -70,7 +71,9 @@ MATCHING |= {"adam_epsilon": 0.1, "max_grad_norm": 100}
 
 
 @pytest.mark.parametrize("matching", [{}, MATCHING], ids=["", "matching"])
-def test_two_ranks_of_a_batch_train_as_one_of_twice_the_batch(matching, command, run, tmp_path, teacher, monkeypatch):
+def test_two_ranks_of_a_batch_train_as_one_of_twice_the_batch(
+    matching, command, run, tmp_path, small_teacher, monkeypatch
+):
     """The same samples and draws in one process, by accumulation: the same weights to rounding.
 
     With distribution matching those of the fake score too, which sees both ranks' answers, or both batches'.
@@ -94,7 +97,7 @@ def test_two_ranks_of_a_batch_train_as_one_of_twice_the_batch(matching, command,
         one, two = (
             load_file(tmp_path / where / name / "diffusion_pytorch_model.safetensors") for where in ("one", "two")
         )
-        before = load_file(Path(teacher) / "unet/diffusion_pytorch_model.safetensors")
+        before = load_file(Path(small_teacher) / "unet/diffusion_pytorch_model.safetensors")
         moved = max(float((one[key] - before[key].float()).abs().max()) for key in before)
         worst = max(float((one[key] - two[key]).abs().max()) for key in one)
         assert worst < 0.05 * moved, (worst, moved)  # Adam divides rounding of tiny gradients by themselves
@@ -198,7 +201,7 @@ def test_a_disk_that_fills_up_loses_nothing(command, tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=90m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("tmpfs cannot be mounted here")
     try:
-        argv = command(steps=8, checkpointing_steps=1, report_to="tensorboard")
+        argv = command(steps=8, checkpointing_steps=1, report_to="tensorboard", pretrained_teacher_model=TOY / "sd")
         argv[argv.index("--output_dir") + 1] = str(disk / "out")
         log = tmp_path / "log.txt"
         codes = wait([start(SCRIPT, argv, log)], log)

@@ -139,7 +139,7 @@ def drawn_guidance(schedule: Float64, solver: DDIMSolver, teacher: Any, target: 
 
 @pytest.mark.parametrize("guided", ["by the drawn w", "by --dm_guidance_w"])
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_step_is_that_of_dmd2(program, guided, command, run, monkeypatch, teachers, logged, steps):
+def test_a_step_is_that_of_dmd2(program, guided, command, run, monkeypatch, small_teachers, logged, steps):
     """Which network sees what at which timestep; both losses and the student's gradient worked out again in float64.
 
     The real and the fake score exchanged, the real one without guidance, the fake score trained at other timesteps or
@@ -177,7 +177,7 @@ def test_a_step_is_that_of_dmd2(program, guided, command, run, monkeypatch, teac
         assert torch.equal(call.w, student.w) if takes_w else call.w is None
 
     # Conditioning: the real score with and without the captions, the fake score with them.
-    source = Teacher(teachers[family(program)])
+    source = Teacher(small_teachers[family(program)])
     empty = module.encode_captions(module.load_frozen(source, device="cpu", dtype=torch.float32), [""])
     assert torch.equal(real.states, teacher.states) and torch.equal(real.states[:3], student.states)
     assert torch.equal(real.states[3:], empty["encoder_hidden_states"].expand(3, -1, -1))

@@ -23,6 +23,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 from processes import start_ranks, wait
 from safetensors.torch import load_file
+from small_teachers import TOY
 from test_flags import PUBLIC_COMMANDS
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -42,6 +43,7 @@ LORA_PROGRAMS = [program for program in PROGRAMS if "lora" in program]
 FULL_PROGRAMS = [program for program in PROGRAMS if "lora" not in program]
 SDXL_PROGRAMS = [program for program in PROGRAMS if "sdxl" in program]
 ONE_OF_EACH = ["train_lcm_distill_sd_wds", "train_lcm_distill_lora_sdxl_wds"]  # of families and of kinds of student
+TOY_SD = str(TOY / "sd")
 PROMPT = "a small red circle on a black background"
 
 
@@ -94,7 +96,7 @@ def test_a_run_trains_and_its_export_generates(program, command, run, tmp_path, 
     run(program, command(
         steps=3, family=family(program), learning_rate=1e-3, loss_type="huber", random_flip=True, validation_steps=2,
         report_to="tensorboard,wandb", validation_inference_steps=[1, 2], lr_scheduler="cosine", ema_decay=0.9,
-        huber_c=0.01, **options,
+        huber_c=0.01, pretrained_teacher_model=teacher, **options,
     ))  # fmt: skip
     out = tmp_path / "out"
 
@@ -190,7 +192,7 @@ def drawn(pipeline, out: Path, **options) -> np.ndarray:
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_step_is_that_of_algorithm_1(program, command, run, monkeypatch, teachers):
+def test_a_step_is_that_of_algorithm_1(program, command, run, monkeypatch, small_teachers):
     """Which network sees what at which timestep, and the loss worked out again from what they answered.
 
     Guidance left out, the student as its own teacher, the target at the wrong timestep: runs still ended well.
@@ -229,7 +231,7 @@ def test_a_step_is_that_of_algorithm_1(program, command, run, monkeypatch, teach
         assert torch.equal(student.w, guidance_embedding(torch.full((3,), 3.0))) and torch.equal(student.w, target.w)
         assert teacher.w is None and calls[2].network is student.network
 
-    source = Teacher(teachers[family(program)])
+    source = Teacher(small_teachers[family(program)])
     frozen = module.load_frozen(source, device="cpu", dtype=torch.float32)
     empty = module.encode_captions(frozen, [""])
     assert torch.equal(teacher.states[:3], student.states) and torch.equal(target.states, student.states)
@@ -583,8 +585,13 @@ def test_the_best_checkpoint_is_kept_and_can_be_exported(command, run, tmp_path,
 @pytest.mark.parametrize(
     "options",
     [
-        {"mixed_precision": "bf16"},
-        {"mixed_precision": "bf16", "cast_teacher_unet": True, "gradient_checkpointing": True},
+        {"mixed_precision": "bf16", "pretrained_teacher_model": TOY_SD},
+        {
+            "mixed_precision": "bf16",
+            "pretrained_teacher_model": TOY_SD,
+            "cast_teacher_unet": True,
+            "gradient_checkpointing": True,
+        },
         {"use_8bit_adam": True, "center_crop": True, "interpolation_type": "lanczos"},
         {"enable_xformers_memory_efficient_attention": True, "proportion_empty_prompts": 1, "allow_tf32": True},
         {"max_train_steps": None, "max_train_samples": 4, "num_train_epochs": 1, "scale_lr": True},
@@ -603,7 +610,7 @@ def test_options_run(options, command, run, tmp_path, monkeypatch):
     if "mixed_precision" in options:
         half = [loss for _, loss in losses]
         losses.clear()
-        run(PROGRAMS[0], command("exact"))
+        run(PROGRAMS[0], command("exact", pretrained_teacher_model=TOY_SD))
         exact = [loss for _, loss in losses]
         # In the first step student and teacher differ by the guidance embedding's rounding alone: bf16 is most of it.
         assert exact[0] < half[0] < 1e-3 and half[1] == pytest.approx(exact[1], rel=0.2) and half[1] != exact[1]
@@ -638,8 +645,8 @@ def test_autocast_has_the_run_s_dtype(command, run, monkeypatch):
 
 @pytest.mark.parametrize("program", ["train_lcm_distill_sd_wds", "train_lcm_distill_lora_sd_wds"])
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
-def test_other_prediction_types_train(program, prediction_type, command, run, teacher, tmp_path):
-    shutil.copytree(teacher, tmp_path / "teacher")
+def test_other_prediction_types_train(program, prediction_type, command, run, small_teacher, tmp_path):
+    shutil.copytree(small_teacher, tmp_path / "teacher")
     path = tmp_path / "teacher" / "scheduler" / "scheduler_config.json"
     config = json.loads(path.read_text()) | {"prediction_type": prediction_type, "rescale_betas_zero_snr": True}
     path.write_text(json.dumps(config))
@@ -655,9 +662,9 @@ def test_other_prediction_types_train(program, prediction_type, command, run, te
         (PROGRAMS[2], {"_class_name": "DDIMScheduler", "beta_end": 0.012, "clip_sample": True, "steps_offset": 0}),
     ],
 )
-def test_what_is_exported_is_the_schedule_that_was_trained(program, config, command, run, tmp_path, teachers):
+def test_what_is_exported_is_the_schedule_that_was_trained(program, config, command, run, tmp_path, small_teachers):
     """Another class's betas were exported, and the teacher's clipping unless pictures were generated in between."""
-    shutil.copytree(teachers[family(program)], tmp_path / "teacher")
+    shutil.copytree(small_teachers[family(program)], tmp_path / "teacher")
     (tmp_path / "teacher" / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     options = dict(family=family(program), steps=1, pretrained_teacher_model=str(tmp_path / "teacher"))
     for pictures in (0, 1):
@@ -673,9 +680,9 @@ def test_what_is_exported_is_the_schedule_that_was_trained(program, config, comm
 
 
 @pytest.mark.hostile("teachers")
-def test_a_vae_that_overflows_fails_a_dry_run_and_is_said_in_a_run(command, run, teacher, tmp_path, caplog):
+def test_a_vae_that_overflows_fails_a_dry_run_and_is_said_in_a_run(command, run, small_teacher, tmp_path, caplog):
     """A dry run of a teacher with black pictures said that all works, with exit code 0."""
-    shutil.copytree(teacher, tmp_path / "teacher")
+    shutil.copytree(small_teacher, tmp_path / "teacher")
     vae = AutoencoderKL.from_pretrained(tmp_path / "teacher", subfolder="vae", torch_dtype=torch.float32)
     with torch.no_grad():
         vae.decoder.conv_out.bias.fill_(torch.nan)
@@ -711,10 +718,10 @@ def test_a_teacher_as_early_libraries_wrote_it_is_the_same(program, command, run
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_the_public_launch_commands_run_and_resume(program, command, run, tmp_path, shards, teachers, caplog):
+def test_the_public_launch_commands_run_and_resume(program, command, run, tmp_path, shards, small_teachers, caplog):
     """All flags of Diffusers' guides; teacher, VAE, shards, output, sizes and precision changed, nothing uploaded."""
     public = shlex.split(PUBLIC_COMMANDS[program.removeprefix("train_lcm_distill_").removesuffix("_wds")])
-    teacher = teachers[family(program)]
+    teacher = small_teachers[family(program)]
     changed = {
         "--pretrained_teacher_model": teacher,
         "--pretrained_vae_model_name_or_path": f"{teacher}/vae",
@@ -741,9 +748,9 @@ def test_sampler_is_saved_with_the_run_s_grid_and_scaling(command, run, tmp_path
     assert config.original_inference_steps == 25 and config.timestep_scaling == 5
 
 
-def test_a_separate_vae_is_used(command, run, teacher, tmp_path):
+def test_a_separate_vae_is_used(command, run, small_teacher, tmp_path):
     """The public SD programs take the flag and load the teacher's own VAE."""
-    vae = AutoencoderKL.from_pretrained(teacher, subfolder="vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(small_teacher, subfolder="vae", torch_dtype=torch.float32)
     vae.register_to_config(scaling_factor=0.01)
     vae.save_pretrained(tmp_path / "vae")
     run(PROGRAMS[0], command("plain", steps=1))
@@ -795,7 +802,7 @@ def test_changed_settings_of_the_optimizer_are_used_on_resume(program, command, 
     assert all(f"--{name}: {before[name]} → {value}" in caplog.text for name, value in after.items())
 
 
-def test_a_cast_teacher_does_not_round_the_student(command, run, teacher, monkeypatch):
+def test_a_cast_teacher_does_not_round_the_student(command, run, small_teacher, monkeypatch):
     """The student was copied from the teacher after that was cast to half precision."""
     made = []
     make = unets.student_from_teacher
@@ -805,16 +812,16 @@ def test_a_cast_teacher_does_not_round_the_student(command, run, teacher, monkey
         lambda unet, dim: made.append({k: v.clone() for k, v in unet.state_dict().items()}) or make(unet, dim),
     )
     run(PROGRAMS[0], command(steps=1, mixed_precision="bf16", cast_teacher_unet=True, learning_rate=0))
-    again = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet", torch_dtype=torch.float32)
+    again = UNet2DConditionModel.from_pretrained(small_teacher, subfolder="unet", torch_dtype=torch.float32)
     assert same(made[0], dict(again.state_dict()))
 
 
 @pytest.mark.hostile("teachers")
 @pytest.mark.parametrize("variant", ["fp16", "fp32"])
-def test_weights_of_a_variant_load_or_are_refused(variant, command, run, teacher, tmp_path):
+def test_weights_of_a_variant_load_or_are_refused(variant, command, run, small_teacher, tmp_path):
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(teacher, torch_dtype=torch.float16)
+    pipeline = StableDiffusionPipeline.from_pretrained(small_teacher, torch_dtype=torch.float16)
     pipeline.save_pretrained(tmp_path / "teacher", variant="fp16")
     options = {"steps": 1, "pretrained_teacher_model": str(tmp_path / "teacher")}
     if variant == "fp16":

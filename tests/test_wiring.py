@@ -106,17 +106,16 @@ def argv_of(program: str, values: dict[str, Any]) -> list[str]:
     return argv
 
 
-def run_with_spies(program: str, values: dict[str, Any], call: Any, patch: pytest.MonkeyPatch, kind: str) -> Seen:
-    """Runs `program` with these flags on the toy teacher of the family `kind`, whatever teacher they name."""
+def run_with_spies(program: str, values: dict[str, Any], call: Any, patch: pytest.MonkeyPatch, folder: str) -> Seen:
+    """Runs `program` with these flags on the teacher in `folder`, whatever teacher they name."""
     seen, module = Seen(), importlib.import_module(program)
-    root = Path(__file__).resolve().parents[1] / "toy" / "teachers" / kind
 
-    def toy_teacher(flags: Any) -> teacher.Teacher:
+    def small_teacher(flags: Any) -> teacher.Teacher:
         seen["teacher"].append(((from_flags(flags),), {}))
-        return teacher.Teacher(str(root))
+        return teacher.Teacher(folder)
 
     from_flags = teacher.Teacher.from_flags
-    patch.setattr(teacher.Teacher, "from_flags", toy_teacher)
+    patch.setattr(teacher.Teacher, "from_flags", small_teacher)
     environment = dict(os.environ)  # in which LOCAL_RANK reaches no library: there is one process
     seen["environ"].append(((environment,), {}))
     patch.setattr(accelerator_module, "os", SimpleNamespace(environ=environment))
@@ -170,7 +169,7 @@ def run_with_spies(program: str, values: dict[str, Any], call: Any, patch: pytes
 
 
 @pytest.fixture(scope="module")
-def followed(tmp_path_factory):
+def followed(tmp_path_factory, small_teachers):
     """`followed(program)`: what the spies noted while it ran with `VALUES`; it runs once."""
     found: dict[str, Any] = {}
     shards = tmp_path_factory.mktemp("wiring-shards")
@@ -182,7 +181,8 @@ def followed(tmp_path_factory):
             values = VALUES | {"output_dir": str(out), "train_shards_path_or_url": str(shards)}
             with pytest.MonkeyPatch.context() as patch:
                 try:
-                    found[program] = run_with_spies(program, values, call, patch, family(program)), out, shards
+                    folder = small_teachers[family(program)]
+                    found[program] = run_with_spies(program, values, call, patch, folder), out, shards
                 except BaseException as error:  # once is enough
                     found[program] = error
         if isinstance(found[program], BaseException):

@@ -58,8 +58,9 @@ class ShardLoader(StatefulDataLoader):
     """A `StatefulDataLoader` that can also load the state of a run with other ranks, workers or shards.
 
     Its iterator ends with a `WorkerError` when its workers fail, and ends them; `rest` is then what would have
-    followed. It raises `Interrupted` when `give_up`, which is asked now and then while it waits for its workers, returns True. A handler of
-    signals may raise it, too: a worker that is stopped while it hands over a batch lets this process hang.
+    followed. It raises `Interrupted`, and ends them, when `give_up`, which is asked now and then while it waits for its
+    workers, returns True. A handler of signals may raise it, too: a worker that is stopped while it hands over a batch
+    lets this process hang.
     """
 
     give_up: Callable[[], bool] | None = None

@@ -102,7 +102,7 @@ class Watch:
 
     def _look(self) -> None:
         failures = 0
-        while not self._ended.wait(EVERY):
+        while not self._ended.is_set():  # the first time at once: a rank that is stopped soon has said who it is
             try:
                 self._look_once(time.monotonic())
                 failures = 0
@@ -111,6 +111,7 @@ class Watch:
                 logger.debug("watch: %s", error)
                 if failures >= 3:
                     self._store = None
+            self._ended.wait(EVERY)
 
     def _look_once(self, now: float) -> None:
         what, step, since = self.doing

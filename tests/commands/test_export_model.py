@@ -18,7 +18,7 @@ from diffusers import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small_teachers import TEACHERS
+from small_teachers import TOY
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lcm_distill import export_model
@@ -65,7 +65,7 @@ def teachers(tmp_path_factory) -> dict[str, str]:
     """The toy teachers, SDXL's with text encoders of two widths, as real ones: Diffusers' loader of single files tells
     them apart by that alone."""
     folder = tmp_path_factory.mktemp("wide") / "sdxl"
-    shutil.copytree(TEACHERS["sdxl"], folder)
+    shutil.copytree(TOY / "sdxl", folder)
     torch.manual_seed(0)
     for name, kind, factor in (
         ("text_encoder", CLIPTextModel, 0.5),
@@ -75,7 +75,7 @@ def teachers(tmp_path_factory) -> dict[str, str]:
         config.hidden_size = int(factor * config.hidden_size)
         shutil.rmtree(folder / name)
         kind(config).save_pretrained(folder / name)
-    return {"sd": TEACHERS["sd"], "sdxl": str(folder)}
+    return {"sd": str(TOY / "sd"), "sdxl": str(folder)}
 
 
 @pytest.fixture(scope="module")

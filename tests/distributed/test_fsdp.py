@@ -16,7 +16,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from processes import start_ranks, wait
-from small_teachers import TEACHERS
+from small_teachers import TOY
 from test_programs import drawn, result, same, weights
 
 from lcm_distill.distributed.fsdp import configure_engine, prepare_for_training
@@ -129,7 +129,7 @@ def train(runs: Runs, folder: Path) -> SimpleNamespace:
     jobs: list[tuple[str, str, list[str]]] = []
     for name, engine, program, steps, more in runs:
         flags = {
-            "pretrained_teacher_model": TEACHERS[program], "train_shards_path_or_url": folder / "shards",
+            "pretrained_teacher_model": TOY / program, "train_shards_path_or_url": folder / "shards",
             "output_dir": folder / name, "resolution": 64, "train_batch_size": 2, "max_train_steps": steps,
             "checkpointing_steps": 1000, "validation_steps": 1000, "num_validation_images": 1, "logging_steps": 1,
             "validation_prompts": "a small red circle on a black background", "validation_inference_steps": 1,
@@ -185,7 +185,7 @@ def test_both_ranks_hold_half_of_every_network_and_of_the_optimizer_s_state(runs
 def test_training_equals_ddp(runs):
     """With accumulated gradients and gradient checkpointing; student, target, losses, norms of gradients."""
     close(runs.folder / "ddp", runs.folder / "fsdp")
-    before = UNet2DConditionModel.from_pretrained(TEACHERS["sd"], subfolder="unet").float().state_dict()
+    before = UNet2DConditionModel.from_pretrained(TOY / "sd", subfolder="unet").float().state_dict()
     student = weights(runs.folder / "fsdp")
     assert min(float((student[name] - before[name]).abs().max()) for name in before) > 5e-4
     for name in ("losses", "grad_norms"):
@@ -237,7 +237,7 @@ def test_bf16_trains_float32_weights(runs):
     number = [name for name, *_ in RUNS].index("fsdp-bf16")
     ddp, fsdp = (runs.seen[n, 0]["losses"] for n in (number - 1, number))
     assert ddp[0] == pytest.approx(fsdp[0], rel=0.1) and ddp != fsdp  # only the first: Adam's first steps are large
-    before = UNet2DConditionModel.from_pretrained(TEACHERS["sd"], subfolder="unet").float().state_dict()
+    before = UNet2DConditionModel.from_pretrained(TOY / "sd", subfolder="unet").float().state_dict()
     student = {engine: weights(runs.folder / f"{engine}-bf16" / "unet") for engine in ("ddp", "fsdp")}
     assert {weight.dtype for weight in student["fsdp"].values()} == {torch.float32}
     moved = [torch.cat([(student[e][k] - before[k]).flatten() for k in before]) for e in ("ddp", "fsdp")]
@@ -252,9 +252,7 @@ def test_the_export_loads_and_generates(runs):
     assert same(dict(unet.state_dict()), weights(out / "unet")) and type(unet) is UNet2DConditionModel
     assert json.loads((out / "config.json").read_text())["_class_name"] == "UNet2DConditionModel"
     UNet2DConditionModel.from_pretrained(out, variant="fp16", torch_dtype=torch.float16)
-    drawn(
-        DiffusionPipeline.from_pretrained(TEACHERS["sd"], unet=unet, torch_dtype=torch.float32), out, guidance_scale=4.0
-    )
+    drawn(DiffusionPipeline.from_pretrained(TOY / "sd", unet=unet, torch_dtype=torch.float32), out, guidance_scale=4.0)
 
 
 def test_validation_generates_what_ddp_generates(runs):

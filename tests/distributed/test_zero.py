@@ -10,7 +10,7 @@ from accelerate.utils import is_deepspeed_available
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
-from small_teachers import TEACHERS
+from small_teachers import TOY
 from test_fsdp import ROOT, TWICE, Runs, close, differences, train
 from test_programs import result, same, weights
 
@@ -55,7 +55,7 @@ def test_both_ranks_hold_whole_float32_networks_and_half_of_the_optimizer_s_stat
 def test_training_equals_ddp(runs):
     """With accumulated and clipped gradients, gradient checkpointing, and validation in between."""
     close(runs.folder / "ddp", runs.folder / "zero", 1e-5)
-    before = UNet2DConditionModel.from_pretrained(TEACHERS["sd"], subfolder="unet").float().state_dict()
+    before = UNet2DConditionModel.from_pretrained(TOY / "sd", subfolder="unet").float().state_dict()
     student = weights(runs.folder / "zero")
     assert min(float((student[name] - before[name]).abs().max()) for name in before) > 1e-4
     for name in ("losses", "grad_norms"):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from accelerate import Accelerator
 from diffusers import LCMScheduler, UNet2DConditionModel
-from small_teachers import TEACHERS
+from small_teachers import TOY
 
 from lcm_distill.errors import UsageError
 from lcm_distill.export.card import build_model_card, parse_hub_id, strip_folders
@@ -71,7 +71,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_full_student_goes_to_the_hub_and_the_token_nowhere(hub, command, tmp_path):
     """Of two pictures the last is uploaded; the card's code downloads teacher and student, and draws."""
-    hub.add("toys/sd", TEACHERS["sd"], LICENSED)
+    hub.add("toys/sd", TOY / "sd", LICENSED)
     argv = command(
         "lcm-toy", pretrained_teacher_model="toys/sd", push_to_hub=True, hub_token=SECRET, validation_steps=1,
         report_to="tensorboard,wandb",
@@ -99,7 +99,7 @@ def test_a_full_student_goes_to_the_hub_and_the_token_nowhere(hub, command, tmp_
     assert used.stdout.splitlines()[-1] == "(64, 64) True []"
 
 
-def test_a_lora_goes_to_the_hub(hub, command, run, tmp_path, monkeypatch):
+def test_a_lora_goes_to_the_hub(hub, command, run, tmp_path, small_teacher, monkeypatch):
     """With the token of the environment, from a teacher in a folder; its averaged target is not uploaded.
 
     The upload came before the process group's end: other ranks waited for it, and NCCL ends a run that waits.
@@ -124,7 +124,7 @@ def test_a_lora_goes_to_the_hub(hub, command, run, tmp_path, monkeypatch):
     assert all(written[name] == data for name, data in uploaded.items())
     for name, data in uploaded.items():
         assert str(tmp_path).encode() not in data and str(ROOT).encode() not in data, name
-    used = python("-c", USER, "me/lcm-lora-toy", *ON_A_CPU, "'sd'", repr(TEACHERS["sd"]))
+    used = python("-c", USER, "me/lcm-lora-toy", *ON_A_CPU, "'sd'", repr(small_teacher))
     assert used.stdout.splitlines()[-1].startswith("(64, 64) True ['default_0'")
 
 

@@ -247,9 +247,9 @@ def test_a_journal_of_something_else_makes_no_run(line, tmp_path):
         check_folder(str(tmp_path), {})
 
 
-def test_a_run_does_not_write_into_its_teacher(command, run, teacher, tmp_path):
+def test_a_run_does_not_write_into_its_teacher(command, run, small_teacher, tmp_path):
     """The teacher's U-Net was overwritten by its student's, and its card by the student's."""
-    shutil.copytree(teacher, tmp_path / "models" / "teacher")
+    shutil.copytree(small_teacher, tmp_path / "models" / "teacher")
     own = str(tmp_path / "models" / "teacher")
     before = {path: path.stat().st_mtime_ns for path in Path(own).rglob("*")}
     (tmp_path / "link").symlink_to(own)
