@@ -31,8 +31,8 @@ TESTS = ROOT / "tests"
 
 # The files that take longest, in this order before all others: none is left for one process alone at the end.
 LONGEST = (
-    "test_programs", "test_fsdp", "test_wiring", "test_matching_runs", "test_many_processes", "test_zero",
-    "test_benchmarks", "test_kills", "test_hub", "test_golden", "test_encode_shards",
+    "test_programs", "test_orphans", "test_many_processes", "test_fsdp", "test_matching_runs", "test_hub",
+    "test_benchmarks", "test_kills", "test_zero", "test_compiling", "test_lora", "test_waiting", "test_wiring",
 )  # fmt: skip
 
 

@@ -25,7 +25,12 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def environment() -> dict[str, str]:
+    """Of every process that a test starts, on the CPU; without the service that a run in this process has started."""
+    own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    return own | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def free_port() -> int:
@@ -56,11 +61,13 @@ def _fork_server() -> ForkServerContext:
 
 
 def start(
-    script: str | Path, argv: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+    script: str | Path, argv: Sequence[str], log: Path, rank: Mapping[str, str] | None = None
 ) -> ForkServerProcess:
-    """A process that runs `script` with the arguments `argv`, in the folder of `log`, to which it writes."""
-    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)} | (environment or {})
-    process = _fork_server().Process(target=_run, args=(str(script), [*argv], str(log), environment))
+    """A process that runs `script` with the arguments `argv`, in the folder of `log`, to which it writes.
+
+    `rank` is what a launcher adds to a rank's environment.
+    """
+    process = _fork_server().Process(target=_run, args=(str(script), [*argv], str(log), environment() | (rank or {})))
     process.start()
     return process
 
@@ -96,10 +103,10 @@ def _end(processes: Sequence[psutil.Process]) -> None:
         time.sleep(2)
 
 
-def _run(script: str, argv: list[str], log: str, environment: dict[str, str]) -> None:
+def _run(script: str, argv: list[str], log: str, variables: dict[str, str]) -> None:
     multiprocessing.set_start_method(None, force=True)  # the platform's, not this process's own
     os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update(variables)
     with open(log, "a") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from processes import ENVIRONMENT, free_port, start, start_ranks, wait, wait_for
+from processes import environment, free_port, start, start_ranks, wait, wait_for
 from safetensors.torch import load_file
 from small_teachers import TOY
 
@@ -33,7 +33,7 @@ def launch(argv, tmp_path, name="log", launcher=None):
     launcher = launcher or ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     log = open(tmp_path / f"{name}.txt", "w")
     return subprocess.Popen(
-        [sys.executable, *launcher, SCRIPT, *argv], cwd=tmp_path, env=os.environ | ENVIRONMENT, stdout=log, stderr=log
+        [sys.executable, *launcher, SCRIPT, *argv], cwd=tmp_path, env=environment(), stdout=log, stderr=log
     )
 
 
