@@ -19,6 +19,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from hostile import COLLECTED
+from processes import end_all
 from safetensors.torch import load_file, save_file
 from small_teachers import TOY, make_small_teacher
 
@@ -57,6 +58,12 @@ def _log_level():
     before = logger.level
     yield
     logger.setLevel(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left():
+    yield
+    end_all()
 
 
 @pytest.fixture(scope="session")

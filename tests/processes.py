@@ -60,6 +60,9 @@ def _fork_server() -> ForkServerContext:
     return context
 
 
+_started: list[ForkServerProcess] = []
+
+
 def start(
     script: str | Path, argv: Sequence[str], log: Path, rank: Mapping[str, str] | None = None
 ) -> ForkServerProcess:
@@ -69,6 +72,7 @@ def start(
     """
     process = _fork_server().Process(target=_run, args=(str(script), [*argv], str(log), environment() | (rank or {})))
     process.start()
+    _started.append(process)
     return process
 
 
@@ -92,6 +96,14 @@ def wait(processes: Sequence[ForkServerProcess], log: Path, seconds: float = 300
         _end([psutil.Process(process.pid) for process in processes if process.exitcode is None])
         raise AssertionError(f"not ended after {seconds} s: {log.read_text()[-20000:]}")
     return [process.exitcode or 0 for process in processes]
+
+
+def end_all() -> None:
+    """Kills those that a test which failed has left; the suite's end would wait for them."""
+    for process in _started:
+        process.kill()
+        process.join()
+    _started.clear()
 
 
 def _end(processes: Sequence[psutil.Process]) -> None:
