@@ -255,6 +255,8 @@ def fork(words: Sequence[str], checkout: Path, log: Path) -> int:
         os.environ["PYTHONPATH"] = str(checkout)  # for processes that it starts
         sys.path = [str(checkout), *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
         importlib.invalidate_caches()
+        for name in [name for name in sys.modules if name.partition(".")[0] == "lcm_distill"]:
+            del sys.modules[name]  # of this checkout, for the libraries' notices
         package = importlib.import_module("lcm_distill").__file__
         if package is None or not Path(package).is_relative_to(checkout):
             raise ImportError(f"lcm_distill is {package}, not that of {checkout}")

@@ -22,7 +22,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import UNet2DConditionModel
 
-from benchmarks import ceilings, fake_step, few_steps, measuring, memory, precision, public, train_step
+from benchmarks import ceilings, compare_commits, fake_step, few_steps, measuring, memory, precision, public, train_step
 from benchmarks.architectures import UNETS, build_vae
 from benchmarks.fake_step import Case, build
 from benchmarks.memory import Tally, compute
@@ -470,3 +470,14 @@ def test_the_summary_of_recipes_has_means_ranges_and_costs():
             for values in stage["metrics"].values():
                 values.pop("diversity")
     assert few_steps.summary(runs).splitlines()[4].endswith("| 60 |  |")
+
+
+def test_two_commits_are_compared_each_with_its_own_code(tmp_path):
+    """Every comparison failed from the day on which `benchmarks` imported the package, for its notices."""
+    package = tmp_path / "commit" / "lcm_distill"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("COMMIT = 'another'\n")
+    (package / "command.py").write_text("import sys\nfrom lcm_distill import COMMIT\nprint(COMMIT, sys.argv[1:])\n")
+    log = tmp_path / "log.txt"
+    status = compare_commits.fork(["-m", "lcm_distill.command", "--flag"], package.parent, log)
+    assert (status, log.read_text()) == (0, "another ['--flag']\n")
