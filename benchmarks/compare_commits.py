@@ -57,7 +57,7 @@ PROMPT = "a small red circle on a black background"
 # What no two runs have in common: the names of such values, wherever they are in a JSON file or the journal.
 PASSING = frozenset(
     "time started folder versions date seconds median_seconds times_as_fast seconds_per_picture peak_gpu_bytes "
-    "samples_per_second data_wait".split()
+    "samples_per_second data_wait modelspec.date".split()
 )
 MINUTE = r"\d{4}-\d\d-\d\d \d\d:\d\d"
 
@@ -284,7 +284,7 @@ def fork(words: Sequence[str], checkout: Path, log: Path) -> int:
 
 def read_weights(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
-        return {"metadata": file.metadata(), **{name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
+        return {"metadata": lasting(file.metadata()), **{name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
 
 
 def read_state(path: Path) -> Any:

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
 
 from benchmarks import ceilings, compare_commits, fake_step, few_steps, measuring, memory, precision, public, train_step
 from benchmarks.architectures import UNETS, build_vae
@@ -472,12 +473,22 @@ def test_the_summary_of_recipes_has_means_ranges_and_costs():
     assert few_steps.summary(runs).splitlines()[4].endswith("| 60 |  |")
 
 
-def test_two_commits_are_compared_each_with_its_own_code(tmp_path):
+def test_two_commits_are_compared_each_with_its_own_code(tmp_path, capfd):
     """Every comparison failed from the day on which `benchmarks` imported the package, for its notices."""
     package = tmp_path / "commit" / "lcm_distill"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("COMMIT = 'another'\n")
     (package / "command.py").write_text("import sys\nfrom lcm_distill import COMMIT\nprint(COMMIT, sys.argv[1:])\n")
     log = tmp_path / "log.txt"
-    status = compare_commits.fork(["-m", "lcm_distill.command", "--flag"], package.parent, log)
+    with capfd.disabled():  # it writes to this process's files
+        status = compare_commits.fork(["-m", "lcm_distill.command", "--flag"], package.parent, log)
     assert (status, log.read_text()) == (0, "another ['--flag']\n")
+
+
+def test_weight_files_of_two_commits_may_differ_in_their_date_alone(tmp_path):
+    """Since weight files have a date, no run was equal to its repetition."""
+    found = []
+    for number, more in enumerate(({"modelspec.date": "today"}, {"modelspec.date": "tomorrow"}, {"ss_epoch": "2"})):
+        save_file({"weight": torch.ones(2)}, tmp_path / f"{number}.safetensors", {"ss_steps": "5"} | more)
+        found.append(compare_commits.read_weights(tmp_path / f"{number}.safetensors")["metadata"])
+    assert found[0] == found[1] == {"ss_steps": "5"} != found[2]
