@@ -50,7 +50,7 @@ def main() -> None:
         for kind in KINDS:
             command = [sys.executable, "-m", "tests.golden_curves", kind, f"{work}/shards", f"{work}/{kind}"]
             subprocess.run(["env", "OMP_NUM_THREADS=1", *command], cwd=ROOT, check=True)
-            rows = ",\n".join(json.dumps(row) for row in read_curve(Path(work, kind, "training.jsonl")))
+            rows = ",\n".join(f"  {json.dumps(row)}" for row in read_curve(Path(work, kind, "training.jsonl")))
             (FOLDER / f"{kind}.json").write_text(f"[\n{rows}\n]\n")
 
 
