@@ -1,4 +1,4 @@
-"""Shared fixtures: small teachers, toy shards, a short command line, a program run in this process."""
+"""Shared fixtures: toy and small teachers, toy shards, a short command line, a program run in this process."""
 
 import functools
 import importlib
@@ -68,6 +68,7 @@ def _no_process_is_left():
 
 @pytest.fixture(scope="session")
 def teachers() -> dict[str, str]:
+    """The toy's own, which have learned to draw."""
     return {family: str(TOY / family) for family in ("sd", "sdxl")}
 
 
@@ -78,7 +79,7 @@ def teacher(teachers) -> str:
 
 @pytest.fixture(scope="session")
 def small_teachers(tmp_path_factory) -> dict[str, str]:
-    """Those of the programs' runs, whose time is mostly that of building and saving networks."""
+    """Random ones for runs of the programs, whose time is mostly that of building and saving networks."""
     return {family: str(make_small_teacher(family, tmp_path_factory.mktemp("small"))) for family in ("sd", "sdxl")}
 
 

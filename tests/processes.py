@@ -53,9 +53,10 @@ def wait_for(
 @functools.cache
 def _fork_server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["forked_with"])
+    context.set_forkserver_preload([path.stem for path in ROOT.glob("train_lcm_distill_*_wds.py")])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))  # the server has no other path
+        patch.setenv("PYTHONPATH", str(ROOT))  # the server has no other path
+        patch.setenv("OMP_NUM_THREADS", "1")
         multiprocessing.forkserver.ensure_running()
     return context
 
@@ -80,7 +81,7 @@ def start_ranks(script: str | Path, argv: Sequence[str], log: Path) -> list[Fork
     """Two of them that are the ranks of one job; both write to `log`."""
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
-    return [start(script, argv, log, environment) for environment in ranks]
+    return [start(script, argv, log, rank) for rank in ranks]
 
 
 def wait(processes: Sequence[ForkServerProcess], log: Path, seconds: float = 300) -> list[int]:

@@ -1,4 +1,4 @@
-"""The programs from command line to reloaded picture, on the toy teachers."""
+"""The programs from command line to reloaded picture: each once on its toy teacher, the rest on small ones."""
 
 import gc
 import io
